@@ -1,0 +1,60 @@
+// Dropout's random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011), addressed by position and not by order, so that every kernel, on any device and with any tiling, forward and
+// backward, sees the same bit for the same element.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.hpp"
+
+namespace strobe {
+
+struct Philox4x32 {
+    uint32_t word[4];
+};
+
+STROBE_HD constexpr Philox4x32 philox4x32_10(Philox4x32 counter, uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
+        const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
+        counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(b),
+                    static_cast<uint32_t>(a >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(a)}};
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+/// Dropout of one attention call. `drop_below` is the drop probability in units of 2^-16: an element is dropped iff its
+/// 16 random bits are below it. `rescale` = 65536 / (65536 - drop_below), exact for the probability actually used.
+struct Dropout {
+    uint64_t seed = 0;
+    uint64_t offset = 0;
+    uint32_t drop_below = 0;
+    float rescale = 1.0f;
+
+    STROBE_HD constexpr bool enabled() const { return drop_below != 0; }
+
+    /// Eight elements share one Philox call: rows {i, i + 8} x columns {2t, 2t + 1, 2t + 8, 2t + 9} of an aligned 16 x 16
+    /// block, which is what one thread of an mma.m16n8 accumulator pair holds. `row` and `col` are global positions of
+    /// any one of the eight; batch_head = batch index * num_heads + head.
+    STROBE_HD constexpr Philox4x32 group(uint32_t batch_head, uint32_t row, uint32_t col) const {
+        const uint64_t key = seed + offset * 0x9E3779B97F4A7C15ull;
+        const uint32_t row_group = (row >> 4 << 3) | (row & 7u);
+        const uint32_t col_group = (col >> 4 << 2) | ((col & 7u) >> 1);
+        return philox4x32_10({{col_group, row_group, batch_head, 0u}}, static_cast<uint32_t>(key),
+                             static_cast<uint32_t>(key >> 32));
+    }
+
+    /// The 16 bits of one element inside its group: word = 2 * (row bit 3) + (col bit 3), half = col bit 0.
+    STROBE_HD static constexpr uint32_t bits(const Philox4x32& group, uint32_t row, uint32_t col) {
+        const uint32_t word = group.word[((row >> 3 & 1u) << 1) | (col >> 3 & 1u)];
+        return col & 1u ? word >> 16 : word & 0xFFFFu;
+    }
+
+    STROBE_HD constexpr bool keep(uint32_t batch_head, uint32_t row, uint32_t col) const {
+        return bits(group(batch_head, row, col), row, col) >= drop_below;
+    }
+};
+
+}  // namespace strobe
