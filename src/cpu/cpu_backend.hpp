@@ -28,9 +28,9 @@ void force_isa(Isa isa);
 /// The instruction set that forward() and backward() use now.
 Isa current_isa();
 
-/// Bytes that params.workspace must hold, aligned to kWorkspaceAlignment. They depend on shapes and options only, never
+/// Bytes that params.workspace must hold, aligned to kScratchAlignment. They depend on shapes and options only, never
 /// on tensor contents or the instruction set.
-inline constexpr size_t kWorkspaceAlignment = 64;
+inline constexpr size_t kScratchAlignment = 64;
 size_t forward_workspace_size(const ForwardParams& params, int num_threads);
 size_t backward_workspace_size(const BackwardParams& params, int num_threads);
 

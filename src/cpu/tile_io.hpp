@@ -49,6 +49,7 @@ STROBE_CPU_INLINE void with_type(DType dtype, F&& f) {
         case DType::f32: f(static_cast<float*>(nullptr)); break;
         case DType::bf16: f(static_cast<BFloat16*>(nullptr)); break;
         case DType::f16: f(static_cast<Float16*>(nullptr)); break;
+        default: break;  // no tensor of the kernels has another type
     }
 }
 
