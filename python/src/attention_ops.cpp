@@ -37,18 +37,9 @@ std::vector<int64_t> lse_shape(const strobe_attention& a) {
                                 " dimensions; it must be (B, Sq, H, D), or (Tq, H, D) with cu_seqlens_q");
 }
 
-void forward(StableIValue* stack, uint64_t, uint64_t) {
-    Arguments arguments(stack);
-    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
-    const Options options = Options::take(arguments);
-    const bool float32_out = arguments.boolean();
-
-    const strobe_attention a = describe(q, k, v, options);
-    const Device device = q.device();
+void run_forward(const strobe_attention& a, const Tensor& out, const Tensor& lse, Device device) {
     strobe_forward f;
     strobe_forward_init(&f);
-    Tensor lse = empty(lse_shape(a), aoti_torch_dtype_float32(), device);
-    Tensor out = empty(out_shape(a), float32_out ? aoti_torch_dtype_float32() : q.dtype(), device);
     f.out = view("out", out);
     f.lse = view("lse", lse);
 
@@ -59,9 +50,28 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
     f.workspace = scratch ? scratch.data() : nullptr;
     f.workspace_bytes = plan.workspace_bytes;
     check_strobe(strobe_attention_forward(&a, &f, stream.get()));
+}
 
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
+    const Options options = Options::take(arguments);
+    const bool float32_out = arguments.boolean();
+
+    const strobe_attention a = describe(q, k, v, options);
+    Tensor lse = empty(lse_shape(a), aoti_torch_dtype_float32(), q.device());
+    Tensor out = empty(out_shape(a), float32_out ? aoti_torch_dtype_float32() : q.dtype(), q.device());
+    run_forward(a, out, lse, q.device());
     stack[0] = as_result(std::move(out));
     stack[1] = as_result(std::move(lse));
+}
+
+void forward_into(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor out = arguments.tensor(), lse = arguments.tensor();
+    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
+    const Options options = Options::take(arguments);
+    run_forward(describe(q, k, v, options), out, lse, q.device());
 }
 
 /// What the backward reads beside the options.
@@ -219,6 +229,7 @@ void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
 
 constexpr const char* kSchemas[] = {
     "attention(Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ", bool float32_out=False) -> (Tensor out, Tensor lse)",
+    "attention_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     STROBE_OPTIONS_SCHEMA ", bool need_dbias=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     "attention_backward_into(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, bool accumulate, Tensor dout, "
@@ -235,6 +246,7 @@ struct NamedKernel {
     bool cuda;
 };
 constexpr NamedKernel kKernels[] = {{"attention", forward, true},
+                                    {"attention_into", forward_into, true},
                                     {"attention_backward", backward, true},
                                     {"attention_backward_into", backward_into, true},
                                     {"lse_merge", lse_merge, true},

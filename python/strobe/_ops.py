@@ -11,6 +11,7 @@ from . import _native
 torch.ops.load_library(str(_native.library_path("torch")))
 
 attention = torch.ops.strobe.attention.default
+attention_into = torch.ops.strobe.attention_into.default
 attention_backward = torch.ops.strobe.attention_backward.default
 attention_backward_into = torch.ops.strobe.attention_backward_into.default
 lse_merge = torch.ops.strobe.lse_merge.default
@@ -40,7 +41,7 @@ def _check_ranks(q, k, v):
     torch._check_value(v.dim() == k.dim(), lambda: f"v: has {v.dim()} dimensions, k has {k.dim()}")
 
 
-def _lse_shape(q):
+def lse_shape(q):
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
 
 
@@ -49,7 +50,7 @@ def _attention_fake(q, k, v, *options):
     _check_ranks(q, k, v)
     float32_out = len(options) > NUM_OPTIONS and options[NUM_OPTIONS]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32 if float32_out else q.dtype)
-    return out, q.new_empty(_lse_shape(q), dtype=torch.float32)
+    return out, q.new_empty(lse_shape(q), dtype=torch.float32)
 
 
 def _dense_like(x):
@@ -65,8 +66,9 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options, need_dbias
     return _dense_like(q), _dense_like(k), _dense_like(v), dbias
 
 
+@torch.library.register_fake("strobe::attention_into", lib=_library)
 @torch.library.register_fake("strobe::attention_backward_into", lib=_library)
-def _attention_backward_into_fake(*args, **kwargs):
+def _writes_its_arguments(*args, **kwargs):
     return None
 
 
@@ -106,7 +108,7 @@ def _backward(ctx, dout, dlse):
 
 
 def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
-    """((dq, dk, dv), dbias) from the gradients of out and lse, one of which may be None."""
+    """([dq, dk, dv], dbias or None) from the gradients of out and lse, one of which may be None."""
     if dout is None:
         dout = torch.zeros_like(out, dtype=q.dtype)
     elif dout.dtype != q.dtype:
@@ -117,7 +119,7 @@ def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
     else:
         with torch._C._AutoDispatchBelowAutograd():
             *dqkv, dbias = attention_backward._op(dout, dlse, q, k, v, out, lse, *tail)
-    return dqkv, dbias
+    return dqkv, dbias if need_dbias else None
 
 
 torch.library.register_autograd("strobe::attention", _backward, setup_context=_setup_context, lib=_library)
