@@ -10,7 +10,6 @@ from . import _native, _ops
 _NO_WINDOW = (-1, -1)
 _needs_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -22,13 +21,16 @@ class _Attention(torch.autograd.Function):
     """Autograd of an eager call. The operator's own registration does the same through two more trips into Python."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, options):
+    def forward(q, k, v, bias, options):
         with _below_autograd():
-            out, lse = _forward_op(q, k, v, *options)
+            return _forward_op(q, k, v, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, bias, options = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, bias)
+        ctx.save_for_backward(q, k, v, *output, bias)
         ctx.options = options if bias is None else _with_bias(options, None)
-        return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -48,7 +50,7 @@ def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
 
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
     """One call of the operator by the shortest way that torch's present mode allows."""
-    if _is_compiling() or _transforms_active():
+    if _is_compiling():
         return _ops.attention(q, k, v, *options)
     if _any_autocast() and torch.is_autocast_enabled(q.device.type):
         q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)

@@ -118,26 +118,43 @@ def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
     elif dout.dtype != q.dtype:
         dout = dout.to(q.dtype)
     tail = (*options, True) if need_dbias else options
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         *dqkv, dbias = attention_backward(dout, dlse, q, k, v, out, lse, *tail)
+    elif torch.is_grad_enabled():
+        *dqkv, dbias = _Gradients.apply(dout, dlse, q, k, v, out, lse, tail)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            *dqkv, dbias = attention_backward._op(dout, dlse, q, k, v, out, lse, *tail)
+        *dqkv, dbias = _Gradients.forward(dout, dlse, q, k, v, out, lse, tail)
     return dqkv, dbias if need_dbias else None
 
 
 torch.library.register_autograd("strobe::attention", _backward, setup_context=_setup_context, lib=_library)
 
 
-def _no_second_derivative(name):
+def _not_differentiable(name, reason):
     def refuse(ctx, *grads):
-        raise NotImplementedError(f"strobe::{name} is not differentiable; second derivatives of attention are not supported")
+        raise NotImplementedError(f"strobe::{name} is not differentiable; {reason}")
 
     torch.library.register_autograd(f"strobe::{name}", refuse, lib=_library)
+    return refuse
 
 
-_no_second_derivative("attention_backward")
-_no_second_derivative("lse_merge")
+_refuse_second_derivative = _not_differentiable("attention_backward", "second derivatives of attention are not supported")
+_not_differentiable("lse_merge", "the backward of each part takes the merged out and lse")
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward of an eager call while a graph of it is made: ``create_graph=True`` and torch.func."""
+
+    @staticmethod
+    def forward(dout, dlse, q, k, v, out, lse, tail):
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention_backward._op(dout, dlse, q, k, v, out, lse, *tail)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_refuse_second_derivative)
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------------------
