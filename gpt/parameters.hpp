@@ -73,6 +73,7 @@ private:
 /// One fp32 number for each parameter, zero at first.
 class ParameterArena {
 public:
+    ParameterArena() = default;
     explicit ParameterArena(const ParameterLayout& layout)
         : arena_(static_cast<size_t>(layout.arena_elements()) * sizeof(float)), size_(layout.arena_elements()) {}
 

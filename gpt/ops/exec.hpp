@@ -41,14 +41,9 @@ struct Exec {
     const Ops* ops = nullptr;
     ThreadTeam* team = nullptr;   // cpu
     void* stream = nullptr;       // cuda
-    void* scratch = nullptr;      // at least scratch_bytes(), contents undefined between operators
+    void* scratch = nullptr;      // contents undefined between operators
+    size_t scratch_bytes = 0;
     OpTimes* times = nullptr;     // null: not measured
 };
-
-/// Scratch that no operator exceeds at these sizes.
-inline size_t scratch_bytes(int team_size, int64_t hidden_size, int64_t largest_output) {
-    const int64_t widest = hidden_size > largest_output ? hidden_size : largest_output;
-    return static_cast<size_t>(team_size) * static_cast<size_t>(2 * widest + 16) * sizeof(float);
-}
 
 }  // namespace strobe::gpt

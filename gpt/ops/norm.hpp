@@ -37,4 +37,9 @@ struct NormBackward {
     float* dbias;    // (hidden) or null
 };
 
+/// What norm_backward needs of Exec::scratch.
+inline size_t norm_scratch_bytes(int threads, int64_t hidden) {
+    return static_cast<size_t>(2 * hidden * threads) * sizeof(float);
+}
+
 }  // namespace strobe::gpt
