@@ -82,6 +82,11 @@ void Model::load(const Batch& batch) {
         for (int32_t i = 0; i < length; ++i) positions_.push_back(i);
     }
     batch_ = &batch;
+    const BlockActivations& a = act_.blocks.front();
+    size_t workspace = attention_workspace_bytes(attention(a), exec_.team->size());
+    if (options_.training)
+        workspace = std::max(workspace, attention_workspace_bytes(attention_backward(a), exec_.team->size()));
+    backend_.reserve_scratch(workspace);
 }
 
 NormForward Model::norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const {
@@ -114,6 +119,12 @@ AttentionForward Model::attention(const BlockActivations& a) const {
             .q_stride = stride, .k_stride = stride, .v_stride = stride, .out_stride = config_.q_size(), .q = a.qkv,
             .k = a.qkv.offset(config_.q_size()), .v = a.qkv.offset(config_.q_size() + config_.kv_size()), .out = a.attn,
             .lse = a.lse};
+}
+
+AttentionBackward Model::attention_backward(const BlockActivations& a) const {
+    return {.forward = attention(a), .dout_stride = config_.q_size(), .dqkv_stride = config_.qkv_size(),
+            .dout = act_.dattn, .dq = act_.dqkv, .dk = act_.dqkv.offset(config_.q_size()),
+            .dv = act_.dqkv.offset(config_.q_size() + config_.kv_size())};
 }
 
 Rope Model::rope(Buffer qkv, bool inverse) const {
@@ -188,10 +199,7 @@ void Model::backward_block(int64_t layer) {
     run(exec_, norm_backward(a.mid, act_.dnorm, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
 
     run(exec_, linear_backward(a.attn, act_.dstream, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size(), hidden));
-    run(exec_, AttentionBackward{.forward = attention(a), .dout_stride = config_.q_size(),
-                                 .dqkv_stride = config_.qkv_size(), .dout = act_.dattn, .dq = act_.dqkv,
-                                 .dk = act_.dqkv.offset(config_.q_size()),
-                                 .dv = act_.dqkv.offset(config_.q_size() + config_.kv_size())});
+    run(exec_, attention_backward(a));
     if (config_.has_rope()) run(exec_, rope(act_.dqkv, true));
     run(exec_, linear_backward(a.norm1, act_.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()));
     run(exec_, norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1));

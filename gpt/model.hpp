@@ -56,6 +56,7 @@ private:
     LinearForward linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const;
     LinearBackward linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const;
     AttentionForward attention(const BlockActivations& a) const;
+    AttentionBackward attention_backward(const BlockActivations& a) const;
     Rope rope(Buffer qkv, bool inverse) const;
     double sum_losses() const;
     float* gradient(int index) const;

@@ -35,4 +35,8 @@ struct AttentionBackward {
     Buffer dv;       // (total_k, num_heads_k, head_dim)
 };
 
+/// What strobe needs of Exec::scratch for such a call. Pointers are not looked at.
+size_t attention_workspace_bytes(const AttentionForward& attention, int threads);
+size_t attention_workspace_bytes(const AttentionBackward& attention, int threads);
+
 }  // namespace strobe::gpt

@@ -1,96 +1,76 @@
-// Exact attention written out, one head of one sequence per unit of work.
-#include <cmath>
-#include <vector>
+// Attention by strobe, on views of the packed projection. strobe has threads of its own; it gets as many as the team has.
+#include <algorithm>
+#include <array>
+#include <span>
 
 #include "gpt/ops/cpu/kernels.hpp"
+#include "strobe/strobe.hpp"
 
-namespace strobe::gpt::cpu {
+namespace strobe::gpt {
 
 namespace {
 
-struct Head {
-    int64_t q0, k0, sq, sk, h, hk;
-};
+Tensor rows_of(Buffer data, int64_t rows, int64_t heads, int64_t head_dim, int64_t row_stride) {
+    const std::array<int64_t, 3> shape{rows, heads, head_dim};
+    const std::array<int64_t, 3> strides{row_stride, head_dim, 1};
+    return Tensor(data.data, data.precision == Precision::fp32 ? DType::f32 : DType::bf16, shape, strides);
+}
 
-template <class Fn>
-void for_heads(Exec& e, const AttentionShape& s, int64_t heads, Fn&& fn) {
-    e.team->ranges(s.batch * heads, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) fn(i / heads, i % heads);
-    });
+Tensor lse_of(const AttentionForward& a) { return Tensor(a.lse, {a.shape.num_heads, a.shape.total_q}); }
+
+Attention inputs(const AttentionForward& a, int threads) {
+    const AttentionShape& s = a.shape;
+    Attention call{.q = rows_of(a.q, s.total_q, s.num_heads, s.head_dim, a.q_stride),
+                   .k = rows_of(a.k, s.total_k, s.num_heads_k, s.head_dim, a.k_stride),
+                   .v = rows_of(a.v, s.total_k, s.num_heads_k, s.head_dim, a.v_stride)};
+    call.cu_seqlens_q = Tensor(s.cu_seqlens_q, {s.batch + 1});
+    call.cu_seqlens_k = Tensor(s.cu_seqlens_k, {s.batch + 1});
+    call.max_seqlen_q = s.max_seqlen_q;
+    call.max_seqlen_k = s.max_seqlen_k;
+    call.causal = true;
+    call.deterministic = true;
+    call.num_threads = threads;
+    return call;
+}
+
+Forward outputs(const AttentionForward& a, Workspace workspace) {
+    const AttentionShape& s = a.shape;
+    return {.out = rows_of(a.out, s.total_q, s.num_heads, s.head_dim, a.out_stride), .lse = lse_of(a),
+            .workspace = workspace};
+}
+
+Backward gradients(const AttentionBackward& a, Workspace workspace) {
+    const AttentionForward& f = a.forward;
+    const AttentionShape& s = f.shape;
+    return {.out = rows_of(f.out, s.total_q, s.num_heads, s.head_dim, f.out_stride),
+            .lse = lse_of(f),
+            .dout = rows_of(a.dout, s.total_q, s.num_heads, s.head_dim, a.dout_stride),
+            .dq = rows_of(a.dq, s.total_q, s.num_heads, s.head_dim, a.dqkv_stride),
+            .dk = rows_of(a.dk, s.total_k, s.num_heads_k, s.head_dim, a.dqkv_stride),
+            .dv = rows_of(a.dv, s.total_k, s.num_heads_k, s.head_dim, a.dqkv_stride),
+            .workspace = workspace};
 }
 
 }  // namespace
 
+size_t attention_workspace_bytes(const AttentionForward& a, int threads) {
+    return plan(inputs(a, threads), outputs(a, {})).workspace_bytes;
+}
+
+size_t attention_workspace_bytes(const AttentionBackward& a, int threads) {
+    return plan(inputs(a.forward, threads), gradients(a, {})).workspace_bytes;
+}
+
+namespace cpu {
+
 void attention_forward(Exec& e, const AttentionForward& a) {
-    const AttentionShape& s = a.shape;
-    const int64_t d = s.head_dim, group = s.num_heads / s.num_heads_k;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for_heads(e, s, s.num_heads, [&](int64_t b, int64_t h) {
-        const int64_t q0 = s.cu_seqlens_q[b], sq = s.cu_seqlens_q[b + 1] - q0;
-        const int64_t k0 = s.cu_seqlens_k[b], sk = s.cu_seqlens_k[b + 1] - k0;
-        std::vector<float> p(static_cast<size_t>(sk));
-        for (int64_t i = 0; i < sq; ++i) {
-            const float* q = a.q.f32() + (q0 + i) * a.q_stride + h * d;
-            float* out = a.out.f32() + (q0 + i) * a.out_stride + h * d;
-            const int64_t visible = i + sk - sq + 1;
-            float m = -INFINITY, sum = 0.0f;
-            for (int64_t j = 0; j < visible; ++j) {
-                const float* k = a.k.f32() + (k0 + j) * a.k_stride + h / group * d;
-                float dot = 0.0f;
-                for (int64_t c = 0; c < d; ++c) dot += q[c] * k[c];
-                p[static_cast<size_t>(j)] = dot * scale;
-                m = std::max(m, dot * scale);
-            }
-            for (int64_t c = 0; c < d; ++c) out[c] = 0.0f;
-            for (int64_t j = 0; j < visible; ++j) {
-                const float* v = a.v.f32() + (k0 + j) * a.v_stride + h / group * d;
-                const float w = std::exp(p[static_cast<size_t>(j)] - m);
-                sum += w;
-                for (int64_t c = 0; c < d; ++c) out[c] += w * v[c];
-            }
-            for (int64_t c = 0; c < d; ++c) out[c] /= sum;
-            if (a.lse) a.lse[h * s.total_q + q0 + i] = m + std::log(sum);
-        }
-    });
+    strobe::forward(inputs(a, e.team->size()), outputs(a, {e.scratch, e.scratch_bytes}));
 }
 
 void attention_backward(Exec& e, const AttentionBackward& a) {
-    const AttentionForward& f = a.forward;
-    const AttentionShape& s = f.shape;
-    const int64_t d = s.head_dim, group = s.num_heads / s.num_heads_k;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for_heads(e, s, s.num_heads_k, [&](int64_t b, int64_t hk) {
-        const int64_t q0 = s.cu_seqlens_q[b], sq = s.cu_seqlens_q[b + 1] - q0;
-        const int64_t k0 = s.cu_seqlens_k[b], sk = s.cu_seqlens_k[b + 1] - k0;
-        for (int64_t j = 0; j < sk; ++j)
-            for (int64_t c = 0; c < d; ++c)
-                a.dk.f32()[(k0 + j) * a.dqkv_stride + hk * d + c] = a.dv.f32()[(k0 + j) * a.dqkv_stride + hk * d + c] = 0.0f;
-        for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-            for (int64_t i = 0; i < sq; ++i) {
-                const float* q = f.q.f32() + (q0 + i) * f.q_stride + h * d;
-                const float* out = f.out.f32() + (q0 + i) * f.out_stride + h * d;
-                const float* dout = a.dout.f32() + (q0 + i) * a.dout_stride + h * d;
-                float* dq = a.dq.f32() + (q0 + i) * a.dqkv_stride + h * d;
-                float delta = 0.0f;
-                for (int64_t c = 0; c < d; ++c) delta += out[c] * dout[c], dq[c] = 0.0f;
-                for (int64_t j = 0; j < i + sk - sq + 1; ++j) {
-                    const float* k = f.k.f32() + (k0 + j) * f.k_stride + hk * d;
-                    const float* v = f.v.f32() + (k0 + j) * f.v_stride + hk * d;
-                    float* dk = a.dk.f32() + (k0 + j) * a.dqkv_stride + hk * d;
-                    float* dv = a.dv.f32() + (k0 + j) * a.dqkv_stride + hk * d;
-                    float dot = 0.0f, dp = 0.0f;
-                    for (int64_t c = 0; c < d; ++c) dot += q[c] * k[c], dp += dout[c] * v[c];
-                    const float p = std::exp(dot * scale - f.lse[h * s.total_q + q0 + i]);
-                    const float ds = p * (dp - delta) * scale;
-                    for (int64_t c = 0; c < d; ++c) {
-                        dq[c] += ds * k[c];
-                        dk[c] += ds * q[c];
-                        dv[c] += p * dout[c];
-                    }
-                }
-            }
-        }
-    });
+    strobe::backward(inputs(a.forward, e.team->size()), gradients(a, {e.scratch, e.scratch_bytes}));
 }
 
-}  // namespace strobe::gpt::cpu
+}  // namespace cpu
+
+}  // namespace strobe::gpt
