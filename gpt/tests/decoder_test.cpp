@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "gpt/model.hpp"
-#include "gpt/generate/sampler.hpp"
+#include "gpt/generate/token_sampler.hpp"
 #include "gpt/tests/numeric.hpp"
 
 namespace strobe::gpt::test {
@@ -48,7 +48,7 @@ TEST_P(DecoderTest, agrees_with_the_whole_forward_pass) {
 
 TEST_P(DecoderTest, cache_and_no_cache_sample_the_same_tokens) {
     const SamplingOptions options{.temperature = 0.9f, .top_k = 40, .top_p = 0.95f, .seed = 9};
-    Sampler with(options), without(options);
+    TokenSampler with(options), without(options);
     Decoder cached(weights, backend, 128), fresh(weights, backend, 128);
     std::vector<int32_t> a{1, 2, 3}, b = a;
     std::span<const float> logits = cached.feed(a);
@@ -64,13 +64,13 @@ TEST_P(DecoderTest, cache_and_no_cache_sample_the_same_tokens) {
 INSTANTIATE_TEST_SUITE_P(Architectures, DecoderTest, testing::Values(Architecture::gpt2, Architecture::llama),
                          [](const auto& param) { return std::string(to_string(param.param)); });
 
-TEST(Sampler, temperature_zero_takes_the_first_of_the_largest) {
-    Sampler sampler({.temperature = 0.0f});
+TEST(TokenSampler, temperature_zero_takes_the_first_of_the_largest) {
+    TokenSampler sampler({.temperature = 0.0f});
     EXPECT_EQ(sampler.sample(std::vector<float>{0.0f, 3.0f, 3.0f, 1.0f}), 1);
 }
 
-TEST(Sampler, frequencies_are_the_softmax) {
-    Sampler sampler({.temperature = 2.0f, .seed = 4});
+TEST(TokenSampler, frequencies_are_the_softmax) {
+    TokenSampler sampler({.temperature = 2.0f, .seed = 4});
     const std::vector<float> logits{2.0f, 0.0f, 4.0f};
     std::vector<int> count(3);
     constexpr int kDraws = 100000;
@@ -80,20 +80,20 @@ TEST(Sampler, frequencies_are_the_softmax) {
     EXPECT_NEAR(count[1] / double(kDraws), 1.0 / total, 0.006);
 }
 
-TEST(Sampler, top_k_and_top_p_cut_the_tail) {
+TEST(TokenSampler, top_k_and_top_p_cut_the_tail) {
     const std::vector<float> logits{0.0f, 1.0f, 2.0f, 3.0f};
-    Sampler two({.top_k = 2}), half({.top_p = 0.5f});
+    TokenSampler two({.top_k = 2}), half({.top_p = 0.5f});
     for (int i = 0; i < 1000; ++i) {
         EXPECT_GE(two.sample(logits), 2);
         EXPECT_EQ(half.sample(logits), 3);  // alone it has 0.64 of the probability
     }
 }
 
-TEST(Sampler, refuses_nonsense) {
-    EXPECT_THROW(Sampler({.temperature = -1.0f}), std::invalid_argument);
-    EXPECT_THROW(Sampler({.top_k = -1}), std::invalid_argument);
-    EXPECT_THROW(Sampler({.top_p = 0.0f}), std::invalid_argument);
-    Sampler sampler({});
+TEST(TokenSampler, refuses_nonsense) {
+    EXPECT_THROW(TokenSampler({.temperature = -1.0f}), std::invalid_argument);
+    EXPECT_THROW(TokenSampler({.top_k = -1}), std::invalid_argument);
+    EXPECT_THROW(TokenSampler({.top_p = 0.0f}), std::invalid_argument);
+    TokenSampler sampler({});
     EXPECT_THROW(sampler.sample(std::vector<float>{NAN, NAN}), std::runtime_error);
 }
 

@@ -19,9 +19,9 @@ struct SamplingOptions {
     void validate() const;
 };
 
-class Sampler {
+class TokenSampler {
 public:
-    explicit Sampler(const SamplingOptions& options);
+    explicit TokenSampler(const SamplingOptions& options);
 
     /// A token id. Equal logits go to the lower id.
     int32_t sample(std::span<const float> logits);

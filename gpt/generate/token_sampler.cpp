@@ -1,4 +1,4 @@
-#include "gpt/generate/sampler.hpp"
+#include "gpt/generate/token_sampler.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +16,9 @@ void SamplingOptions::validate() const {
         throw std::invalid_argument(fmt::format("top-p is {}, must be above 0 and at most 1", top_p));
 }
 
-Sampler::Sampler(const SamplingOptions& options) : options_(options), random_(options.seed) { options.validate(); }
+TokenSampler::TokenSampler(const SamplingOptions& options) : options_(options), random_(options.seed) { options.validate(); }
 
-int32_t Sampler::sample(std::span<const float> logits) {
+int32_t TokenSampler::sample(std::span<const float> logits) {
     candidates_.clear();
     for (size_t i = 0; i < logits.size(); ++i)
         if (!std::isnan(logits[i])) candidates_.push_back({logits[i], static_cast<int32_t>(i), 0.0});
