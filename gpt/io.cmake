@@ -1,9 +1,12 @@
-# Tokens, data and checkpoints of the GPT: everything under gpt/ that touches files. Needs no attention and no GPU.
+# Tokens, data and checkpoints of the GPT: everything under gpt/ that touches files, and what they need to know of a model.
+# Uses no attention and no GPU.
 find_package(PkgConfig REQUIRED)
 find_package(nlohmann_json 3.11 REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 
 set(STROBE_GPT_IO_SOURCES
+    config.cpp
+    parameters.cpp
     io/durable_file.cpp
     io/mapped_file.cpp
     io/strict_json.cpp
