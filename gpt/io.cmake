@@ -7,6 +7,15 @@ pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 set(STROBE_GPT_IO_SOURCES
     config.cpp
     parameters.cpp
+    checkpoint/checkpoint.cpp
+    checkpoint/checkpoint_store.cpp
+    checkpoint/hf_config.cpp
+    checkpoint/safetensors.cpp
+    checkpoint/weights.cpp
+    data/corpus.cpp
+    data/dataset.cpp
+    data/sampler.cpp
+    data/token_shard.cpp
     io/durable_file.cpp
     io/mapped_file.cpp
     io/strict_json.cpp

@@ -58,6 +58,15 @@ void DurableFile::write_through(std::span<const std::byte> bytes) {
     }
 }
 
+void DurableFile::overwrite_start(std::span<const std::byte> bytes) {
+    flush();
+    for (size_t at = 0; at < bytes.size();) {
+        const ssize_t written = ::pwrite(fd_, bytes.data() + at, bytes.size() - at, static_cast<off_t>(at));
+        if (written < 0 && errno != EINTR) throw_system_error(path_, "cannot write", errno);
+        if (written > 0) at += static_cast<size_t>(written);
+    }
+}
+
 void DurableFile::finish() {
     flush();
     if (::fsync(fd_) != 0) throw_system_error(path_, "cannot fsync", errno);

@@ -32,6 +32,9 @@ public:
         write(std::as_bytes(values));
     }
 
+    /// Replaces bytes at the start of the file, for headers that hold counts. Not part of hash().
+    void overwrite_start(std::span<const std::byte> bytes);
+
     /// Writes what is buffered, then fsyncs and closes. Nothing may be written afterwards.
     void finish();
 
