@@ -15,7 +15,7 @@ RunLog::RunLog(const std::filesystem::path& file, int64_t keep_until) : path_(fi
             // A line that was cut short by a kill is not JSON; it lies behind the checkpoint anyway.
             if (!line.is_object() || !line.contains("step") || !line["step"].is_number_integer()) continue;
             if (line["step"].get<int64_t>() > keep_until) continue;
-            kept += text + "\n";
+            kept.append(text).push_back('\n');
             remember(line);
         }
     }
@@ -27,7 +27,8 @@ RunLog::RunLog(const std::filesystem::path& file, int64_t keep_until) : path_(fi
 
 void RunLog::write(const nlohmann::ordered_json& line) {
     remember(line);
-    const std::string text = line.dump() + "\n";
+    std::string text = line.dump();
+    text.push_back('\n');
     if (std::fputs(text.c_str(), file_.get()) < 0 || std::fflush(file_.get()) != 0)
         throw_system_error(path_, "cannot write the log", errno);
 }

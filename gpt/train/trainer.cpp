@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include "gpt/io/durable_file.hpp"
+#include "gpt/random.hpp"
 #include "gpt/train/interrupt.hpp"
 #include "gpt/train/loss_plot.hpp"
 
