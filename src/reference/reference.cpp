@@ -99,7 +99,7 @@ struct Head {
           k(read_rows<A>(p.k, p.dtype, b, h_k, seq.k_row, seq.seqlen_k, p.size.head_dim)),
           v(read_rows<A>(p.v, p.dtype, b, h_k, seq.k_row, seq.seqlen_k, p.size.head_dim_v)) {
         if (p.score.alibi_slopes) {
-            slope = A::Storage::load(p.score.alibi_slopes, DType::f32, b * p.score.alibi_batch_stride + h);
+            alibi_slope = A::Storage::load(p.score.alibi_slopes, DType::f32, b * p.score.alibi_batch_stride + h);
         }
     }
 
@@ -109,7 +109,7 @@ struct Head {
 
     struct Score {
         Real value;
-        Real slope;  // d value / d (scaled dot product)
+        Real derivative;  // d value / d (scaled dot product)
     };
 
     Score score(const std::vector<Real>& q_row, int64_t i, int64_t j) const {
@@ -119,7 +119,7 @@ struct Head {
         if (score.softcap > 0) {
             const Real capped = rounded(std::tanh(rounded(s.value / Real(score.softcap))));
             s.value = rounded(Real(score.softcap) * capped);
-            s.slope = 1 - capped * capped;
+            s.derivative = 1 - capped * capped;
         }
         if (score.bias) {
             const int64_t at = b * score.bias.batch_stride + h * score.bias.head_stride + i * score.bias.row_stride +
@@ -127,7 +127,7 @@ struct Head {
             s.value = rounded(s.value + Real(A::Storage::load(score.bias.data, p.bias_dtype, at)));
         }
         if (score.alibi_slopes) {
-            s.value = rounded(s.value - slope * static_cast<Real>(std::abs(i + seq.diagonal - j)));
+            s.value = rounded(s.value - alibi_slope * static_cast<Real>(std::abs(i + seq.diagonal - j)));
         }
         return s;
     }
@@ -153,7 +153,7 @@ struct Head {
     BandMask mask;
     std::vector<Real> k;  // (seqlen_k, head_dim)
     std::vector<Real> v;  // (seqlen_k, head_dim_v)
-    Real slope = 0;
+    Real alibi_slope = 0;
 };
 
 template <class A>
@@ -263,7 +263,7 @@ void backward_head(const BackwardParams& p, const Head<A>& head, std::vector<typ
                 dp = head.rounded(dp * factor);
                 Real ds = head.rounded(probability * (dp - delta));
                 dbias.add(head.b, head.h, i, j, ds);
-                ds = head.rounded(ds * s.slope);
+                ds = head.rounded(ds * s.derivative);
                 ds = head.rounded(ds * Real(p.score.softmax_scale));
                 add_scaled(dq.data(), ds, &head.k[j * head_dim], head_dim);
                 add_scaled(&dk[j * head_dim], ds, q.data(), head_dim);
