@@ -104,7 +104,8 @@ TEST(StrictJson, RefusesDamageAndTricks) {
     EXPECT_NO_THROW(parse("[[[[1]]]]"));
     EXPECT_THROW_WITH(parse(std::string(1001, ' ')), FileError, "longer than the limit of 1000");
     for (const char* bad : {"", "{", "{\"a\": 1", "[1,]", "nul", "{} {}", "{\"a\": 01}", "\"\xFF\"", "{1: 2}", "[1e999]"}) {
-        EXPECT_THROW_WITH(parse(bad), FileError, "is not valid JSON") << bad;
+        SCOPED_TRACE(bad);
+        EXPECT_THROW_WITH(parse(bad), FileError, "is not valid JSON");
     }
 }
 
