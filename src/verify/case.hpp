@@ -89,6 +89,9 @@ std::string_view dtype_name(DType dtype);
 /// The correctness list: over 3,000 cases, each named once.
 std::vector<Case> verify_cases();
 
+/// `base` with every option alone and with every pair of options that go together.
+std::vector<Case> option_cases(const Case& base);
+
 /// The speed list: dtype x head_dim x mask x sequence length x heads.
 std::vector<Case> bench_cases();
 
