@@ -23,7 +23,7 @@ struct AttentionForward {
     Buffer k;    // (total_k, num_heads_k, head_dim)
     Buffer v;    // (total_k, num_heads_k, head_dim)
     Buffer out;  // (total_q, num_heads, head_dim)
-    float* lse;  // (num_heads, total_q)
+    float* lse;  // (num_heads, total_q), or null: no backward will follow
 };
 
 struct AttentionBackward {

@@ -16,7 +16,9 @@ Tensor rows_of(Buffer data, int64_t rows, int64_t heads, int64_t head_dim, int64
     return Tensor(data.data, data.precision == Precision::fp32 ? DType::f32 : DType::bf16, shape, strides);
 }
 
-Tensor lse_of(const AttentionForward& a) { return Tensor(a.lse, {a.shape.num_heads, a.shape.total_q}); }
+Tensor lse_of(const AttentionForward& a) {
+    return a.lse ? Tensor(a.lse, {a.shape.num_heads, a.shape.total_q}) : Tensor();
+}
 
 Attention inputs(const AttentionForward& a, int threads) {
     const AttentionShape& s = a.shape;
