@@ -18,7 +18,7 @@ while [ "$#" -gt 0 ]; do
 done
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | head -1 | tr ' /' '--' | tr '[:upper:]' '[:lower:]')
-commit=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
+commit=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo "${STROBE_COMMIT:-unknown}")
 mkdir -p "$output/$gpu"
 
 cmake --preset cuda -DSTROBE_BUILD_GPT=OFF -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
