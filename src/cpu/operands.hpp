@@ -98,12 +98,17 @@ STROBE_CPU_INLINE Rows read_rows_down(const T* src, int64_t src_stride, int64_t 
 inline constexpr int64_t kMaxHeadDim = 512;
 
 /// A matrix that is summed down, packed for Layout::packed: for each register block of columns, all rows of it behind
-/// one another, so that a product reads it as one stream. `dst` has kWidth words of slack.
+/// one another, so that a product reads it as one stream. Words of dst past the last one are left alone.
 template <class T>
 inline void pack_column_blocks(const T* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst) {
+    // A block's row is copied in whole vectors, which run over into the rows that follow and are written later: not so
+    // in the last rows, nor where that would read past the end of the source.
+    constexpr int64_t kSpan = (kBlockRows + kWidth - 1) / kWidth * kWidth;
     alignas(64) float buffer[kMaxHeadDim];
     const EvenBlocks blocks(columns);
-    const int64_t pitch = words<T>(rows);
+    const int64_t pitch = words<T>(rows), small = blocks.small, large = small + 1;
+    const int64_t whole_blocks = columns < kSpan ? 0 : lesser(blocks.count, (columns - kSpan) / large + 1);
+    const int64_t whole_rows = small ? pitch - (kSpan + small - 1) / small + 1 : 0;
     for (int64_t r = 0; r < pitch; ++r) {
         const float* row = buffer;
         if constexpr (__is_same(T, float)) {
@@ -111,18 +116,22 @@ inline void pack_column_blocks(const T* src, int64_t src_stride, int64_t rows, i
         } else {
             read_down(src, src_stride, rows, r, columns, buffer, columns);
         }
-        for (int64_t block = 0, c = 0; block < blocks.count; ++block) {
-            const int64_t size = blocks.size(block);
-            const int64_t whole = round_up(size, kWidth);
-            float* const out = dst + c * pitch + r * size;
-            // Whole vectors run over into the rows that follow, which are written later: only not past the block's
-            // last row, nor past the end of the source.
-            if (c + whole <= columns && r * size + whole <= pitch * size) {
-                for (int64_t x = 0; x < size; x += kWidth) store(out + x, load(row + c + x));
-            } else {
-                for (int64_t x = 0; x < size; ++x) out[x] = row[c + x];
+        int64_t block = 0;
+        float* out = dst;
+        const auto copy_blocks = [&](int64_t size, int64_t end) __attribute__((always_inline)) {
+            for (; block < end; ++block, row += size, out += size * pitch) {
+                for (int64_t x = 0; x < kSpan; x += kWidth) store(out + r * size + x, load(row + x));
             }
-            c += size;
+        };
+        if (r < whole_rows) {
+            copy_blocks(large, lesser(blocks.num_large, whole_blocks));
+            copy_blocks(small, block < blocks.num_large ? 0 : whole_blocks);
+        }
+        for (; block < blocks.count; ++block) {
+            const int64_t size = blocks.size(block);
+            for (int64_t x = 0; x < size; ++x) out[r * size + x] = row[x];
+            row += size;
+            out += size * pitch;
         }
     }
 }

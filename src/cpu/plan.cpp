@@ -41,10 +41,12 @@ ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
     const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
     const int dim = std::max(s.head_dim, s.head_dim_v);
 
-    // A block's queries and outputs stay in the second-level cache beside one tile of keys and values.
-    plan.block_q = dim <= 128 ? kMaxBlockQ : dim <= 256 ? 64 : 32;
+    // A block's queries and outputs stay in the second-level cache beside one tile of keys and values; large blocks spread
+    // the cost of packing the tile, small ones the work over the threads.
+    plan.block_q = dim <= 128 ? kMaxBlockQ : dim <= 256 ? kMaxBlockQ / 2 : kMaxBlockQ / 4;
     plan.block_k = dim <= 128 ? 128 : 64;
-    while (plan.block_q > kMaxPanel && heads * ceil_div(rows, plan.block_q) < 4 * plan.threads) plan.block_q /= 2;
+    const auto too_few = [&] { return heads * ceil_div(rows, plan.block_q) < (plan.block_q > 64 ? 4 : 2) * plan.threads; };
+    while (plan.block_q > kMaxPanel && too_few()) plan.block_q /= 2;
     plan.blocks = ceil_div(rows, plan.block_q);
     plan.tasks = plan.blocks * heads;
     plan.threads = static_cast<int>(std::clamp<int64_t>(plan.threads, 1, std::max<int64_t>(plan.tasks, 1)));
@@ -53,7 +55,7 @@ ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
     plan.q = floats.take(plan.block_q * s.head_dim);
     plan.o = floats.take(plan.block_q * s.head_dim_v);
     plan.k = floats.take(plan.block_k * s.head_dim);
-    plan.v = floats.take(plan.block_k * s.head_dim_v + kMaxPanel);
+    plan.v = floats.take(plan.block_k * s.head_dim_v);
     plan.scores = floats.take(plan.block_k * kMaxPanel);
     plan.extra = floats.take(p.score.bias || p.dropout.enabled() ? plan.block_k * kMaxPanel : 0);
     plan.floats_per_thread = floats.size();
