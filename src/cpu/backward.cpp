@@ -74,7 +74,7 @@ struct RowPass {
                       p.size.head_dim_v);
         });
         call.shared<float>(call.plan.delta)[at] = sum - dlse;
-        call.shared<float>(call.plan.neg_lse)[at] = lse == -kInfinity ? lse : -lse;
+        call.shared<float>(call.plan.neg_lse)[at] = lse == -kInfinity ? lse : -lse * kLog2E;
     }
 
     template <class O>

@@ -190,10 +190,10 @@ private:
         const int64_t column = keys_.begin + panel * kPanel;
         const float* const neg_lse = row_array(plan_.neg_lse);
         const float* const delta = row_array(plan_.delta);
-        const Vec scale = splat(score_.scale);
+        const Vec scale = splat(score_.exponent_scale);
         replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
             const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
-            Vec prob = exp2(min(splat(128.0f), fma(load(p() + at), scale, splat(neg_lse[r])) * splat(kLog2E)));
+            Vec prob = exp2(min(splat(128.0f), fma(load(p() + at), scale, splat(neg_lse[r]))));
             Vec grad = prob * (load(ds() + at) - splat(delta[r]));
             if constexpr (kMasked) {
                 const IVec visible = visible_lanes(queries_.begin + r, column, lane);
@@ -218,14 +218,14 @@ private:
             const Vec product = load(p() + at);
             Vec prob, cap_tanh = zero();
             if (score_.plain) {
-                prob = exp2(min(splat(128.0f), fma(product, splat(score_.scale), splat(neg_lse[r])) * splat(kLog2E)));
+                prob = exp2(min(splat(128.0f), fma(product, splat(score_.exponent_scale), splat(neg_lse[r]))));
             } else {
                 const int64_t first = lesser(column + lane, keys_.end);
                 if (p_.score.bias) read_bias(i, {first, lesser(first + kWidth, keys_.end)}, bias);
                 cap_tanh = score_.cap_tanh(product);
                 Vec x = score_.capped(product, cap_tanh) + load(bias);
                 if (p_.score.alibi_slopes) x += alibi(splat(slope), distances(i, column, lane));
-                prob = exp2(min(splat(128.0f), (x + splat(neg_lse[r])) * splat(kLog2E)));
+                prob = exp2(min(splat(128.0f), fma(x, splat(score_.exponent_scale), splat(neg_lse[r]))));
             }
             const Vec factor = factors ? load(factors + (r - rows.begin) * kPanel + lane) : splat(1.0f);
             prob = select(visible, prob, zero());

@@ -23,11 +23,7 @@ struct IsaList {
 };
 
 #if defined(STROBE_CPU_X86)
-// Two features that __builtin_cpu_supports of some compilers has no name for.
-bool has_f16c() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1u) != 0;
-}
+/// CPUID leaf 7, subleaf 1: a feature that __builtin_cpu_supports of older compilers has no name for.
 bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1u) != 0;
@@ -38,7 +34,7 @@ IsaList detect() {
     IsaList list;
     list.add(Isa::portable);
 #if defined(STROBE_CPU_X86)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every such processor has f16c
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) list.add(Isa::avx2);
