@@ -1,4 +1,4 @@
-// Attention backward, in two or three passes over the workspace. First, per query row: delta and the exponents. Then the main pass, one task per
+// Attention backward, in two or three passes over the workspace. First, per query row: delta and -lse. Then the main pass, one task per
 // block of keys of a key head: dK and dV stay with the task, and each query block's share of dQ is added in ascending key
 // order, so that the result does not depend on timing. With a bias gradient, a third pass sums dS over the broadcast axes.
 #include <sched.h>
@@ -43,7 +43,7 @@ void run_pass(const BackwardParams& p, const BackwardPlan& plan, int64_t tasks) 
                    [](void* context, int worker) { Pass::run(*static_cast<Call*>(context), worker); }, &call);
 }
 
-/// Writes delta and the exponents, and the zero rows of dQ that the main pass never visits; resets the turns.
+/// Writes delta and -lse, and the zero rows of dQ that the main pass never visits; resets the turns.
 template <class T>
 class RowPass {
 public:
@@ -70,7 +70,7 @@ private:
             } else {
                 deltas<float>(panel);
             }
-            exponents(panel);
+            negate_lse(panel);
         }
         const bool visited = !sequence_.mask(p_.mask).key_range(rows.begin, rows.end).empty();
         if (p_.accumulate) return;
@@ -116,15 +116,11 @@ private:
         for (int64_t r = 0; r < rows.size(); ++r) to[r] = delta[r] - (p_.dlse ? value(p_.dlse, rows.begin + r) : 0.0f);
     }
 
-    void exponents(IndexRange rows) const {
-        const int64_t at = row_index(p_, sequence_, batch_, head_, rows.begin);
+    void negate_lse(IndexRange rows) const {
+        float* const to = call_.shared<float>(plan_.neg_lse) + row_index(p_, sequence_, batch_, head_, rows.begin);
         for (int64_t r = 0; r < rows.size(); ++r) {
             const float lse = value(p_.lse, rows.begin + r);
-            const double exact = -static_cast<double>(lse) / kLn2;
-            const float rounded = static_cast<float>(exact);
-            call_.shared<float>(plan_.exponent)[at + r] = lse == -kInfinity ? lse : rounded;
-            call_.shared<float>(plan_.exponent_rest)[at + r] =
-                __builtin_isfinite(lse) ? static_cast<float>(exact - static_cast<double>(rounded)) : 0.0f;
+            to[r] = lse == -kInfinity ? lse : -lse;
         }
     }
 

@@ -147,8 +147,7 @@ private:
     /// Per query row, from the block's first: what RowPass left in the workspace.
     struct RowArrays {
         const float* delta;
-        const float* exponent;
-        const float* exponent_rest;
+        const float* neg_lse;
     };
 
     RowArrays row_arrays() const {
@@ -156,12 +155,13 @@ private:
         const auto array = [&](size_t offset) {
             return reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset) + first;
         };
-        return {array(plan_.delta), array(plan_.exponent), array(plan_.exponent_rest)};
+        return {array(plan_.delta), array(plan_.neg_lse)};
     }
 
+    /// Subtracted first and then brought to base 2: the other way round, two numbers of the size of the score would each be
+    /// rounded before they cancel.
     static STROBE_CPU_INLINE Vec probability(Vec score, Vec scale, const RowArrays& row, int64_t r) {
-        const Vec x = fma(score, scale, splat(row.exponent[r])) + splat(row.exponent_rest[r]);
-        return exp2(min(splat(128.0f), x));
+        return exp2(min(splat(128.0f), fma(score, scale, splat(row.neg_lse[r])) * splat(kLog2E)));
     }
 
     /// Lanes of the panel that row i sees.
@@ -204,7 +204,7 @@ private:
     void plain_scores(int64_t panel) {
         const int64_t column = keys_.begin + panel * kPanel;
         const RowArrays row = row_arrays();
-        const Vec scale = splat(score_.exponent_scale);
+        const Vec scale = splat(score_.final_scale);
         replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
             const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
             Vec prob = probability(load(p() + at), scale, row, r);
@@ -222,7 +222,7 @@ private:
         const IndexRange rows = rows_[panel];
         const int64_t column = keys_.begin + panel * kPanel;
         const RowArrays row = row_arrays();
-        const Vec scale = splat(score_.exponent_scale);
+        const Vec scale = splat(score_.final_scale);
         const float slope = p_.score.alibi_slopes ? p_.score.alibi_slopes[batch_ * p_.score.alibi_batch_stride + head_] : 0.0f;
         const float* const factors = p_.dropout.enabled() ? dropout_factors(panel) : nullptr;
         alignas(64) float bias[kWidth] = {};

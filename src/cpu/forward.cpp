@@ -221,7 +221,7 @@ private:
     void softmax(int64_t panel, int64_t count, float* s) {
         float* const row_max = row_max_ + panel * kPanel;
         float* const row_sum = row_sum_ + panel * kPanel;
-        const Vec scale = splat(score_.exponent_scale);
+        const Vec scale = splat(score_.final_scale * kLog2E);
         Vec max0 = load(row_max), max1 = load(row_max + kWidth);
         {
             Vec other0 = max0, other1 = max1;
@@ -240,14 +240,15 @@ private:
             max1 = max(other1, max1);
         }
         const Vec none = splat(-kInfinity);
-        const Vec base0 = select(max0 == none, zero(), max0 * scale);
-        const Vec base1 = select(max1 == none, zero(), max1 * scale);
-        const Vec correction0 = exp2(load(row_max) * scale - base0);
-        const Vec correction1 = exp2(load(row_max + kWidth) * scale - base1);
+        const Vec base0 = select(max0 == none, zero(), max0);
+        const Vec base1 = select(max1 == none, zero(), max1);
+        // The difference is scaled, not the other way round: the largest exponential is exactly 1.
+        const Vec correction0 = exp2((load(row_max) - base0) * scale);
+        const Vec correction1 = exp2((load(row_max + kWidth) - base1) * scale);
         Vec sum0 = zero(), sum1 = zero();
         for (int64_t t = 0; t < count; ++t) {
-            const Vec p0 = exp2(fma(load(s + t * kPanel), scale, -base0));
-            const Vec p1 = exp2(fma(load(s + t * kPanel + kWidth), scale, -base1));
+            const Vec p0 = exp2((load(s + t * kPanel) - base0) * scale);
+            const Vec p1 = exp2((load(s + t * kPanel + kWidth) - base1) * scale);
             sum0 += p0;
             sum1 += p1;
             store(s + t * kPanel, p0);
@@ -318,13 +319,8 @@ private:
         return p_.lse.data[batch_ * p_.lse.batch_stride + head_of(lane) * p_.lse.head_stride + sequence_.q_row + query_of(lane)];
     }
 
-    /// The exponentials are relative to fl(max * exponent_scale): the sum is brought back with that very number, and what the rounding
-    /// of the scale itself lost is added.
     float log_sum(float max, float sum) const {
-        const double scale = score_.plain ? static_cast<double>(score_.scale) : 1.0;
-        const float base = max * score_.exponent_scale;
-        const double lost = static_cast<double>(max) * (scale - static_cast<double>(score_.exponent_scale) * kLn2);
-        return static_cast<float>(static_cast<double>(base) * kLn2 + __builtin_log(static_cast<double>(sum)) + lost);
+        return static_cast<float>(static_cast<double>(max) * static_cast<double>(score_.final_scale) + __builtin_log(static_cast<double>(sum)));
     }
 
     void write_output(int64_t panel, const float* inverse) {
