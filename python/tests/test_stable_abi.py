@@ -41,22 +41,42 @@ def test_needed_libraries():
     assert not [n for n in needed if "c10" in n or "python" in n or "cuda" in n]
 
 
-def test_declarations_agree_with_torch(tmp_path):
-    """torch's own headers first, then ours: the compiler refuses a declaration that differs."""
+@pytest.fixture(scope="module")
+def compile_check():
+    """Compiles a text against torch's headers without output; gives the errors."""
     compiler = shutil.which("c++") or shutil.which("g++")
     include = pathlib.Path(torch.__file__).parent / "include"
     if compiler is None or not (include / "torch/csrc/stable/c/shim.h").exists():
         pytest.skip("needs a C++ compiler and torch's headers")
-    both = tmp_path / "both.cpp"
-    both.write_text(
-        "#define USE_CUDA 1\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <torch/csrc/stable/c/shim.h>\n"
-        '#include "torch_abi.h"\n'
-    )
-    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", f"-I{SOURCES}", both]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    wrong = (SOURCES / "torch_abi.h").read_text().replace("aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* dim)",
-                                                         "aoti_torch_get_dim(AtenTensorHandle tensor, int64_t dim, int)")
-    (tmp_path / "torch_abi.h").write_text(wrong.replace("AOTITorchError torch_get_num_threads", "int64_t torch_get_num_threads"))
-    command[4] = f"-I{tmp_path}"
-    assert subprocess.run(command, capture_output=True).returncode != 0
+
+    def run(text: str, folder, *options: str) -> str:
+        source = folder / "check.cpp"
+        source.write_text(
+            "#define USE_CUDA 1\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <torch/csrc/stable/c/shim.h>\n" + text
+        )
+        command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", *options, source]
+        return subprocess.run(command, capture_output=True, text=True).stderr
+
+    return run
+
+
+def test_declarations_agree_with_torch(tmp_path, compile_check):
+    """torch's own headers first, then ours: the compiler refuses a declaration that differs."""
+    text = '#include "torch_abi.h"\n'
+    assert compile_check(text, tmp_path, f"-I{SOURCES}") == ""
+    header = (SOURCES / "torch_abi.h").read_text()
+    wrong = header.replace("AOTITorchError torch_get_num_threads", "int64_t torch_get_num_threads")
+    assert wrong != header
+    (tmp_path / "torch_abi.h").write_text(wrong)
+    assert "torch_get_num_threads" in compile_check(text, tmp_path, f"-I{tmp_path}")
+
+
+def test_torch_2_9_has_every_function(tmp_path, compile_check):
+    """With torch's headers restricted to version 2.9, all functions but the optional one are still declared."""
+    names = sorted(s.split("@")[0] for s in undefined_symbols() if s.startswith(("aoti_torch_", "torch_")))
+    assert "torch_get_num_threads" in names
+    names.remove("torch_get_num_threads")  # a weak reference: null before 2.10
+    text = "".join(f"auto* use_{name} = &{name};\n" for name in names)
+    assert compile_check(text, tmp_path, "-DTORCH_TARGET_VERSION=0x0209000000000000ULL") == ""
+    text += "auto* newer = &torch_get_num_threads;\n"
+    assert "torch_get_num_threads" in compile_check(text, tmp_path, "-DTORCH_TARGET_VERSION=0x0209000000000000ULL")
