@@ -3,11 +3,13 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "gpt/text/utf8.hpp"
+#include "gpt/tokenizer/unicode_additions.hpp"
 
 namespace strobe::gpt {
 
@@ -30,12 +32,20 @@ constexpr size_t kMaxPatternBytes = 8192;
 constexpr std::string_view kSpaces =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 
-/// Rewrites \s and \S, inside and outside of character classes, into explicit sets.
-std::string spell_out_spaces(std::string_view pattern) {
+/// Rewrites \s, \S and the categories that newer Unicode extended, inside and outside of character classes, into explicit sets.
+std::string spell_out_classes(std::string_view pattern) {
     std::string out;
     bool in_class = false;
     for (size_t i = 0; i < pattern.size(); ++i) {
         const char c = pattern[i];
+        const auto addition = std::find_if(kUnicodeAdditions.begin(), kUnicodeAdditions.end(), [&](const UnicodeAddition& a) {
+            return pattern.substr(i).starts_with(a.property);
+        });
+        if (addition != kUnicodeAdditions.end()) {
+            out.append(in_class ? "" : "[").append(addition->property).append(addition->ranges).append(in_class ? "" : "]");
+            i += addition->property.size() - 1;
+            continue;
+        }
         if (c == '\\' && i + 1 < pattern.size()) {
             const char escaped = pattern[++i];
             if (escaped == 's') {
@@ -90,7 +100,7 @@ Splitter::Splitter(std::string_view pattern) : pattern_(pattern) {
     if (pattern.empty()) return;
     if (pattern.size() > kMaxPatternBytes) throw std::invalid_argument("split pattern is longer than 8192 bytes");
     if (valid_utf8_prefix(pattern) != pattern.size()) throw std::invalid_argument("split pattern is not valid UTF-8");
-    compiled_ = std::make_unique<Compiled>(spell_out_spaces(pattern));
+    compiled_ = std::make_unique<Compiled>(spell_out_classes(pattern));
 }
 
 Splitter::Splitter(Splitter&&) noexcept = default;

@@ -44,6 +44,12 @@ TEST(Splitter, MongolianVowelSeparatorIsNoSpace) {
     EXPECT_EQ(pieces(kGpt2Pattern, "a\u0085\u2028b"), (Pieces{"a", "\u0085", "\u2028", "b"}));
 }
 
+TEST(Splitter, KnowsTheLettersAndDigitsOfUnicode16) {
+    EXPECT_EQ(pieces(kGpt2Pattern, "a\U00031350\u1c89b"), (Pieces{"a\U00031350\u1c89b"}));
+    EXPECT_EQ(pieces(kGpt2Pattern, "1\U00016d70x"), (Pieces{"1\U00016d70", "x"}));
+    EXPECT_EQ(pieces(kO200kPattern, "a\u1c89\u1c8a"), (Pieces{"a", "\u1c89\u1c8a"})) << "a capital starts a new word";
+}
+
 TEST(Splitter, PiecesAreTheTextByteForByte) {
     std::mt19937 random(4);
     const Pieces parts = {"a", "Z", " ", "\n", "\r", "\t", "'s", "7", "!", "\u00e9", "\u4e2d", "\U0001F600", "\u0301", "\u00a0",
