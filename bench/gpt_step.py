@@ -38,16 +38,18 @@ def time_torch(architecture, size, steps, threads):
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     tokens = torch.randint(size["vocab"], (size["batch"], size["seqlen"]))
     targets = torch.randint(size["vocab"], (size["batch"] * size["seqlen"],))
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(steps + 1):
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         optimizer.zero_grad(set_to_none=True)
         logits = model(tokens, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.view(-1, size["vocab"]), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         seconds.append(time.perf_counter() - begin)
-    return {"parameters": parameters, "seconds_median": statistics.median(seconds[1:]), "seconds_min": min(seconds[1:])}
+        cpu_seconds.append(time.process_time() - cpu_begin)
+    return {"parameters": parameters, "seconds_median": statistics.median(seconds[1:]), "seconds_min": min(seconds[1:]),
+            "cpu_seconds_median": statistics.median(cpu_seconds[1:])}
 
 
 def time_strobe(program, architecture, size, steps, threads):
@@ -63,9 +65,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=SIZES["batch"])
     parser.add_argument("--json")
     parser.add_argument("--torch-only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    SIZES["batch"] = args.batch
     if args.torch_only:  # a process of its own, so that neither side's threads or memory touch the other
         print(json.dumps(time_torch(args.torch_only, SIZES, args.steps, args.threads)))
         return
@@ -76,14 +80,17 @@ def main():
         for _ in range(args.rounds):
             ours.append(time_strobe(args.program, architecture, SIZES, args.steps, args.threads))
             peer = [sys.executable, __file__, args.program, "--torch-only", architecture, "--steps", str(args.steps),
-                    "--threads", str(args.threads)]
+                    "--threads", str(args.threads), "--batch", str(args.batch)]
             theirs.append(json.loads(subprocess.run(peer, check=True, capture_output=True, text=True).stdout))
         best = min(ours, key=lambda r: r["seconds_median"])
         ratio = statistics.median(t["seconds_median"] for t in theirs) / statistics.median(o["seconds_median"] for o in ours)
+        cpu = statistics.median(t["cpu_seconds_median"] for t in theirs) / statistics.median(o["cpu_seconds_median"] for o in ours)
         fastest = min(t["seconds_min"] for t in theirs) / min(o["seconds_min"] for o in ours)
-        record["models"][architecture] = {"ratio_of_medians": ratio, "ratio_of_fastest": fastest, "strobe": ours, "torch": theirs}
+        record["models"][architecture] = {"ratio_of_medians": ratio, "ratio_of_fastest": fastest, "ratio_of_cpu_seconds": cpu,
+                                           "strobe": ours, "torch": theirs}
         print(f"{architecture}: {best['parameters'] / 1e6:.1f} M parameters, strobe {best['seconds_median']:.3f} s, torch "
-              f"{min(t['seconds_median'] for t in theirs):.3f} s; torch / strobe = {ratio:.2f} (medians), {fastest:.2f} (fastest)")
+              f"{min(t['seconds_median'] for t in theirs):.3f} s; torch / strobe = {ratio:.2f} (medians), {fastest:.2f} (fastest), {cpu:.2f} "
+              "(CPU seconds)")
         for name, row in best["operators"].items():
             print(f"    {name:<14} {row['seconds_per_step']:8.4f} s  {row['gflops_per_second']:8.1f} GFLOP/s")
     if args.json:

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "gpt/train/optimizer.hpp"
@@ -39,17 +40,21 @@ int main(int argc, char** argv) {
     batch.cu_seqlens.push_back(static_cast<int32_t>(batch.tokens.size()));
 
     const double peak = backend.measure_peak();
-    std::vector<double> seconds;
+    std::vector<double> seconds, cpu_seconds;
     double loss = 0.0;
     for (int64_t step = 1; step <= steps + 1; ++step) {
         if (step == 2) backend.times().clear();
         const auto start = std::chrono::steady_clock::now();
+        const std::clock_t cpu_start = std::clock();
         model.clear_gradients();
         loss = model.forward_backward(batch, 1.0f / static_cast<float>(batch.tokens.size()));
         optimizer.apply(backend.exec(), weights.values, model.gradients(), step, 1e-4f);
-        if (step > 1) seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        if (step == 1) continue;
+        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        cpu_seconds.push_back(static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC);
     }
     std::sort(seconds.begin(), seconds.end());
+    std::sort(cpu_seconds.begin(), cpu_seconds.end());
     const double median = seconds[seconds.size() / 2];
     const double flops = config.flops_per_token(seqlen) * static_cast<double>(batch.tokens.size());
     nlohmann::ordered_json out{{"architecture", argv[1]},
@@ -58,6 +63,7 @@ int main(int argc, char** argv) {
                                {"tokens_per_step", batch.tokens.size()},
                                {"seconds_median", median},
                                {"seconds_min", seconds.front()},
+                               {"cpu_seconds_median", cpu_seconds[cpu_seconds.size() / 2]},
                                {"tokens_per_second", static_cast<double>(batch.tokens.size()) / median},
                                {"gflops_per_second", flops / median * 1e-9},
                                {"peak_gflops_per_second", peak * 1e-9},
