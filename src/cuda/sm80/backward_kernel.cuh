@@ -1,0 +1,217 @@
+// FlashAttention-2 backward on mma.sync. One CTA per (key tile, key head, batch): K and V stay in shared memory, dK and
+// dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE, scores
+// are held transposed (keys x queries). dQ is reduced into the fp32 workspace, or left to its own deterministic pass.
+#pragma once
+
+#include "cuda/common/kernel_variant.hpp"
+#include "cuda/sm80/backward_rows.cuh"
+#include "cuda/sm80/schedule.hpp"
+#include "cuda/sm80/score_gradient.cuh"
+
+namespace strobe::sm80 {
+
+template <int kCols, int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], uint32_t tile, int row0,
+                                               int col0, int lane) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j) {
+                store_shared(tile + TileLayout<kCols>::offset(row0 + 16 * i + 8 * h + lane / 4, col0 / 8 + j) + 4 * (lane % 4),
+                             packed[i][j][h]);
+            }
+}
+
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCode)).threads,
+                                  BackwardConfig(cuda::decode_variant(kVariantCode)).ctas_per_sm)
+    backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ TileOrder order,
+                    const __grid_constant__ BackwardWorkspace ws) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    constexpr BackwardConfig kConfig(V);
+    constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages, kThreads = kConfig.threads;
+    constexpr bool kGeneral = V.features == Features::general;
+    constexpr int kScoreKeys = kN / kConfig.score_warps_n, kScoreQueries = kConfig.step_m / kConfig.score_warps_m;
+    constexpr int kScoreM = kScoreKeys / 16, kScoreN = kScoreQueries / 8;
+    constexpr int kOutRows = kN / kConfig.out_warps_n;
+    constexpr int kOutM = kOutRows / 16, kOutN = kD / kConfig.out_warps_d / 8;
+    constexpr int kDqRows = kM / kConfig.dq_warps_m;
+    constexpr int kDqM = kDqRows / 16, kDqN = kD / kConfig.dq_warps_d / 8;
+    extern __shared__ __align__(128) unsigned char smem[];
+
+    const TileIndex index = order.at(blockIdx.x);
+    const int batch = static_cast<int>(index.head / p.size.num_heads_k);
+    const int kv_head = static_cast<int>(index.head % p.size.num_heads_k);
+    const int group = p.size.num_heads / p.size.num_heads_k;
+    const Sequence seq = sequence_of(p, batch);
+    const int64_t k_begin = static_cast<int64_t>(index.tile) * kN;
+    if (k_begin >= seq.rows_k) return;
+    MaskParams mask_params = p.mask;
+    if constexpr (V.mask == MaskClass::full) mask_params.window_left = mask_params.window_right = -1;
+    const BandMask mask = seq.mask(mask_params);
+    const Band band(mask);
+    const IndexRange queries = mask.query_range(k_begin, k_begin + kN);
+    const int tile_begin = queries.empty() ? 0 : static_cast<int>(queries.begin / kM);
+    const int tiles = queries.empty() ? 0 : static_cast<int>((queries.end + kM - 1) / kM) - tile_begin;
+    const int steps = tiles * group;
+
+    const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+    const int score_key = warp % kConfig.score_warps_n * kScoreKeys;
+    const int score_query = warp / kConfig.score_warps_n * kScoreQueries;
+    const int out_row = warp / kConfig.out_warps_d * kOutRows, out_col = warp % kConfig.out_warps_d * 16;
+    const int dq_row = warp / kConfig.dq_warps_d * kDqRows, dq_col = warp % kConfig.dq_warps_d * 16;
+
+    const uint32_t k_smem = smem_address(smem);
+    const uint32_t v_smem = k_smem + kConfig.kv_bytes;
+    const uint32_t q_smem = v_smem + kConfig.kv_bytes;
+    const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
+    const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;
+    const uint32_t p_smem = ds_smem + kConfig.score_bytes;  // only when P passes through shared memory
+    constexpr int kStatOffset =
+        2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kConfig.p_in_registers ? 1 : 2) * kConfig.score_bytes;
+    const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
+    const float* const stats = reinterpret_cast<const float*>(smem + kStatOffset);
+
+    const auto load_queries = [&](int step, int stage) {
+        const int head = kv_head * group + step / tiles;
+        const int tile = tile_begin + step % tiles;
+        const int64_t row = static_cast<int64_t>(tile) * kM;
+        const int valid = static_cast<int>(seq.seqlen_q - row);
+        const Operand q(p.q, batch, seq.q_row + row, head);
+        const Operand dout(p.dout, batch, seq.q_row + row, head);
+        load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid, p.size.head_dim,
+                                               q.aligned(p.size.head_dim), thread);
+        load_tile<kM, kD, kThreads, !kGeneral>(do_smem + stage * kConfig.q_bytes, dout.data, dout.row_stride, valid,
+                                               p.size.head_dim_v, dout.aligned(p.size.head_dim_v), thread);
+        if (thread < kM / 2) {
+            const int64_t stat = (ws.first_tile(p, seq, batch, head) + tile) * kM;
+            const float* from = (thread < kM / 4 ? ws.lse_log2 : ws.delta) + stat + thread % (kM / 4) * 4;
+            cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from, true);
+        }
+        cp_async_commit();
+    };
+
+    float dk[kOutM][kOutN][4], dv[kOutM][kOutN][4];
+    clear(dk);
+    clear(dv);
+    if (steps > 0) {
+        const Operand k_in(p.k, batch, seq.k_row + k_begin, kv_head);
+        const Operand v_in(p.v, batch, seq.k_row + k_begin, kv_head);
+        const int valid = static_cast<int>(seq.seqlen_k - k_begin);
+        load_tile<kN, kD, kThreads, !kGeneral>(k_smem, k_in.data, k_in.row_stride, valid, p.size.head_dim,
+                                               k_in.aligned(p.size.head_dim), thread);
+        load_tile<kN, kD, kThreads, !kGeneral>(v_smem, v_in.data, v_in.row_stride, valid, p.size.head_dim_v,
+                                               v_in.aligned(p.size.head_dim_v), thread);
+        load_queries(0, 0);
+    }
+
+    for (int step = 0; step < steps; ++step) {
+        const int stage = kStages > 1 ? step & 1 : 0;
+        const int head = kv_head * group + step / tiles;
+        const int tile = tile_begin + step % tiles;
+        cp_async_wait<0>();
+        __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
+        if (kStages > 1 && step + 1 < steps) load_queries(step + 1, stage ^ 1);
+        const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
+        const float* const lse = stats + stage * 2 * kM;
+        const float* const delta = lse + kM;
+
+#pragma unroll
+        for (int part = 0; part < kM / kConfig.step_m; ++part) {
+            const int query = part * kConfig.step_m + score_query;  // the warp's first, in the tile
+            const int q0 = tile * kM + query, k0 = static_cast<int>(k_begin) + score_key;
+            float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
+            clear(s);
+            clear(dp);
+            multiply<V.dtype, kScoreM, kScoreN, kD / 16>(
+                s, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(k_smem, lane, score_key)),
+                b_rows(FragmentAddress<kD>::chunks_first(q_tile, lane, query)));
+            multiply<V.dtype, kScoreM, kScoreN, kD / 16>(
+                dp, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(v_smem, lane, score_key)),
+                b_rows(FragmentAddress<kD>::chunks_first(do_tile, lane, query)));
+
+            const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
+            const float* const my_lse = lse + query + 2 * (lane % 4);
+            const float* const my_delta = delta + query + 2 * (lane % 4);
+            ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
+            gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
+                                   [&](int, int j, int e) { return my_lse[8 * j + (e & 1)]; });
+            if constexpr (!kConfig.p_in_registers) packed_to_tile<kM>(gradient.probability, p_smem, score_key, query, lane);
+            gradient.finish(dp, s, p.dropout, [&](int, int j, int e) { return my_delta[8 * j + (e & 1)]; });
+            uint32_t ds[kScoreM][kScoreN][2];
+            pack_fragments<V.dtype>(ds, dp);
+            packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
+            if constexpr (kConfig.p_in_registers) {
+                multiply<V.dtype, kOutM, kOutN, kConfig.step_m / 16>(
+                    dv, a_registers(gradient.probability),
+                    b_columns<1>(FragmentAddress<kD>::rows_first(do_tile, lane, query)));
+                multiply<V.dtype, kOutM, kOutN, kConfig.step_m / 16>(
+                    dk, a_registers(ds), b_columns<1>(FragmentAddress<kD>::rows_first(q_tile, lane, query)));
+            }
+        }
+        __syncthreads();  // P and dS are complete
+
+        if constexpr (!kConfig.p_in_registers) {
+            multiply<V.dtype, kOutM, kOutN, kM / 16>(
+                dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_smem, lane, out_row)),
+                b_columns<kConfig.out_warps_d>(FragmentAddress<kD>::rows_first(do_tile, lane, 0, out_col)));
+            multiply<V.dtype, kOutM, kOutN, kM / 16>(
+                dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_smem, lane, out_row)),
+                b_columns<kConfig.out_warps_d>(FragmentAddress<kD>::rows_first(q_tile, lane, 0, out_col)));
+        }
+        if (kStages == 1 && step + 1 < steps) {
+            __syncthreads();  // everyone is done with the queries
+            load_queries(step + 1, 0);
+        }
+        if (ws.dq) {
+            float dq[kDqM][kDqN][4];
+            clear(dq);
+            multiply<V.dtype, kDqM, kDqN, kN / 16>(
+                dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row)),
+                b_columns<kConfig.dq_warps_d>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
+            float* const to =
+                ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
+#pragma unroll
+            for (int i = 0; i < kDqM; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int j = 0; j < kDqN; j += 2) {
+                        add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
+                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
+                    }
+        }
+    }
+
+    const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kOutM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            // Keys past the sequence's end have P = 0, but 0 * inf from a bad dout row must not reach them.
+            const bool live = k_begin + out_row + 16 * i + 8 * (e >> 1) + lane / 4 < seq.seqlen_k;
+#pragma unroll
+            for (int j = 0; j < kOutN; ++j) {
+                dk[i][j][e] = live ? dk[i][j][e] * p.score.softmax_scale : 0.0f;
+                dv[i][j][e] = live ? dv[i][j][e] * dv_scale : 0.0f;
+            }
+        }
+    const Result dk_out(p.dk, p.grad_dtype, batch, seq.k_row + k_begin, kv_head);
+    const Result dv_out(p.dv, p.grad_dtype, batch, seq.k_row + k_begin, kv_head);
+    const int rows_left = static_cast<int>(seq.rows_k - k_begin);
+    if (dk_out.is_float) {
+        store_float<kConfig.out_warps_d>(dk, dk_out, out_row, out_col, rows_left, p.size.head_dim, p.accumulate, lane);
+        store_float<kConfig.out_warps_d>(dv, dv_out, out_row, out_col, rows_left, p.size.head_dim_v, p.accumulate, lane);
+        return;
+    }
+    __syncthreads();  // everyone is done with K and V
+    fragments_to_tile<V.dtype, kD, kConfig.out_warps_d>(dk, k_smem, out_row, out_col, lane);
+    fragments_to_tile<V.dtype, kD, kConfig.out_warps_d>(dv, v_smem, out_row, out_col, lane);
+    __syncthreads();
+    tile_to_global<kD, kN, !kGeneral>(k_smem, dk_out, rows_left, p.size.head_dim, thread, kThreads);
+    tile_to_global<kD, kN, !kGeneral>(v_smem, dv_out, rows_left, p.size.head_dim_v, thread, kThreads);
+}
+
+}  // namespace strobe::sm80

@@ -1,0 +1,205 @@
+// What happens to a tile of scores between the two matrix products, on the accumulator fragments of one warp: the mask,
+// and in the general kernels softcap, bias, ALiBi and dropout. Each is a pass over the fragments behind a branch that is
+// the same for the whole grid.
+#pragma once
+
+#include "cuda/sm80/ptx.cuh"
+
+namespace strobe::sm80 {
+
+/// Which (query, key) an accumulator element is. `query` and `key` belong to this thread's element 0 of atom (0, 0).
+/// kTransposed: accumulator rows are keys (S^T), else queries.
+template <bool kTransposed>
+struct FragmentOrigin {
+    int query;
+    int key;
+
+    __device__ static constexpr int row_step(int i, int e) { return 16 * i + 8 * (e >> 1); }
+    __device__ static constexpr int col_step(int j, int e) { return 8 * j + (e & 1); }
+    __device__ static constexpr int query_step(int i, int j, int e) { return kTransposed ? col_step(j, e) : row_step(i, e); }
+    __device__ static constexpr int key_step(int i, int j, int e) { return kTransposed ? row_step(i, e) : col_step(j, e); }
+};
+
+/// The band of one sequence in 32 bits: query i sees key j iff low <= j - i <= high and j < seqlen_k.
+struct Band {
+    int low;
+    int high;
+    int seqlen_k;
+
+    static constexpr int kUnbounded = 1 << 30;  // sequences are shorter (checked by the plan)
+
+    __device__ explicit Band(const BandMask& m)
+        : low(m.left < 0 ? -kUnbounded : clamp(m.diagonal - m.left)),
+          high(m.right < 0 ? kUnbounded : clamp(m.diagonal + m.right)),
+          seqlen_k(static_cast<int>(m.seqlen_k)) {}
+
+    __device__ static int clamp(int64_t x) {
+        return static_cast<int>(x < -kUnbounded ? -kUnbounded : x > kUnbounded ? kUnbounded : x);
+    }
+    /// Queries [q0, q0 + rows) see all keys [k0, k0 + cols).
+    __device__ bool all_visible(int q0, int rows, int k0, int cols) const {
+        return k0 + cols <= seqlen_k && k0 + cols - 1 - q0 <= high && k0 - (q0 + rows - 1) >= low;
+    }
+    /// Some query in [q0, q0 + rows) sees some key in [k0, k0 + cols).
+    __device__ bool any_visible(int q0, int rows, int k0, int cols) const {
+        return k0 < seqlen_k && k0 - (q0 + rows - 1) <= high && k0 + cols - 1 - q0 >= low;
+    }
+};
+
+/// Hidden elements become `hidden`.
+template <bool kTransposed, int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void apply_mask(float (&s)[kMAtoms][kNAtoms][4], const Band& band,
+                                           const FragmentOrigin<kTransposed>& origin, float hidden) {
+    using Origin = FragmentOrigin<kTransposed>;
+    const int low = band.low - (origin.key - origin.query);
+    const int high = band.high - (origin.key - origin.query);
+    const int keys_left = band.seqlen_k - origin.key;
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int key = Origin::key_step(i, j, e);
+                const int distance = key - Origin::query_step(i, j, e);
+                if (distance < low || distance > high || key >= keys_left) s[i][j][e] = hidden;
+            }
+}
+
+/// The score function of one (batch, head): everything between softmax_scale * q.k and the softmax.
+struct ScoreFunction {
+    float scale;
+    float softcap;  // 0: none
+    float slope;    // 0: no ALiBi
+    int diagonal;
+    const void* bias;  // of this (batch, head); null: none
+    DType bias_dtype;
+    int64_t bias_row_stride;
+    int64_t bias_col_stride;
+    int seqlen_q;
+    int seqlen_k;
+
+    __device__ ScoreFunction(const AttentionParams& p, const Sequence& seq, int batch, int head)
+        : scale(p.score.softmax_scale),
+          softcap(p.score.softcap),
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] : 0.0f),
+          diagonal(Band::clamp(seq.diagonal)),
+          bias(nullptr),
+          bias_dtype(p.bias_dtype),
+          bias_row_stride(p.score.bias.row_stride),
+          bias_col_stride(p.score.bias.col_stride),
+          seqlen_q(static_cast<int>(seq.seqlen_q)),
+          seqlen_k(static_cast<int>(seq.seqlen_k)) {
+        const BiasRef& b = p.score.bias;
+        if (!b) return;
+        const int64_t offset = batch * b.batch_stride + head * b.head_stride;
+        bias = static_cast<const char*>(b.data) + offset * (bias_dtype == DType::f32 ? 4 : 2);
+    }
+
+    /// s: q.k in, score out (natural units).
+    template <bool kTransposed, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
+        for_each(s, [&](float& x, int, int, int) { x *= scale; });
+        if (softcap > 0.0f) {
+            const float inverse = 1.0f / softcap;
+            for_each(s, [&](float& x, int, int, int) { x = softcap * tanh_fast(x * inverse); });
+        }
+        add_bias_and_slope(s, origin);
+    }
+
+    /// The same, and slope_of_cap = d score / d (softmax_scale * q.k) in the kernel's 16-bit type, two columns a word.
+    template <DType kType, bool kTransposed, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void apply_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
+                                                        uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
+                                                        const FragmentOrigin<kTransposed>& origin) const {
+        for_each(s, [&](float& x, int, int, int) { x *= scale; });
+        if (softcap > 0.0f) {
+            const float inverse = 1.0f / softcap;
+#pragma unroll
+            for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float t0 = tanh_fast(s[i][j][2 * h] * inverse);
+                        const float t1 = tanh_fast(s[i][j][2 * h + 1] * inverse);
+                        s[i][j][2 * h] = softcap * t0;
+                        s[i][j][2 * h + 1] = softcap * t1;
+                        slope_of_cap[i][j][h] = pack<kType>(1.0f - t0 * t0, 1.0f - t1 * t1);
+                    }
+        }
+        add_bias_and_slope(s, origin);
+    }
+
+private:
+    template <int kMAtoms, int kNAtoms, typename F>
+    __device__ __forceinline__ static void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) f(s[i][j][e], i, j, e);
+    }
+
+    template <bool kTransposed, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void add_bias_and_slope(float (&s)[kMAtoms][kNAtoms][4],
+                                                       const FragmentOrigin<kTransposed>& origin) const {
+        using Origin = FragmentOrigin<kTransposed>;
+        if (bias) {
+            const auto add = [&](auto read) {
+                for_each(s, [&](float& x, int i, int j, int e) {
+                    const int query = origin.query + Origin::query_step(i, j, e);
+                    const int key = origin.key + Origin::key_step(i, j, e);
+                    if (query < seqlen_q && key < seqlen_k) x += read(query * bias_row_stride + key * bias_col_stride);
+                });
+            };
+            if (bias_dtype == DType::f32) {
+                add([&](int64_t at) { return __ldg(static_cast<const float*>(bias) + at); });
+            } else if (bias_dtype == DType::bf16) {
+                add([&](int64_t at) { return unpack<DType::bf16>(__ldg(static_cast<const uint16_t*>(bias) + at)); });
+            } else {
+                add([&](int64_t at) { return unpack<DType::f16>(__ldg(static_cast<const uint16_t*>(bias) + at)); });
+            }
+        }
+        if (slope != 0.0f) {
+            const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);
+            for_each(s, [&](float& x, int i, int j, int e) {
+                const float step = static_cast<float>(Origin::query_step(i, j, e) - Origin::key_step(i, j, e));
+                x -= slope * fabsf(distance0 + step);
+            });
+        }
+    }
+};
+
+/// Calls f(element, kept) for every element of the warp's tile. One Philox call gives eight neighbours' bits; a thread
+/// of an untransposed tile holds all eight of a group, of a transposed tile half of two groups.
+template <bool kTransposed, int kMAtoms, int kNAtoms, typename F>
+__device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], const Dropout& dropout,
+                                              uint32_t batch_head, const FragmentOrigin<kTransposed>& origin, F f) {
+    using Origin = FragmentOrigin<kTransposed>;
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; j += 2)
+#pragma unroll
+            for (int half = 0; half < (kTransposed ? 2 : 1); ++half) {
+                const uint32_t query = origin.query + Origin::query_step(i, j, half);
+                const uint32_t key = origin.key + Origin::key_step(i, j, half);
+                const Philox4x32 group = dropout.group(batch_head, query, key);
+#pragma unroll
+                for (int word = 0; word < 4; ++word) {
+                    const int row_high = kTransposed ? word & 1 : word >> 1;
+                    const int col_high = kTransposed ? word >> 1 : word & 1;
+                    if constexpr (kTransposed) {
+                        const uint32_t bits = key & 1 ? group.word[word] >> 16 : group.word[word] & 0xFFFFu;
+                        f(s[i][j + col_high][2 * row_high + half], bits >= dropout.drop_below);
+                    } else {
+                        f(s[i][j + col_high][2 * row_high], (group.word[word] & 0xFFFFu) >= dropout.drop_below);
+                        f(s[i][j + col_high][2 * row_high + 1], group.word[word] >> 16 >= dropout.drop_below);
+                    }
+                }
+            }
+}
+
+}  // namespace strobe::sm80
