@@ -1,3 +1,26 @@
-# Whether this build has CUDA kernels. AUTO builds them where they can run; a machine without a GPU is ready in minutes.
+# Whether this build has CUDA kernels. AUTO builds them where a toolkit and a GPU are present: a machine without a GPU is ready in
+# minutes, and ON builds them there too.
 set(STROBE_HAS_CUDA OFF)
-message(STATUS "strobe: building for the CPU only")
+if(NOT STROBE_CUDA MATCHES "^(ON|OFF|AUTO)$")
+  message(FATAL_ERROR "STROBE_CUDA is '${STROBE_CUDA}'; it must be ON, OFF or AUTO")
+endif()
+if(STROBE_CUDA STREQUAL "AUTO")
+  include(CheckLanguage)
+  check_language(CUDA)
+  execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE no_gpu OUTPUT_QUIET ERROR_QUIET)
+  if(CMAKE_CUDA_COMPILER AND no_gpu EQUAL 0)
+    set(STROBE_HAS_CUDA ON)
+  endif()
+elseif(STROBE_CUDA STREQUAL "ON")
+  set(STROBE_HAS_CUDA ON)
+endif()
+
+if(STROBE_HAS_CUDA)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  message(STATUS "strobe: building for the CPU and CUDA ${CUDAToolkit_VERSION}")
+  add_subdirectory(src/cuda)
+else()
+  message(STATUS "strobe: building for the CPU only (STROBE_CUDA=${STROBE_CUDA})")
+endif()
