@@ -39,6 +39,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr int kOutM = kOutRows / 16, kOutN = kD / kConfig.out_warps_d / 8;
     constexpr int kDqRows = kM / kConfig.dq_warps_m;
     constexpr int kDqM = kDqRows / 16, kDqN = kD / kConfig.dq_warps_d / 8;
+    constexpr bool kPInRegisters = kConfig.p_in_registers;
+    constexpr int kOutWarpsD = kConfig.out_warps_d, kDqWarpsD = kConfig.dq_warps_d;
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -60,17 +62,17 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int score_key = warp % kConfig.score_warps_n * kScoreKeys;
     const int score_query = warp / kConfig.score_warps_n * kScoreQueries;
-    const int out_row = warp / kConfig.out_warps_d * kOutRows, out_col = warp % kConfig.out_warps_d * 16;
-    const int dq_row = warp / kConfig.dq_warps_d * kDqRows, dq_col = warp % kConfig.dq_warps_d * 16;
+    const int out_row = warp / kOutWarpsD * kOutRows, out_col = warp % kOutWarpsD * 16;
+    const int dq_row = warp / kDqWarpsD * kDqRows, dq_col = warp % kDqWarpsD * 16;
 
     const uint32_t k_smem = smem_address(smem);
     const uint32_t v_smem = k_smem + kConfig.kv_bytes;
     const uint32_t q_smem = v_smem + kConfig.kv_bytes;
     const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
     const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;
-    const uint32_t p_smem = ds_smem + kConfig.score_bytes;  // only when P passes through shared memory
-    constexpr int kStatOffset =
-        2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kConfig.p_in_registers ? 1 : 2) * kConfig.score_bytes;
+    const uint32_t p_smem = ds_smem + kConfig.score_buffers * kConfig.score_bytes;  // only when not p_in_registers
+    constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes +
+                                kConfig.score_buffers * (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
     const float* const stats = reinterpret_cast<const float*>(smem + kStatOffset);
 
@@ -107,21 +109,26 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         load_queries(0, 0);
     }
 
-    for (int step = 0; step < steps; ++step) {
-        const int stage = kStages > 1 ? step & 1 : 0;
+    // S, dP, P and dS of one step; with P in registers also its dV and dK.
+    const auto scores = [&](int step) {
+        const int stage = step % kStages, buffer = step % kConfig.score_buffers;
         const int head = kv_head * group + step / tiles;
         const int tile = tile_begin + step % tiles;
-        cp_async_wait<0>();
-        __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
-        if (kStages > 1 && step + 1 < steps) load_queries(step + 1, stage ^ 1);
         const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
+        const uint32_t ds_tile = ds_smem + buffer * kConfig.score_bytes, p_tile = p_smem + buffer * kConfig.score_bytes;
         const float* const lse = stats + stage * 2 * kM;
         const float* const delta = lse + kM;
-
-#pragma unroll
+#pragma unroll 1
         for (int part = 0; part < kM / kConfig.step_m; ++part) {
             const int query = part * kConfig.step_m + score_query;  // the warp's first, in the tile
             const int q0 = tile * kM + query, k0 = static_cast<int>(k_begin) + score_key;
+            uint32_t ds[kScoreM][kScoreN][2];
+            if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
+                clear(ds);
+                packed_to_tile<kM>(ds, ds_tile, score_key, query, lane);
+                if constexpr (!kPInRegisters) packed_to_tile<kM>(ds, p_tile, score_key, query, lane);
+                continue;
+            }
             float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
             clear(s);
             clear(dp);
@@ -138,12 +145,11 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
             gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
                                    [&](int, int j, int e) { return my_lse[8 * j + (e & 1)]; });
-            if constexpr (!kConfig.p_in_registers) packed_to_tile<kM>(gradient.probability, p_smem, score_key, query, lane);
+            if constexpr (!kPInRegisters) packed_to_tile<kM>(gradient.probability, p_tile, score_key, query, lane);
             gradient.finish(dp, s, p.dropout, [&](int, int j, int e) { return my_delta[8 * j + (e & 1)]; });
-            uint32_t ds[kScoreM][kScoreN][2];
             pack_fragments<V.dtype>(ds, dp);
-            packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
-            if constexpr (kConfig.p_in_registers) {
+            packed_to_tile<kM>(ds, ds_tile, score_key, query, lane);
+            if constexpr (kPInRegisters) {
                 multiply<V.dtype, kOutM, kOutN, kConfig.step_m / 16>(
                     dv, a_registers(gradient.probability),
                     b_columns<1>(FragmentAddress<kD>::rows_first(do_tile, lane, query)));
@@ -151,37 +157,81 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                     dk, a_registers(ds), b_columns<1>(FragmentAddress<kD>::rows_first(q_tile, lane, query)));
             }
         }
-        __syncthreads();  // P and dS are complete
+    };
 
-        if constexpr (!kConfig.p_in_registers) {
-            multiply<V.dtype, kOutM, kOutN, kM / 16>(
-                dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_smem, lane, out_row)),
-                b_columns<kConfig.out_warps_d>(FragmentAddress<kD>::rows_first(do_tile, lane, 0, out_col)));
-            multiply<V.dtype, kOutM, kOutN, kM / 16>(
-                dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_smem, lane, out_row)),
-                b_columns<kConfig.out_warps_d>(FragmentAddress<kD>::rows_first(q_tile, lane, 0, out_col)));
+    // The products of one step that read P and dS from shared memory. Behind the last use of the queries' buffers,
+    // `queries_done` is called.
+    const auto products = [&](int step, auto queries_done) {
+        const int buffer = step % kConfig.score_buffers;
+        const int head = kv_head * group + step / tiles;
+        const int tile = tile_begin + step % tiles;
+        const uint32_t ds_tile = ds_smem + buffer * kConfig.score_bytes;
+        if constexpr (!kPInRegisters) {
+            const int stage = step % kStages;
+            const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
+            const uint32_t p_tile = p_smem + buffer * kConfig.score_bytes;
+            if (V.mask == MaskClass::full ||
+                band.any_visible(tile * kM, kM, static_cast<int>(k_begin) + out_row, kOutRows)) {
+                multiply<V.dtype, kOutM, kOutN, kM / 16>(
+                    dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_tile, lane, out_row)),
+                    b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(do_tile, lane, 0, out_col)));
+                multiply<V.dtype, kOutM, kOutN, kM / 16>(
+                    dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_tile, lane, out_row)),
+                    b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(q_tile, lane, 0, out_col)));
+            }
         }
-        if (kStages == 1 && step + 1 < steps) {
-            __syncthreads();  // everyone is done with the queries
-            load_queries(step + 1, 0);
+        queries_done();
+        if (!ws.dq) return;
+        float dq[kDqM][kDqN][4];
+        clear(dq);
+        multiply<V.dtype, kDqM, kDqN, kN / 16>(
+            dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_tile, lane, 0, dq_row)),
+            b_columns<kDqWarpsD>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
+        float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
+#pragma unroll
+        for (int i = 0; i < kDqM; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int j = 0; j < kDqN; j += 2) {
+                    add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
+                                 dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
+                }
+    };
+
+    if constexpr (kConfig.score_buffers == 2) {
+        // Two warps share a scheduler: one begins with the scores, the other with the products.
+        const bool products_first = !kPInRegisters && warp >= V.warps / 2;
+#pragma unroll 1
+        for (int step = 0; steps > 0 && step <= steps; ++step) {
+            cp_async_wait<0>();
+            // This step's queries have landed; everyone has written the last step's P and dS and is done with the products
+            // of the step before it, whose buffers are refilled.
+            __syncthreads();
+            if (step + 1 < steps) load_queries(step + 1, (step + 1) % kStages);
+#pragma unroll 1
+            for (int half = 0; half < 2; ++half) {
+                if ((half == 1) == products_first) {
+                    if (step < steps) scores(step);
+                } else if (step > 0) {
+                    products(step - 1, [] {});
+                }
+            }
         }
-        if (ws.dq) {
-            float dq[kDqM][kDqN][4];
-            clear(dq);
-            multiply<V.dtype, kDqM, kDqN, kN / 16>(
-                dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row)),
-                b_columns<kConfig.dq_warps_d>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
-            float* const to =
-                ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
-#pragma unroll
-            for (int i = 0; i < kDqM; ++i)
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-#pragma unroll
-                    for (int j = 0; j < kDqN; j += 2) {
-                        add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
-                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
-                    }
+    } else {
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            cp_async_wait<0>();
+            __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
+            if (kStages > 1 && step + 1 < steps) load_queries(step + 1, (step + 1) % kStages);
+            scores(step);
+            __syncthreads();  // P and dS are complete
+            products(step, [&] {
+                if (kStages == 1 && step + 1 < steps) {
+                    __syncthreads();  // everyone is done with the queries
+                    load_queries(step + 1, 0);
+                }
+            });
         }
     }
 
@@ -202,13 +252,13 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const Result dv_out(p.dv, p.grad_dtype, batch, seq.k_row + k_begin, kv_head);
     const int rows_left = static_cast<int>(seq.rows_k - k_begin);
     if (dk_out.is_float) {
-        store_float<kConfig.out_warps_d>(dk, dk_out, out_row, out_col, rows_left, p.size.head_dim, p.accumulate, lane);
-        store_float<kConfig.out_warps_d>(dv, dv_out, out_row, out_col, rows_left, p.size.head_dim_v, p.accumulate, lane);
+        store_float<kOutWarpsD>(dk, dk_out, out_row, out_col, rows_left, p.size.head_dim, p.accumulate, lane);
+        store_float<kOutWarpsD>(dv, dv_out, out_row, out_col, rows_left, p.size.head_dim_v, p.accumulate, lane);
         return;
     }
     __syncthreads();  // everyone is done with K and V
-    fragments_to_tile<V.dtype, kD, kConfig.out_warps_d>(dk, k_smem, out_row, out_col, lane);
-    fragments_to_tile<V.dtype, kD, kConfig.out_warps_d>(dv, v_smem, out_row, out_col, lane);
+    fragments_to_tile<V.dtype, kD, kOutWarpsD>(dk, k_smem, out_row, out_col, lane);
+    fragments_to_tile<V.dtype, kD, kOutWarpsD>(dv, v_smem, out_row, out_col, lane);
     __syncthreads();
     tile_to_global<kD, kN, !kGeneral>(k_smem, dk_out, rows_left, p.size.head_dim, thread, kThreads);
     tile_to_global<kD, kN, !kGeneral>(v_smem, dv_out, rows_left, p.size.head_dim_v, thread, kThreads);

@@ -25,11 +25,6 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     const bool has_queries = heads > 0 && p.size.seqlen_q > 0;
 
     if (has_queries) {
-        if (ws.dq) {
-            const int64_t bytes =
-                backward_dq_bytes(p.size, p.seqlens.cu_seqlens_q != nullptr, V);
-            if (const cudaError_t e = cudaMemsetAsync(ws.dq, 0, bytes, stream); e != cudaSuccess) return e;
-        }
         backward_row_statistics<kCode><<<row_grid, kRowThreads, 0, stream>>>(p, ws);
     }
 

@@ -11,13 +11,15 @@ namespace strobe::sm80 {
 constexpr int kRowThreads = 256;
 
 /// lse in base 2 and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
+/// Clears the tile's dQ accumulator.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr bool kAligned = V.features == Features::plain;
-    constexpr int kPairs = (V.head_dim + 63) / 64;  // pairs of elements per lane
-    constexpr int kRowsAtOnce = 4;
+    constexpr int kLanes = V.head_dim <= 32 ? 4 : V.head_dim <= 64 ? 8 : V.head_dim <= 128 ? 16 : 32;  // of one row
+    constexpr int kRowsAtOnce = kRowThreads / kLanes;
+    constexpr int kPasses = (V.block_m + kRowsAtOnce - 1) / kRowsAtOnce;
     const int64_t head_index = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
     if (head_index >= static_cast<int64_t>(p.size.batch) * p.size.num_heads) return;
     const int batch = static_cast<int>(head_index / p.size.num_heads);
@@ -25,54 +27,59 @@ __global__ void __launch_bounds__(kRowThreads)
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(blockIdx.x) * V.block_m;
     if (row0 >= seq.rows_q) return;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const Operand dout(p.dout, batch, seq.q_row + row0, head);
     const Result out(p.out, p.out_dtype, batch, seq.q_row + row0, head);
     const int cols = p.size.head_dim_v;
-    const int64_t stat0 = (ws.first_tile(p, seq, batch, head) + blockIdx.x) * V.block_m;
+    const int64_t tile = ws.first_tile(p, seq, batch, head) + blockIdx.x;
+    const int thread = threadIdx.x, col = thread % kLanes * 8;
 
-    const auto read_dout = [&](const uint16_t* row, int col) -> float2 {
-        if (kAligned) {
-            return col < cols ? unpack2<V.dtype>(*reinterpret_cast<const uint32_t*>(row + col)) : float2{0.0f, 0.0f};
-        }
-        return {col < cols ? unpack<V.dtype>(row[col]) : 0.0f, col + 1 < cols ? unpack<V.dtype>(row[col + 1]) : 0.0f};
+    const auto read = [&](const uint16_t* row) -> uint4 {
+        if (col >= cols) return {0, 0, 0, 0};
+        return kAligned ? *reinterpret_cast<const uint4*>(row + col) : gather_chunk(row + col, cols - col);
     };
-    const auto read_out = [&](int64_t row, int col) -> float2 {
-        if (!out.is_float) return read_dout(out.half_row(row), col);
-        return {col < cols ? out.float_row(row)[col] : 0.0f, col + 1 < cols ? out.float_row(row)[col + 1] : 0.0f};
-    };
-    for (int first = warp; first < V.block_m; first += kRowsAtOnce * (kRowThreads / kWarpSize)) {
-        float2 a[kRowsAtOnce][kPairs], b[kRowsAtOnce][kPairs];
+    uint4 a[kPasses], b[kPasses];
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            const int row = first + r * (kRowThreads / kWarpSize);
-            const bool live = row < V.block_m && row0 + row < seq.seqlen_q;
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = thread / kLanes + pass * kRowsAtOnce;
+        const bool live = row < V.block_m && row0 + row < seq.seqlen_q;
+        a[pass] = b[pass] = {0, 0, 0, 0};
+        if (live) a[pass] = read(dout.row(row));
+        if (live && !out.is_float) b[pass] = read(out.half_row(row));
+    }
+    if (ws.dq) {
+        float4* const dq = reinterpret_cast<float4*>(ws.dq + tile * (V.block_m * V.head_dim));
+#pragma unroll 4
+        for (int i = thread; i < V.block_m * V.head_dim / 4; i += kRowThreads) dq[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    }
 #pragma unroll
-            for (int k = 0; k < kPairs; ++k) {
-                const int col = 2 * lane + 64 * k;
-                a[r][k] = live ? read_dout(dout.row(row), col) : float2{0.0f, 0.0f};
-                b[r][k] = live ? read_out(row, col) : float2{0.0f, 0.0f};
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = thread / kLanes + pass * kRowsAtOnce;
+        const bool live = row < V.block_m && row0 + row < seq.seqlen_q;
+        const uint32_t x[4] = {a[pass].x, a[pass].y, a[pass].z, a[pass].w};
+        const uint32_t y[4] = {b[pass].x, b[pass].y, b[pass].z, b[pass].w};
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 u = unpack2<V.dtype>(x[i]);
+            float2 w = unpack2<V.dtype>(y[i]);
+            if (out.is_float && live) {
+                if (col + 2 * i < cols) w.x = out.float_row(row)[col + 2 * i];
+                if (col + 2 * i + 1 < cols) w.y = out.float_row(row)[col + 2 * i + 1];
             }
+            sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
         }
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            const int row = first + r * (kRowThreads / kWarpSize);
-            float sum = 0.0f;
-#pragma unroll
-            for (int k = 0; k < kPairs; ++k) sum += a[r][k].x * b[r][k].x + a[r][k].y * b[r][k].y;
-#pragma unroll
-            for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-            if (lane != 0 || row >= V.block_m) continue;
-            float lse = -INFINITY, dlse = 0.0f;
-            if (row0 + row < seq.seqlen_q) {
-                const int64_t at = seq.q_row + row0 + row;
-                lse = p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + at];
-                if (p.dlse) dlse = p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + at];
-            }
-            const bool sees = lse != -INFINITY;
-            ws.lse_log2[stat0 + row] = sees ? lse * kLog2e : INFINITY;
-            ws.delta[stat0 + row] = sees ? sum - dlse : 0.0f;
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        if (thread % kLanes != 0 || row >= V.block_m) continue;
+        float lse = -INFINITY, dlse = 0.0f;
+        if (live) {
+            const int64_t at = seq.q_row + row0 + row;
+            lse = p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + at];
+            if (p.dlse) dlse = p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + at];
         }
+        const bool sees = lse != -INFINITY;
+        ws.lse_log2[tile * V.block_m + row] = sees ? lse * kLog2e : INFINITY;
+        ws.delta[tile * V.block_m + row] = sees ? sum - dlse : 0.0f;
     }
 }
 
@@ -119,34 +126,24 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const float* from = ws.dq + (ws.first_tile(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
                         warp * (kRows * kPairs * 16);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
-    const float scale = p.score.softmax_scale;
-    const bool pairs_aligned = (reinterpret_cast<uintptr_t>(dq.data) & 3) == 0 && dq.row_stride % 2 == 0;
+    constexpr int kMAtoms = kRows / 16;
+    float acc[kMAtoms][2 * kPairs][4];
 #pragma unroll
     for (int f = 0; f < kRows / 8 * kPairs; ++f) {
-        const int row = warp_row + f / kPairs * 8 + lane / 4;
-        float x[4];
+        const int i = f / kPairs / 2, h = f / kPairs % 2, j = 2 * (f % kPairs);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = scale * from[dq_offset(f, lane, e)];
-        if (row0 + row >= seq.rows_q) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int col = 16 * (f % kPairs * kConfig.dq_warps_d + warp_block) + 8 * half + 2 * (lane % 4);
-            if (dq.is_float) {
-                float* to = dq.float_row(row) + col;
-                if (col < p.size.head_dim) to[0] = p.accumulate ? to[0] + x[2 * half] : x[2 * half];
-                if (col + 1 < p.size.head_dim) to[1] = p.accumulate ? to[1] + x[2 * half + 1] : x[2 * half + 1];
-            } else {
-                uint16_t* to = dq.half_row(row) + col;
-                const uint32_t two = pack<V.dtype>(x[2 * half], x[2 * half + 1]);
-                if (pairs_aligned && col + 1 < p.size.head_dim) {
-                    *reinterpret_cast<uint32_t*>(to) = two;
-                } else {
-                    if (col < p.size.head_dim) to[0] = static_cast<uint16_t>(two);
-                    if (col + 1 < p.size.head_dim) to[1] = static_cast<uint16_t>(two >> 16);
-                }
-            }
-        }
+        for (int e = 0; e < 4; ++e) acc[i][j + e / 2][2 * h + e % 2] = p.score.softmax_scale * from[dq_offset(f, lane, e)];
     }
+    const int rows_left = static_cast<int>(seq.rows_q - row0);
+    if (dq.is_float) {
+        store_float<kConfig.dq_warps_d>(acc, dq, warp_row, warp_block * 16, rows_left, p.size.head_dim, p.accumulate, lane);
+        return;
+    }
+    __shared__ __align__(128) unsigned char smem[V.block_m * V.head_dim * 2];
+    fragments_to_tile<V.dtype, V.head_dim, kConfig.dq_warps_d>(acc, smem_address(smem), warp_row, warp_block * 16, lane);
+    __syncthreads();
+    tile_to_global<V.head_dim, V.block_m, V.features == Features::plain>(smem_address(smem), dq, rows_left, p.size.head_dim,
+                                                                        threadIdx.x, kConfig.threads);
 }
 
 }  // namespace strobe::sm80

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             softmax.update(s, o);
             if constexpr (kGeneral) {
                 if (p.dropout.enabled()) {
-                    for_each_kept(s, p.dropout, static_cast<uint32_t>(index.head), origin,
+                    for_each_kept(s, p.dropout, p.mask, static_cast<uint32_t>(index.head), origin,
                                   [](float& x, bool kept) { x = kept ? x : 0.0f; });
                 }
             }

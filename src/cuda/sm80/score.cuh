@@ -172,20 +172,38 @@ private:
     }
 };
 
-/// Calls f(element, kept) for every element of the warp's tile. One Philox call gives eight neighbours' bits; a thread
-/// of an untransposed tile holds all eight of a group, of a transposed tile half of two groups.
+/// Calls f(element, kept) for every element of the warp's tile. Bits are addressed by position: on one axis with other
+/// blocks when the caller placed them (MaskParams::has_positions), else from the sequence's start.
 template <bool kTransposed, int kMAtoms, int kNAtoms, typename F>
-__device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], const Dropout& dropout,
+__device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], const Dropout& dropout, const MaskParams& place,
                                               uint32_t batch_head, const FragmentOrigin<kTransposed>& origin, F f) {
     using Origin = FragmentOrigin<kTransposed>;
+    const uint32_t query0 = origin.query + (place.has_positions ? static_cast<uint32_t>(place.q_position) : 0u);
+    const uint32_t key0 = origin.key + (place.has_positions ? static_cast<uint32_t>(place.k_position) : 0u);
+    const bool shifted = place.has_positions && ((place.q_position | place.k_position) & 15) != 0;
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
-        for (int j = 0; j < kNAtoms; j += 2)
+        for (int j = 0; j < kNAtoms; j += 2) {
+            if (shifted) {
+                // The tile straddles the groups of eight: one Philox call for every element.
+                uint32_t kept = 0;
+#pragma unroll 1
+                for (int n = 0; n < 8; ++n) {
+                    const uint32_t query = query0 + Origin::query_step(i, j + (n >> 2), n & 3);
+                    const uint32_t key = key0 + Origin::key_step(i, j + (n >> 2), n & 3);
+                    kept |= static_cast<uint32_t>(dropout.keep(batch_head, query, key)) << n;
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) f(s[i][j + (n >> 2)][n & 3], (kept >> n & 1u) != 0);
+                continue;
+            }
+            // One Philox call gives eight neighbours' bits: a thread of an untransposed tile holds all eight of a group,
+            // of a transposed tile half of two groups.
 #pragma unroll
             for (int half = 0; half < (kTransposed ? 2 : 1); ++half) {
-                const uint32_t query = origin.query + Origin::query_step(i, j, half);
-                const uint32_t key = origin.key + Origin::key_step(i, j, half);
+                const uint32_t query = query0 + Origin::query_step(i, j, half);
+                const uint32_t key = key0 + Origin::key_step(i, j, half);
                 const Philox4x32 group = dropout.group(batch_head, query, key);
 #pragma unroll
                 for (int word = 0; word < 4; ++word) {
@@ -200,6 +218,7 @@ __device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], c
                     }
                 }
             }
+        }
 }
 
 }  // namespace strobe::sm80

@@ -31,7 +31,7 @@ struct ScoreGradient {
             if (p.dropout.enabled()) {
                 const uint32_t batch_head = static_cast<uint32_t>(batch) * p.size.num_heads + head;
                 // A dropped element keeps its P (dS needs it) with the sign bit set.
-                for_each_kept(s, p.dropout, batch_head, origin, [](float& x, bool kept) { x = kept ? x : -x; });
+                for_each_kept(s, p.dropout, p.mask, batch_head, origin, [](float& x, bool kept) { x = kept ? x : -x; });
             }
         }
 #pragma unroll

@@ -177,4 +177,12 @@ __device__ __forceinline__ void clear(float (&acc)[kMAtoms][kNAtoms][4]) {
             for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 }
 
+template <int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void clear(uint32_t (&packed)[kMAtoms][kNAtoms][2]) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j) packed[i][j][0] = packed[i][j][1] = 0;
+}
+
 }  // namespace strobe::sm80
