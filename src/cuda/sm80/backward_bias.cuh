@@ -93,11 +93,9 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
                 delta[h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
             }
             float s[1][kNAtoms][4], dp[1][kNAtoms][4];
-            clear(s);
-            clear(dp);
-            multiply<V.dtype, 1, kNAtoms, kD / 16>(s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
+            multiply<V.dtype, true, 1, kNAtoms, kD / 16>(s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
                                                    b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
-            multiply<V.dtype, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
+            multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
                                                    b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.

@@ -70,15 +70,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const uint32_t q_smem = v_smem + kConfig.kv_bytes;
     const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
     const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;
-    const uint32_t p_smem = ds_smem + kConfig.score_buffers * kConfig.score_bytes;  // only when not p_in_registers
-    constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes +
-                                kConfig.score_buffers * (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
+    const uint32_t p_smem = ds_smem + kConfig.score_bytes;  // only when not p_in_registers
+    constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
     const float* const stats = reinterpret_cast<const float*>(smem + kStatOffset);
 
-    const auto load_queries = [&](int step, int stage) {
-        const int head = kv_head * group + step / tiles;
-        const int tile = tile_begin + step % tiles;
+    const auto load_queries = [&](int head, int tile, int stage) {
         const int64_t row = static_cast<int64_t>(tile) * kM;
         const int valid = static_cast<int>(seq.seqlen_q - row);
         const Operand q(p.q, batch, seq.q_row + row, head);
@@ -106,18 +103,23 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                                                k_in.aligned(p.size.head_dim), thread);
         load_tile<kN, kD, kThreads, !kGeneral>(v_smem, v_in.data, v_in.row_stride, valid, p.size.head_dim_v,
                                                v_in.aligned(p.size.head_dim_v), thread);
-        load_queries(0, 0);
+        load_queries(kv_head * group, tile_begin, 0);
     }
 
-    // S, dP, P and dS of one step; with P in registers also its dV and dK.
-    const auto scores = [&](int step) {
-        const int stage = step % kStages, buffer = step % kConfig.score_buffers;
-        const int head = kv_head * group + step / tiles;
-        const int tile = tile_begin + step % tiles;
+    int head = kv_head * group, tile = tile_begin;
+    for (int step = 0; step < steps; ++step) {
+        const int stage = kStages > 1 ? step & 1 : 0;
+        const bool last_of_head = tile + 1 == tile_begin + tiles;
+        const int next_head = last_of_head ? head + 1 : head;
+        const int next_tile = last_of_head ? tile_begin : tile + 1;
+        cp_async_wait<0>();
+        __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
+        if (kStages > 1 && step + 1 < steps) load_queries(next_head, next_tile, stage ^ 1);
         const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
-        const uint32_t ds_tile = ds_smem + buffer * kConfig.score_bytes, p_tile = p_smem + buffer * kConfig.score_bytes;
         const float* const lse = stats + stage * 2 * kM;
         const float* const delta = lse + kM;
+
+        // Scores; with P in registers also dV and dK. Not unrolled: two parts at once would not fit in registers.
 #pragma unroll 1
         for (int part = 0; part < kM / kConfig.step_m; ++part) {
             const int query = part * kConfig.step_m + score_query;  // the warp's first, in the tile
@@ -125,17 +127,15 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             uint32_t ds[kScoreM][kScoreN][2];
             if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
                 clear(ds);
-                packed_to_tile<kM>(ds, ds_tile, score_key, query, lane);
-                if constexpr (!kPInRegisters) packed_to_tile<kM>(ds, p_tile, score_key, query, lane);
+                packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
+                if constexpr (!kPInRegisters) packed_to_tile<kM>(ds, p_smem, score_key, query, lane);
                 continue;
             }
             float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
-            clear(s);
-            clear(dp);
-            multiply<V.dtype, kScoreM, kScoreN, kD / 16>(
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(
                 s, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(k_smem, lane, score_key)),
                 b_rows(FragmentAddress<kD>::chunks_first(q_tile, lane, query)));
-            multiply<V.dtype, kScoreM, kScoreN, kD / 16>(
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(
                 dp, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(v_smem, lane, score_key)),
                 b_rows(FragmentAddress<kD>::chunks_first(do_tile, lane, query)));
 
@@ -145,94 +145,54 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
             gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
                                    [&](int, int j, int e) { return my_lse[8 * j + (e & 1)]; });
-            if constexpr (!kPInRegisters) packed_to_tile<kM>(gradient.probability, p_tile, score_key, query, lane);
+            if constexpr (!kPInRegisters) packed_to_tile<kM>(gradient.probability, p_smem, score_key, query, lane);
             gradient.finish(dp, s, p.dropout, [&](int, int j, int e) { return my_delta[8 * j + (e & 1)]; });
             pack_fragments<V.dtype>(ds, dp);
-            packed_to_tile<kM>(ds, ds_tile, score_key, query, lane);
+            packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
             if constexpr (kPInRegisters) {
-                multiply<V.dtype, kOutM, kOutN, kConfig.step_m / 16>(
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(
                     dv, a_registers(gradient.probability),
                     b_columns<1>(FragmentAddress<kD>::rows_first(do_tile, lane, query)));
-                multiply<V.dtype, kOutM, kOutN, kConfig.step_m / 16>(
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(
                     dk, a_registers(ds), b_columns<1>(FragmentAddress<kD>::rows_first(q_tile, lane, query)));
             }
         }
-    };
+        __syncthreads();  // P and dS are complete
 
-    // The products of one step that read P and dS from shared memory. Behind the last use of the queries' buffers,
-    // `queries_done` is called.
-    const auto products = [&](int step, auto queries_done) {
-        const int buffer = step % kConfig.score_buffers;
-        const int head = kv_head * group + step / tiles;
-        const int tile = tile_begin + step % tiles;
-        const uint32_t ds_tile = ds_smem + buffer * kConfig.score_bytes;
+        // The products whose operands are other warps' P and dS.
         if constexpr (!kPInRegisters) {
-            const int stage = step % kStages;
-            const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
-            const uint32_t p_tile = p_smem + buffer * kConfig.score_bytes;
             if (V.mask == MaskClass::full ||
                 band.any_visible(tile * kM, kM, static_cast<int>(k_begin) + out_row, kOutRows)) {
-                multiply<V.dtype, kOutM, kOutN, kM / 16>(
-                    dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_tile, lane, out_row)),
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(
+                    dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_smem, lane, out_row)),
                     b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(do_tile, lane, 0, out_col)));
-                multiply<V.dtype, kOutM, kOutN, kM / 16>(
-                    dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_tile, lane, out_row)),
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(
+                    dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_smem, lane, out_row)),
                     b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(q_tile, lane, 0, out_col)));
             }
         }
-        queries_done();
-        if (!ws.dq) return;
-        float dq[kDqM][kDqN][4];
-        clear(dq);
-        multiply<V.dtype, kDqM, kDqN, kN / 16>(
-            dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_tile, lane, 0, dq_row)),
-            b_columns<kDqWarpsD>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
-        float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
-#pragma unroll
-        for (int i = 0; i < kDqM; ++i)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int j = 0; j < kDqN; j += 2) {
-                    add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
-                                 dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
-                }
-    };
-
-    if constexpr (kConfig.score_buffers == 2) {
-        // Two warps share a scheduler: one begins with the scores, the other with the products.
-        const bool products_first = !kPInRegisters && warp >= V.warps / 2;
-#pragma unroll 1
-        for (int step = 0; steps > 0 && step <= steps; ++step) {
-            cp_async_wait<0>();
-            // This step's queries have landed; everyone has written the last step's P and dS and is done with the products
-            // of the step before it, whose buffers are refilled.
-            __syncthreads();
-            if (step + 1 < steps) load_queries(step + 1, (step + 1) % kStages);
-#pragma unroll 1
-            for (int half = 0; half < 2; ++half) {
-                if ((half == 1) == products_first) {
-                    if (step < steps) scores(step);
-                } else if (step > 0) {
-                    products(step - 1, [] {});
-                }
-            }
+        if (kStages == 1 && step + 1 < steps) {
+            __syncthreads();  // everyone is done with the queries
+            load_queries(next_head, next_tile, 0);
         }
-    } else {
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            cp_async_wait<0>();
-            __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
-            if (kStages > 1 && step + 1 < steps) load_queries(step + 1, (step + 1) % kStages);
-            scores(step);
-            __syncthreads();  // P and dS are complete
-            products(step, [&] {
-                if (kStages == 1 && step + 1 < steps) {
-                    __syncthreads();  // everyone is done with the queries
-                    load_queries(step + 1, 0);
-                }
-            });
+        if (ws.dq) {
+            float dq[kDqM][kDqN][4];
+            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(
+                dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row)),
+                b_columns<kDqWarpsD>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
+            float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
+#pragma unroll
+            for (int i = 0; i < kDqM; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int j = 0; j < kDqN; j += 2) {
+                        add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
+                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
+                    }
         }
+        head = next_head;
+        tile = next_tile;
     }
 
     const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;

@@ -88,12 +88,10 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
         const int k0 = tile * kN;
         if (band.any_visible(q0, kRows, k0, kN)) {
             float s[kMAtoms][kNAtoms][4], dp[kMAtoms][kNAtoms][4];
-            clear(s);
-            clear(dp);
             const uint32_t k_tile = k_smem + stage * kConfig.kv_bytes, v_tile = v_smem + stage * kConfig.kv_bytes;
-            multiply<V.dtype, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(k_tile, lane)));
-            multiply<V.dtype, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             ScoreGradient<V.dtype, false, kGeneral, kMAtoms, kNAtoms> gradient;
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
             gradient.finish(dp, s, p.dropout, [&](int i, int, int e) { return delta[i][e >> 1]; });
             uint32_t ds[kMAtoms][kNAtoms][2];
             pack_fragments<V.dtype>(ds, dp);
-            multiply<V.dtype, kMAtoms, kDAtoms, kN / 16>(dq, a_registers(ds),
+            multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(dq, a_registers(ds),
                                                          b_columns<1>(FragmentAddress<kD>::rows_first(k_tile, lane)));
         }
         if (kStages == 1 && tile + 1 < tile_end) {

@@ -29,17 +29,15 @@ struct ForwardConfig {
           q_bytes(v.block_m * v.head_dim * 2),
           kv_bytes(v.block_n * v.head_dim * 2),
           smem_bytes(q_bytes + 2 * v.stages * kv_bytes),
-          // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses.
-          ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) + 40)) {}
+          // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
+          // kernels address bias and dropout bits besides.
+          ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
+                                                      (v.features == Features::general ? 72 : 40))) {}
 };
 
 /// Backward, one CTA per key tile. Scores are computed transposed (keys x queries). When a warp's keys meet all queries
 /// of the step (warps_m == 1), P and dS stay in registers for dV and dK; otherwise they pass through shared memory.
 /// dS passes through shared memory for dQ in any case.
-///
-/// The products that read P and dS from shared memory run one step behind the scores when there are two score buffers
-/// (and a third stage, or P in registers): a step then has one barrier, and warps that compute scores overlap with warps
-/// that multiply.
 struct BackwardConfig {
     int threads;
     int score_warps_n, score_warps_m;  // S^T and dP^T, (block_n x step_m)
@@ -47,7 +45,6 @@ struct BackwardConfig {
     int out_warps_n, out_warps_d;      // dK and dV, (block_n x head_dim)
     int dq_warps_m, dq_warps_d;        // dQ, (block_m x head_dim)
     bool p_in_registers;
-    int score_buffers;
     int kv_bytes, q_bytes, score_bytes, stat_bytes, smem_bytes;
     int ctas_per_sm;
 
@@ -61,7 +58,6 @@ struct BackwardConfig {
           dq_warps_m(v.block_m / 32),
           dq_warps_d(1),
           p_in_registers(v.head_dim <= 64),
-          score_buffers(v.stages >= (v.head_dim <= 64 ? 2 : 3) ? 2 : 1),
           kv_bytes(v.block_n * v.head_dim * 2),
           q_bytes(v.block_m * v.head_dim * 2),
           score_bytes(v.block_n * v.block_m * 2),
@@ -84,8 +80,7 @@ struct BackwardConfig {
             dq_warps_m *= 2;
             dq_warps_d = v.warps / dq_warps_m;
         }
-        smem_bytes = 2 * kv_bytes + v.stages * 2 * (q_bytes + stat_bytes) +
-                     score_buffers * (p_in_registers ? 1 : 2) * score_bytes;
+        smem_bytes = 2 * kv_bytes + v.stages * 2 * (q_bytes + stat_bytes) + (p_in_registers ? 1 : 2) * score_bytes;
         const int out_registers = 2 * (v.block_n / out_warps_n) * (v.head_dim / out_warps_d) / kWarpSize;
         const int score_registers = 2 * (v.block_n / score_warps_n) * (step_m / score_warps_m) / kWarpSize;
         const int dq_registers = v.block_m / dq_warps_m * (v.head_dim / dq_warps_d) / kWarpSize;

@@ -159,6 +159,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             }
         } else {
             cp_async_commit();
+            load_v(tile_end - 1, 0);
+            cp_async_commit();
         }
     }
 
@@ -176,19 +178,23 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             }
             cp_async_commit();
         } else {
-            cp_async_wait<0>();
-            __syncthreads();  // K has landed; everyone is done with the last V
-            load_v(tile, 0);
-            cp_async_commit();
+            if (tile == tile_end - 1) {
+                cp_async_wait<1>();
+                __syncthreads();  // Q and K have landed
+            } else {
+                cp_async_wait<0>();
+                __syncthreads();  // K has landed; everyone is done with the last V
+                load_v(tile, 0);
+                cp_async_commit();
+            }
         }
 
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
         float s[kMAtoms][kNAtoms][4];
         if (works) {
-            clear(s);
             const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
-            multiply<V.dtype, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand));
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand));
         }
         if constexpr (kStages == 1) {
             cp_async_wait<0>();
@@ -210,7 +216,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             uint32_t probability[kMAtoms][kNAtoms][2];
             pack_fragments<V.dtype>(probability, s);
             const auto v_operand = FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane);
-            multiply<V.dtype, kMAtoms, kDAtoms, kN / 16>(o, a_registers(probability), b_columns<1>(v_operand));
+            multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_registers(probability), b_columns<1>(v_operand));
         }
         if constexpr (kStages > 1) stage = stage == kStages - 1 ? 0 : stage + 1;
     }

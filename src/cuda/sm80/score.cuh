@@ -132,6 +132,29 @@ struct ScoreFunction {
     }
 
 private:
+    /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
+    /// offsets; else every element is addressed and checked by itself.
+    template <bool kTransposed, int kMAtoms, int kNAtoms, typename T, typename Value>
+    __device__ __forceinline__ void add_bias(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
+                                             T, Value value) const {
+        using Origin = FragmentOrigin<kTransposed>;
+        const T* const from = static_cast<const T*>(bias) + origin.query * bias_row_stride + origin.key * bias_col_stride;
+        const bool inside = origin.query + Origin::query_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_q &&
+                            origin.key + Origin::key_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_k;
+        if (__all_sync(0xffffffffu, inside && bias_col_stride == 1)) {
+            for_each(s, [&](float& x, int i, int j, int e) {
+                x += value(__ldg(from + Origin::query_step(i, j, e) * bias_row_stride + Origin::key_step(i, j, e)));
+            });
+        } else {
+            for_each(s, [&](float& x, int i, int j, int e) {
+                const int query = Origin::query_step(i, j, e), key = Origin::key_step(i, j, e);
+                if (origin.query + query < seqlen_q && origin.key + key < seqlen_k) {
+                    x += value(__ldg(from + query * bias_row_stride + key * bias_col_stride));
+                }
+            });
+        }
+    }
+
     template <int kMAtoms, int kNAtoms, typename F>
     __device__ __forceinline__ static void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
 #pragma unroll
@@ -147,19 +170,12 @@ private:
                                                        const FragmentOrigin<kTransposed>& origin) const {
         using Origin = FragmentOrigin<kTransposed>;
         if (bias) {
-            const auto add = [&](auto read) {
-                for_each(s, [&](float& x, int i, int j, int e) {
-                    const int query = origin.query + Origin::query_step(i, j, e);
-                    const int key = origin.key + Origin::key_step(i, j, e);
-                    if (query < seqlen_q && key < seqlen_k) x += read(query * bias_row_stride + key * bias_col_stride);
-                });
-            };
             if (bias_dtype == DType::f32) {
-                add([&](int64_t at) { return __ldg(static_cast<const float*>(bias) + at); });
+                add_bias(s, origin, float{}, [](float x) { return x; });
             } else if (bias_dtype == DType::bf16) {
-                add([&](int64_t at) { return unpack<DType::bf16>(__ldg(static_cast<const uint16_t*>(bias) + at)); });
+                add_bias(s, origin, uint16_t{}, [](uint16_t x) { return unpack<DType::bf16>(x); });
             } else {
-                add([&](int64_t at) { return unpack<DType::f16>(__ldg(static_cast<const uint16_t*>(bias) + at)); });
+                add_bias(s, origin, uint16_t{}, [](uint16_t x) { return unpack<DType::f16>(x); });
             }
         }
         if (slope != 0.0f) {
@@ -198,24 +214,32 @@ __device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], c
                 for (int n = 0; n < 8; ++n) f(s[i][j + (n >> 2)][n & 3], (kept >> n & 1u) != 0);
                 continue;
             }
-            // One Philox call gives eight neighbours' bits: a thread of an untransposed tile holds all eight of a group,
-            // of a transposed tile half of two groups.
-#pragma unroll
-            for (int half = 0; half < (kTransposed ? 2 : 1); ++half) {
-                const uint32_t query = query0 + Origin::query_step(i, j, half);
-                const uint32_t key = key0 + Origin::key_step(i, j, half);
-                const Philox4x32 group = dropout.group(batch_head, query, key);
+            // One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight of a group. In a
+            // transposed tile two threads, four lanes apart, hold half of the same two groups: each makes one of them and
+            // sends the other's half.
+            if constexpr (!kTransposed) {
+                const Philox4x32 bits = dropout.group(batch_head, query0 + 16 * i, key0 + 8 * j);
 #pragma unroll
                 for (int word = 0; word < 4; ++word) {
-                    const int row_high = kTransposed ? word & 1 : word >> 1;
-                    const int col_high = kTransposed ? word >> 1 : word & 1;
-                    if constexpr (kTransposed) {
-                        const uint32_t bits = key & 1 ? group.word[word] >> 16 : group.word[word] & 0xFFFFu;
-                        f(s[i][j + col_high][2 * row_high + half], bits >= dropout.drop_below);
-                    } else {
-                        f(s[i][j + col_high][2 * row_high], (group.word[word] & 0xFFFFu) >= dropout.drop_below);
-                        f(s[i][j + col_high][2 * row_high + 1], group.word[word] >> 16 >= dropout.drop_below);
-                    }
+                    float (&atom)[4] = s[i][j + (word & 1)];
+                    f(atom[2 * (word >> 1)], (bits.word[word] & 0xFFFFu) >= dropout.drop_below);
+                    f(atom[2 * (word >> 1) + 1], bits.word[word] >> 16 >= dropout.drop_below);
+                }
+            } else {
+                const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
+                const Philox4x32 made = dropout.group(batch_head, query0 + 8 * j + odd, key0 + 16 * i);
+                const uint32_t own = odd ? 0x7632u : 0x5410u, others = odd ? 0x5410u : 0x7632u;
+#pragma unroll
+                for (int col_high = 0; col_high < 2; ++col_high) {
+                    const uint32_t low = made.word[2 * col_high], high = made.word[2 * col_high + 1];
+                    const uint32_t mine = __byte_perm(low, high, own);
+                    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, __byte_perm(low, high, others), 4);
+                    const uint32_t even_query = odd ? theirs : mine, odd_query = odd ? mine : theirs;
+                    float (&atom)[4] = s[i][j + col_high];
+                    f(atom[0], (even_query & 0xFFFFu) >= dropout.drop_below);
+                    f(atom[1], (odd_query & 0xFFFFu) >= dropout.drop_below);
+                    f(atom[2], even_query >> 16 >= dropout.drop_below);
+                    f(atom[3], odd_query >> 16 >= dropout.drop_below);
                 }
             }
         }

@@ -67,6 +67,18 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     const int chunk0 = thread % kLanes;
     const uint32_t dst = tile + Layout::offset(row0, chunk0);
     const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
+    if (kAligned && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+#pragma unroll
+        for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
+            if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
+#pragma unroll
+            for (int c = 0; c < kCols / 8; c += kLanes) {
+                cp_async_16(dst + r * kRowStep * Layout::kRowBytes + c * 16, row_ptr + c * 8);
+            }
+            row_ptr += kRowStep * row_stride;
+        }
+        return;
+    }
 #pragma unroll
     for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
         const int row = row0 + r * kRowStep;
@@ -86,9 +98,9 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// acc[i][j] += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments, load_b(k, j, b) the
-/// fragments of the n-atoms 2j and 2j + 1. Both are fetched one step ahead of their use.
-template <DType kType, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB>
+/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments,
+/// load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1. Both are fetched one step ahead of their use.
+template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b) {
     static_assert(kNAtoms % 2 == 0);
     constexpr int kPairs = kNAtoms / 2;
@@ -105,8 +117,13 @@ __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], Load
             if (now + 1 < kSteps * kPairs) load_b((now + 1) / kPairs, (now + 1) % kPairs, b[(now + 1) & 1]);
 #pragma unroll
             for (int i = 0; i < kMAtoms; ++i) {
-                mma<kType>(acc[i][2 * j], a[k & 1][i], b[now & 1][0], b[now & 1][1]);
-                mma<kType>(acc[i][2 * j + 1], a[k & 1][i], b[now & 1][2], b[now & 1][3]);
+                if (kFresh && k == 0) {
+                    mma<kType, true>(acc[i][2 * j], a[k & 1][i], b[now & 1][0], b[now & 1][1]);
+                    mma<kType, true>(acc[i][2 * j + 1], a[k & 1][i], b[now & 1][2], b[now & 1][3]);
+                } else {
+                    mma<kType, false>(acc[i][2 * j], a[k & 1][i], b[now & 1][0], b[now & 1][1]);
+                    mma<kType, false>(acc[i][2 * j + 1], a[k & 1][i], b[now & 1][2], b[now & 1][3]);
+                }
             }
         }
     }
