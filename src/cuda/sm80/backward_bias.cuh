@@ -97,12 +97,14 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
                                                    b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
             multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
                                                    b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
+            const MaybeScoreFunction<true> score(p, seq, batch, head);
+            const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.
             ScoreGradient<V.dtype, false, true, 1, kNAtoms, false> gradient;
-            gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kRows, k0, kN),
-                                   [&](int, int, int e) { return lse[e >> 1]; });
-            gradient.finish(dp, s, p.dropout, [&](int, int, int e) { return delta[e >> 1]; });
+            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kRows, k0, kN),
+                                   [&](int, int, int h) { return float2{lse[h], lse[h]}; });
+            gradient.finish(dp, s, p.dropout, [&](int, int, int h) { return float2{delta[h], delta[h]}; });
 #pragma unroll
             for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll

@@ -11,17 +11,13 @@
 namespace strobe::sm80 {
 
 template <int kCols, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], uint32_t tile, int row0,
-                                               int col0, int lane) {
+__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int j = 0; j < kNAtoms; ++j) {
-                store_shared(tile + TileLayout<kCols>::offset(row0 + 16 * i + 8 * h + lane / 4, col0 / 8 + j) + 4 * (lane % 4),
-                             packed[i][j][h]);
-            }
+            for (int j = 0; j < kNAtoms; ++j) store_shared(to.at_chunk(16 * i + 8 * h, j), packed[i][j][h]);
 }
 
 template <uint64_t kVariantCode>
@@ -48,7 +44,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const int kv_head = static_cast<int>(index.head % p.size.num_heads_k);
     const int group = p.size.num_heads / p.size.num_heads_k;
     const Sequence seq = sequence_of(p, batch);
-    const int64_t k_begin = static_cast<int64_t>(index.tile) * kN;
+    const int k_begin = index.tile * kN;
     if (k_begin >= seq.rows_k) return;
     MaskParams mask_params = p.mask;
     if constexpr (V.mask == MaskClass::full) mask_params.window_left = mask_params.window_right = -1;
@@ -69,17 +65,27 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const uint32_t v_smem = k_smem + kConfig.kv_bytes;
     const uint32_t q_smem = v_smem + kConfig.kv_bytes;
     const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
-    const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;
-    const uint32_t p_smem = ds_smem + kConfig.score_bytes;  // only when not p_in_registers
+    const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;  // then P, unless it stays in registers
     constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
-    const float* const stats = reinterpret_cast<const float*>(smem + kStatOffset);
 
+    // Each operand's place, from which its tiles (K and V, Q and dO, P and dS, the stages) are constants away.
+    constexpr uint32_t kToV = kConfig.kv_bytes, kToDout = kStages * kConfig.q_bytes, kToP = kConfig.score_bytes;
+    const auto key_rows = FragmentAddress<kD>::rows_first(k_smem, lane, score_key);
+    const auto query_rows = FragmentAddress<kD>::chunks_first(q_smem, lane, score_query);
+    const auto query_cols = FragmentAddress<kD>::rows_first(q_smem, lane, 0, out_col);
+    const auto key_cols = FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col);
+    const auto score_store = FragmentAddress<kM>::accumulator(ds_smem, lane, score_key, score_query);
+    const auto score_rows = FragmentAddress<kM>::rows_first(ds_smem, lane, out_row);
+    const auto score_cols = FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row);
+
+    const int64_t q_row = seq.q_row;
+    const int seqlen_q = static_cast<int>(seq.seqlen_q);
     const auto load_queries = [&](int head, int tile, int stage) {
-        const int64_t row = static_cast<int64_t>(tile) * kM;
-        const int valid = static_cast<int>(seq.seqlen_q - row);
-        const Operand q(p.q, batch, seq.q_row + row, head);
-        const Operand dout(p.dout, batch, seq.q_row + row, head);
+        const int64_t row = q_row + static_cast<int64_t>(tile) * kM;
+        const int valid = seqlen_q - tile * kM;
+        const Operand q(p.q, batch, row, head);
+        const Operand dout(p.dout, batch, row, head);
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid, p.size.head_dim,
                                                q.aligned(p.size.head_dim), thread);
         load_tile<kM, kD, kThreads, !kGeneral>(do_smem + stage * kConfig.q_bytes, dout.data, dout.row_stride, valid,
@@ -115,60 +121,57 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         cp_async_wait<0>();
         __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
         if (kStages > 1 && step + 1 < steps) load_queries(next_head, next_tile, stage ^ 1);
-        const uint32_t q_tile = q_smem + stage * kConfig.q_bytes, do_tile = do_smem + stage * kConfig.q_bytes;
-        const float* const lse = stats + stage * 2 * kM;
-        const float* const delta = lse + kM;
+        const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
+        const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
+        const uint32_t to_stage = stage * kConfig.q_bytes;
+        const uint32_t my_stats = stat_smem + stage * 2 * kConfig.stat_bytes + 8 * (lane % 4);
 
         // Scores; with P in registers also dV and dK. Not unrolled: two parts at once would not fit in registers.
 #pragma unroll 1
         for (int part = 0; part < kM / kConfig.step_m; ++part) {
             const int query = part * kConfig.step_m + score_query;  // the warp's first, in the tile
-            const int q0 = tile * kM + query, k0 = static_cast<int>(k_begin) + score_key;
+            const int q0 = tile * kM + query, k0 = k_begin + score_key;
+            const auto store = score_store.moved_chunks(part * kConfig.step_m / 8);
             uint32_t ds[kScoreM][kScoreN][2];
             if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
                 clear(ds);
-                packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
-                if constexpr (!kPInRegisters) packed_to_tile<kM>(ds, p_smem, score_key, query, lane);
+                packed_to_tile(ds, store);
+                if constexpr (!kPInRegisters) packed_to_tile(ds, store + kToP);
                 continue;
             }
             float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(
-                s, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(k_smem, lane, score_key)),
-                b_rows(FragmentAddress<kD>::chunks_first(q_tile, lane, query)));
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(
-                dp, a_rows<kScoreM>(FragmentAddress<kD>::rows_first(v_smem, lane, score_key)),
-                b_rows(FragmentAddress<kD>::chunks_first(do_tile, lane, query)));
+            const auto queries_b = query_rows.moved(to_stage + part * (kConfig.step_m * kD * 2));
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b));
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
+                                                               b_rows(queries_b + kToDout));
 
             const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
-            const float* const my_lse = lse + query + 2 * (lane % 4);
-            const float* const my_delta = delta + query + 2 * (lane % 4);
             ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
-            gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
-                                   [&](int, int j, int e) { return my_lse[8 * j + (e & 1)]; });
-            if constexpr (!kPInRegisters) packed_to_tile<kM>(gradient.probability, p_smem, score_key, query, lane);
-            gradient.finish(dp, s, p.dropout, [&](int, int j, int e) { return my_delta[8 * j + (e & 1)]; });
+            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
+                                   [&](int, int j, int) { return load_shared_pair(my_stats + 4 * (query + 8 * j)); });
+            if constexpr (!kPInRegisters) packed_to_tile(gradient.probability, store + kToP);
+            gradient.finish(dp, s, p.dropout, [&](int, int j, int) {
+                return load_shared_pair(my_stats + kConfig.stat_bytes + 4 * (query + 8 * j));
+            });
             pack_fragments<V.dtype>(ds, dp);
-            packed_to_tile<kM>(ds, ds_smem, score_key, query, lane);
+            packed_to_tile(ds, store);
             if constexpr (kPInRegisters) {
-                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(
-                    dv, a_registers(gradient.probability),
-                    b_columns<1>(FragmentAddress<kD>::rows_first(do_tile, lane, query)));
-                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(
-                    dk, a_registers(ds), b_columns<1>(FragmentAddress<kD>::rows_first(q_tile, lane, query)));
+                const auto queries_k = query_cols.moved(to_stage + part * (kConfig.step_m * kD * 2));
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dv, a_registers(gradient.probability),
+                                                                            b_columns<1>(queries_k + kToDout));
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
             }
         }
         __syncthreads();  // P and dS are complete
 
         // The products whose operands are other warps' P and dS.
         if constexpr (!kPInRegisters) {
-            if (V.mask == MaskClass::full ||
-                band.any_visible(tile * kM, kM, static_cast<int>(k_begin) + out_row, kOutRows)) {
-                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(
-                    dv, a_rows<kOutM>(FragmentAddress<kM>::rows_first(p_smem, lane, out_row)),
-                    b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(do_tile, lane, 0, out_col)));
-                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(
-                    dk, a_rows<kOutM>(FragmentAddress<kM>::rows_first(ds_smem, lane, out_row)),
-                    b_columns<kOutWarpsD>(FragmentAddress<kD>::rows_first(q_tile, lane, 0, out_col)));
+            if (V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows)) {
+                const auto queries_k = query_cols.moved(to_stage);
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dv, a_rows<kOutM>(score_rows + kToP),
+                                                                b_columns<kOutWarpsD>(queries_k + kToDout));
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dk, a_rows<kOutM>(score_rows),
+                                                                b_columns<kOutWarpsD>(queries_k));
             }
         }
         if (kStages == 1 && step + 1 < steps) {
@@ -178,8 +181,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         if (ws.dq) {
             float dq[kDqM][kDqN][4];
             multiply<V.dtype, true, kDqM, kDqN, kN / 16>(
-                dq, a_columns<kDqM>(FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row)),
-                b_columns<kDqWarpsD>(FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col)));
+                dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
             float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
 #pragma unroll
             for (int i = 0; i < kDqM; ++i)
@@ -195,22 +197,24 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         tile = next_tile;
     }
 
+    // Read again rather than kept in registers over the loop.
+    const Sequence keys = sequence_of(p, batch);
     const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
 #pragma unroll
     for (int i = 0; i < kOutM; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             // Keys past the sequence's end have P = 0, but 0 * inf from a bad dout row must not reach them.
-            const bool live = k_begin + out_row + 16 * i + 8 * (e >> 1) + lane / 4 < seq.seqlen_k;
+            const bool live = k_begin + out_row + 16 * i + 8 * (e >> 1) + lane / 4 < keys.seqlen_k;
 #pragma unroll
             for (int j = 0; j < kOutN; ++j) {
                 dk[i][j][e] = live ? dk[i][j][e] * p.score.softmax_scale : 0.0f;
                 dv[i][j][e] = live ? dv[i][j][e] * dv_scale : 0.0f;
             }
         }
-    const Result dk_out(p.dk, p.grad_dtype, batch, seq.k_row + k_begin, kv_head);
-    const Result dv_out(p.dv, p.grad_dtype, batch, seq.k_row + k_begin, kv_head);
-    const int rows_left = static_cast<int>(seq.rows_k - k_begin);
+    const Result dk_out(p.dk, p.grad_dtype, batch, keys.k_row + k_begin, kv_head);
+    const Result dv_out(p.dv, p.grad_dtype, batch, keys.k_row + k_begin, kv_head);
+    const int rows_left = static_cast<int>(keys.rows_k - k_begin);
     if (dk_out.is_float) {
         store_float<kOutWarpsD>(dk, dk_out, out_row, out_col, rows_left, p.size.head_dim, p.accumulate, lane);
         store_float<kOutWarpsD>(dv, dv_out, out_row, out_col, rows_left, p.size.head_dim_v, p.accumulate, lane);

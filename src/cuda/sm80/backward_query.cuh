@@ -78,6 +78,8 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
         load_keys(tile_begin, 0);
     }
 
+    const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
+    const uint32_t batch_head = static_cast<uint32_t>(index.head);
     const auto q_operand = FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows);
     const auto do_operand = FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows);
     for (int tile = tile_begin; tile < tile_end; ++tile) {
@@ -95,9 +97,9 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
                                                          b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             ScoreGradient<V.dtype, false, kGeneral, kMAtoms, kNAtoms> gradient;
-            gradient.probabilities(s, p, seq, band, batch, head, origin, !band.all_visible(q0, kRows, k0, kN),
-                                   [&](int i, int, int e) { return lse[i][e >> 1]; });
-            gradient.finish(dp, s, p.dropout, [&](int i, int, int e) { return delta[i][e >> 1]; });
+            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kRows, k0, kN),
+                                   [&](int i, int, int h) { return float2{lse[i][h], lse[i][h]}; });
+            gradient.finish(dp, s, p.dropout, [&](int i, int, int h) { return float2{delta[i][h], delta[i][h]}; });
             uint32_t ds[kMAtoms][kNAtoms][2];
             pack_fragments<V.dtype>(ds, dp);
             multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(dq, a_registers(ds),

@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
     float o[kMAtoms][kDAtoms][4];
     clear(o);
-    OnlineSoftmax<kMAtoms> softmax(kGeneral ? kLog2e : p.score.softmax_scale * kLog2e);
+    const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
+    OnlineSoftmax<kMAtoms> softmax(kGeneral ? 1.0f : p.score.softmax_scale * kLog2e);
 
     if (tile_begin < tile_end) {
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride, static_cast<int>(seq.seqlen_q - q_begin),
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         }
         if (works) {
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
-            if constexpr (kGeneral) ScoreFunction(p, seq, batch, head).apply(s, origin);
+            if constexpr (kGeneral) score.apply(s, origin);
             if (!band.all_visible(q0, kRows, k0, kN)) apply_mask(s, band, origin, -INFINITY);
             softmax.update(s, o);
             if constexpr (kGeneral) {

@@ -44,6 +44,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     return v;
 }
 
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
 /// d = a * b + (kFresh ? 0 : d), fp32 accumulators; a is 16 x 16 row-major, b 16 x 8 column-major.
 template <DType kType, bool kFresh>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -66,11 +66,27 @@ __device__ __forceinline__ void apply_mask(float (&s)[kMAtoms][kNAtoms][4], cons
             }
 }
 
-/// The score function of one (batch, head): everything between softmax_scale * q.k and the softmax.
+/// How bias elements of one type are read, one at a time and two at a time.
+struct FloatBias {
+    using One = float;
+    using Two = float2;
+    __device__ static float one(float x) { return x; }
+    __device__ static float2 two(float2 x) { return x; }
+};
+template <DType kType>
+struct HalfBias {
+    using One = uint16_t;
+    using Two = uint32_t;
+    __device__ static float one(uint16_t x) { return unpack<kType>(x); }
+    __device__ static float2 two(uint32_t x) { return unpack2<kType>(x); }
+};
+
+/// The score function of one (batch, head): everything between q.k and the softmax, in base 2 (score * log2(e)).
 struct ScoreFunction {
-    float scale;
-    float softcap;  // 0: none
-    float slope;    // 0: no ALiBi
+    float scale_log2;
+    float cap_log2;     // softcap * log2(e); 0: none
+    float scale_inner;  // softmax_scale / softcap
+    float slope_log2;   // 0: no ALiBi
     int diagonal;
     const void* bias;  // of this (batch, head); null: none
     DType bias_dtype;
@@ -80,9 +96,10 @@ struct ScoreFunction {
     int seqlen_k;
 
     __device__ ScoreFunction(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : scale(p.score.softmax_scale),
-          softcap(p.score.softcap),
-          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] : 0.0f),
+        : scale_log2(p.score.softmax_scale * kLog2e),
+          cap_log2(p.score.softcap * kLog2e),
+          scale_inner(p.score.softcap > 0.0f ? p.score.softmax_scale / p.score.softcap : 0.0f),
+          slope_log2(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * kLog2e : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(nullptr),
           bias_dtype(p.bias_dtype),
@@ -96,13 +113,13 @@ struct ScoreFunction {
         bias = static_cast<const char*>(b.data) + offset * (bias_dtype == DType::f32 ? 4 : 2);
     }
 
-    /// s: q.k in, score out (natural units).
+    /// s: q.k in, base-2 score out.
     template <bool kTransposed, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
-        for_each(s, [&](float& x, int, int, int) { x *= scale; });
-        if (softcap > 0.0f) {
-            const float inverse = 1.0f / softcap;
-            for_each(s, [&](float& x, int, int, int) { x = softcap * tanh_fast(x * inverse); });
+        if (cap_log2 > 0.0f) {
+            for_each(s, [&](float& x, int, int, int) { x = cap_log2 * tanh_fast(x * scale_inner); });
+        } else {
+            for_each(s, [&](float& x, int, int, int) { x *= scale_log2; });
         }
         add_bias_and_slope(s, origin);
     }
@@ -112,49 +129,26 @@ struct ScoreFunction {
     __device__ __forceinline__ void apply_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
                                                         uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
                                                         const FragmentOrigin<kTransposed>& origin) const {
-        for_each(s, [&](float& x, int, int, int) { x *= scale; });
-        if (softcap > 0.0f) {
-            const float inverse = 1.0f / softcap;
+        if (cap_log2 > 0.0f) {
 #pragma unroll
             for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
                 for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float t0 = tanh_fast(s[i][j][2 * h] * inverse);
-                        const float t1 = tanh_fast(s[i][j][2 * h + 1] * inverse);
-                        s[i][j][2 * h] = softcap * t0;
-                        s[i][j][2 * h + 1] = softcap * t1;
+                        const float t0 = tanh_fast(s[i][j][2 * h] * scale_inner);
+                        const float t1 = tanh_fast(s[i][j][2 * h + 1] * scale_inner);
+                        s[i][j][2 * h] = cap_log2 * t0;
+                        s[i][j][2 * h + 1] = cap_log2 * t1;
                         slope_of_cap[i][j][h] = pack<kType>(1.0f - t0 * t0, 1.0f - t1 * t1);
                     }
+        } else {
+            for_each(s, [&](float& x, int, int, int) { x *= scale_log2; });
         }
         add_bias_and_slope(s, origin);
     }
 
 private:
-    /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
-    /// offsets; else every element is addressed and checked by itself.
-    template <bool kTransposed, int kMAtoms, int kNAtoms, typename T, typename Value>
-    __device__ __forceinline__ void add_bias(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
-                                             T, Value value) const {
-        using Origin = FragmentOrigin<kTransposed>;
-        const T* const from = static_cast<const T*>(bias) + origin.query * bias_row_stride + origin.key * bias_col_stride;
-        const bool inside = origin.query + Origin::query_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_q &&
-                            origin.key + Origin::key_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_k;
-        if (__all_sync(0xffffffffu, inside && bias_col_stride == 1)) {
-            for_each(s, [&](float& x, int i, int j, int e) {
-                x += value(__ldg(from + Origin::query_step(i, j, e) * bias_row_stride + Origin::key_step(i, j, e)));
-            });
-        } else {
-            for_each(s, [&](float& x, int i, int j, int e) {
-                const int query = Origin::query_step(i, j, e), key = Origin::key_step(i, j, e);
-                if (origin.query + query < seqlen_q && origin.key + key < seqlen_k) {
-                    x += value(__ldg(from + query * bias_row_stride + key * bias_col_stride));
-                }
-            });
-        }
-    }
-
     template <int kMAtoms, int kNAtoms, typename F>
     __device__ __forceinline__ static void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
 #pragma unroll
@@ -171,22 +165,82 @@ private:
         using Origin = FragmentOrigin<kTransposed>;
         if (bias) {
             if (bias_dtype == DType::f32) {
-                add_bias(s, origin, float{}, [](float x) { return x; });
+                add_bias<FloatBias>(s, origin);
             } else if (bias_dtype == DType::bf16) {
-                add_bias(s, origin, uint16_t{}, [](uint16_t x) { return unpack<DType::bf16>(x); });
+                add_bias<HalfBias<DType::bf16>>(s, origin);
             } else {
-                add_bias(s, origin, uint16_t{}, [](uint16_t x) { return unpack<DType::f16>(x); });
+                add_bias<HalfBias<DType::f16>>(s, origin);
             }
         }
-        if (slope != 0.0f) {
+        if (slope_log2 != 0.0f) {
             const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);
             for_each(s, [&](float& x, int i, int j, int e) {
                 const float step = static_cast<float>(Origin::query_step(i, j, e) - Origin::key_step(i, j, e));
-                x -= slope * fabsf(distance0 + step);
+                x -= slope_log2 * fabsf(distance0 + step);
+            });
+        }
+    }
+
+    /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
+    /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is addressed
+    /// and checked by itself.
+    template <typename Elements, bool kTransposed, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void add_bias(float (&s)[kMAtoms][kNAtoms][4],
+                                             const FragmentOrigin<kTransposed>& origin) const {
+        using Origin = FragmentOrigin<kTransposed>;
+        using T = typename Elements::One;
+        using T2 = typename Elements::Two;
+        const T* const from = static_cast<const T*>(bias) + origin.query * bias_row_stride + origin.key * bias_col_stride;
+        const bool inside = origin.query + Origin::query_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_q &&
+                            origin.key + Origin::key_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_k && bias_col_stride == 1;
+        const bool paired = !kTransposed && inside && bias_row_stride % 2 == 0 &&
+                            reinterpret_cast<uintptr_t>(from) % sizeof(T2) == 0;
+        if (__all_sync(0xffffffffu, paired)) {
+#pragma unroll
+            for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const T* const row = from + (16 * i + 8 * h) * bias_row_stride;
+                    T2 words[kNAtoms];
+#pragma unroll
+                    for (int j = 0; j < kNAtoms; ++j) words[j] = __ldg(reinterpret_cast<const T2*>(row + 8 * j));
+#pragma unroll
+                    for (int j = 0; j < kNAtoms; ++j) {
+                        const float2 x = Elements::two(words[j]);
+                        s[i][j][2 * h] = fmaf(x.x, kLog2e, s[i][j][2 * h]);
+                        s[i][j][2 * h + 1] = fmaf(x.y, kLog2e, s[i][j][2 * h + 1]);
+                    }
+                }
+        } else if (__all_sync(0xffffffffu, inside)) {
+            for_each(s, [&](float& x, int i, int j, int e) {
+                x = fmaf(Elements::one(__ldg(from + Origin::query_step(i, j, e) * bias_row_stride + Origin::key_step(i, j, e))), kLog2e, x);
+            });
+        } else {
+            for_each(s, [&](float& x, int i, int j, int e) {
+                const int query = Origin::query_step(i, j, e), key = Origin::key_step(i, j, e);
+                if (origin.query + query < seqlen_q && origin.key + key < seqlen_k) {
+                    x = fmaf(Elements::one(__ldg(from + query * bias_row_stride + key * bias_col_stride)), kLog2e, x);
+                }
             });
         }
     }
 };
+
+/// What plain kernels, whose score is softmax_scale * q.k, carry in its place.
+struct NoScoreFunction {
+    __device__ NoScoreFunction(const AttentionParams&, const Sequence&, int, int) {}
+};
+
+template <bool kGeneral>
+struct ScoreFunctionChoice {
+    using Type = NoScoreFunction;
+};
+template <>
+struct ScoreFunctionChoice<true> {
+    using Type = ScoreFunction;
+};
+template <bool kGeneral>
+using MaybeScoreFunction = typename ScoreFunctionChoice<kGeneral>::Type;
 
 /// Calls f(element, kept) for every element of the warp's tile. Bits are addressed by position: on one axis with other
 /// blocks when the caller placed them (MaskParams::has_positions), else from the sequence's start.

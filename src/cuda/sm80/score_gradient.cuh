@@ -11,25 +11,28 @@ template <DType kType, bool kTransposed, bool kGeneral, int kMAtoms, int kNAtoms
 struct ScoreGradient {
     uint32_t probability[kMAtoms][kNAtoms][2];  // as multiplied with v in the forward: dropped elements are zero
 
-    /// s becomes P times the softcap's slope, the factor of dS. lse(i, j, e) is the base-2 LSE of the element's query.
+    /// s becomes P times the softcap's slope, the factor of dS. lse(i, j, h) gives the
+    /// base-2 LSE of the queries of elements 2h and 2h + 1 of an atom; delta likewise.
     template <typename Lse>
-    __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
-                                                  const Sequence& seq, const Band& band, int batch, int head,
+    __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const MaybeScoreFunction<kGeneral>& score,
+                                                  const AttentionParams& p, const Band& band, uint32_t batch_head,
                                                   const FragmentOrigin<kTransposed>& origin, bool masked, Lse lse) {
         uint32_t slope_of_cap[kMAtoms][kNAtoms][2];
-        if constexpr (kGeneral) ScoreFunction(p, seq, batch, head).template apply_with_gradient<kType>(s, slope_of_cap, origin);
+        if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin);
         if (masked) apply_mask(s, band, origin, -INFINITY);
-        const float scale_log2 = kGeneral ? kLog2e : p.score.softmax_scale * kLog2e;
+        const float scale_log2 = kGeneral ? 1.0f : p.score.softmax_scale * kLog2e;
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
-            for (int j = 0; j < kNAtoms; ++j) {
+            for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) s[i][j][e] = exp2_fast(fmaf(s[i][j][e], scale_log2, -lse(i, j, e)));
-            }
+                for (int h = 0; h < 2; ++h) {
+                    const float2 l = lse(i, j, h);
+                    s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
+                    s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
+                }
         if constexpr (kGeneral) {
             if (p.dropout.enabled()) {
-                const uint32_t batch_head = static_cast<uint32_t>(batch) * p.size.num_heads + head;
                 // A dropped element keeps its P (dS needs it) with the sign bit set.
                 for_each_kept(s, p.dropout, p.mask, batch_head, origin, [](float& x, bool kept) { x = kept ? x : -x; });
             }
@@ -70,12 +73,14 @@ struct ScoreGradient {
 #pragma unroll
             for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if constexpr (kGeneral) {
-                        if (drops) dp[i][j][e] = signbit(s[i][j][e]) ? 0.0f : dp[i][j][e] * dropout.rescale;
-                        dp[i][j][e] = fabsf(s[i][j][e]) * (dp[i][j][e] - delta(i, j, e));
-                    } else {
-                        dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - delta(i, j, e));
+                for (int h = 0; h < 2; ++h) {
+                    const float2 d = delta(i, j, h);
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) {
+                        float gradient = dp[i][j][e];
+                        if (drops) gradient = signbit(s[i][j][e]) ? 0.0f : gradient * dropout.rescale;
+                        const float factor = kGeneral ? fabsf(s[i][j][e]) : s[i][j][e];
+                        dp[i][j][e] = factor * (gradient - (e & 1 ? d.y : d.x));
                     }
                 }
     }

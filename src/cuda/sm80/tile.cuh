@@ -26,6 +26,7 @@ template <int kCols>
 struct FragmentAddress {
     using Layout = TileLayout<kCols>;
     uint32_t base;
+    uint32_t beyond = 0;  // bytes added behind the XOR: tiles a constant apart share their XORed bases
 
     /// Matrices ordered (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1):
     /// a row-major A operand, or with .trans a B operand stored k x n.
@@ -37,11 +38,23 @@ struct FragmentAddress {
     __device__ static FragmentAddress chunks_first(uint32_t tile, int lane, int row0 = 0, int col0 = 0) {
         return {tile + Layout::offset(row0 + ((lane & 7) | (lane >> 4 << 3)), (col0 >> 3) + (lane >> 3 & 1))};
     }
+    /// This lane's first element of an accumulator fragment whose atom (0, 0) lies at (row0, col0).
+    __device__ static FragmentAddress accumulator(uint32_t tile, int lane, int row0, int col0) {
+        return {tile + Layout::offset(row0 + (lane >> 2), col0 >> 3) + 4 * (lane & 3)};
+    }
     __device__ uint32_t at(int row, int col) const {
         const int chunk = col >> 3;
-        return (base ^ ((chunk & Layout::kXorMask) << 4)) + row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4);
+        return (base ^ ((chunk & Layout::kXorMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) +
+               beyond;
     }
-    __device__ FragmentAddress operator+(uint32_t bytes) const { return {base + bytes}; }
+    /// Two columns of an accumulator fragment: `at` for odd chunks too.
+    __device__ uint32_t at_chunk(int row, int chunk) const {
+        constexpr int kMask = Layout::kGroupChunks - 1;
+        return (base ^ ((chunk & kMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~kMask) << 4)) + beyond;
+    }
+    __device__ FragmentAddress operator+(uint32_t bytes) const { return {base, beyond + bytes}; }
+    __device__ FragmentAddress moved(uint32_t bytes) const { return {base + bytes, beyond}; }
+    __device__ FragmentAddress moved_chunks(int chunk) const { return {at_chunk(0, chunk) - beyond, beyond}; }
 };
 
 /// Eight elements one by one, for rows that are not 16-byte aligned or end inside a chunk.
