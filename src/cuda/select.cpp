@@ -27,7 +27,9 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
     r.band = p.mask.is_band();
-    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled();
+    // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
+    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled() ||
+                !(p.score.softmax_scale > 0);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
     return r;
@@ -59,12 +61,14 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
         return nullptr;
     }
+    // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
+    const bool general = request.general || !request.tma_layout;
     const Variant* best = nullptr;
     const auto rank = [](const Variant& v) { return std::tuple(v.head_dim, v.mask, v.features); };
     for (const Variant& v : rows) {
         const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
-                            (v.features == Features::general || !request.general) && smem_bytes(v) <= device.smem_per_cta;
+                            (v.features == Features::general || !general) && smem_bytes(v) <= device.smem_per_cta;
         if (serves && (!best || rank(v) < rank(*best))) best = &v;
     }
     if (!best) {
