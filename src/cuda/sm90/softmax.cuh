@@ -1,0 +1,157 @@
+// Online softmax on wgmma accumulators. A thread of a warpgroup holds two rows, 8 apart, of a 64 x N tile:
+// s[4 * j + 0, 1] are columns 8 j + 2 (lane % 4) + {0, 1} of the first row, s[4 * j + 2, 3] the same of the second.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/params.hpp"
+#include "cuda/sm90/ptx.cuh"
+
+namespace strobe::sm90 {
+
+template <DType kType>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t packed;
+    if constexpr (kType == DType::bf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    }
+    return packed;
+}
+
+/// The accumulators of 16 key columns are, rounded, the A fragment of one k-step of P V: no data changes hands.
+template <DType kType, int kCount>
+__device__ __forceinline__ void round_to_fragments(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) p[i / 4][i % 4] = pack<kType>(s[2 * i], s[2 * i + 1]);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+/// Hides s[i] unless its column lies in [lo, hi) of its row; bounds are relative to the thread's first column.
+template <int kCount>
+__device__ __forceinline__ void mask_columns(float (&s)[kCount], const int (&lo)[2], const int (&hi)[2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int column = i / 4 * 8 + i % 2;
+        const int r = i / 2 % 2;
+        if (column >= hi[r] || column < lo[r]) s[i] = -INFINITY;
+    }
+}
+
+class OnlineSoftmax {
+public:
+    /// The reference maximum of a row is raised, and what was summed so far rescaled, only when a score exceeds it by
+    /// this many powers of two. In between, weights are up to 2^8 instead of 1, which fp32 sums and 16-bit weights hold as
+    /// exactly; the normalisation at the end cancels the reference.
+    static constexpr float kSlack = 8.0f;
+
+    __device__ explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
+
+    /// Turns the scores of a tile's first key block into weights.
+    template <int kCount>
+    __device__ __forceinline__ void first(float (&s)[kCount]) {
+        block_max(s, max_);
+        max_[0] = quad_max(max_[0]);
+        max_[1] = quad_max(max_[1]);
+        sum_[0] = sum_[1] = 0.0f;
+        exponentiate(s);
+    }
+
+    /// The same for a later block. Returns whether the output so far must be multiplied by `factor`.
+    template <int kCount>
+    __device__ __forceinline__ bool next(float (&s)[kCount], float (&factor)[2]) {
+        float top[2];
+        block_max(s, top);
+        bool grown = false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = fmaxf(max_[r], quad_max(top[r]));
+            grown |= (top[r] - max_[r]) * scale_log2_ > kSlack;
+        }
+        const bool rescale = __any_sync(0xFFFFFFFFu, grown);
+        if (rescale) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                factor[r] = exp2_approx((max_[r] - finite(top[r])) * scale_log2_);
+                sum_[r] *= factor[r];
+                max_[r] = top[r];
+            }
+        }
+        exponentiate(s);
+        return rescale;
+    }
+
+    /// Row sums over all key blocks; valid in every lane of a quad.
+    __device__ __forceinline__ void finish() {
+        sum_[0] = quad_sum(sum_[0]);
+        sum_[1] = quad_sum(sum_[1]);
+    }
+
+    /// After finish(): zero iff the row sees no key.
+    __device__ float sum(int r) const { return sum_[r]; }
+    __device__ float lse(int r) const {
+        constexpr float kLn2 = 0.69314718055994531f;
+        return sum_[r] == 0.0f ? -INFINITY : (finite(max_[r]) * scale_log2_ + log2f(sum_[r])) * kLn2;
+    }
+
+private:
+    __device__ static float finite(float m) { return m == -INFINITY ? 0.0f : m; }
+
+    template <int kCount>
+    __device__ __forceinline__ static void block_max(const float (&s)[kCount], float (&m)[2]) {
+        float odd[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            m[r] = s[2 * r];
+            odd[r] = s[2 * r + 1];
+        }
+#pragma unroll
+        for (int i = 4; i < kCount; i += 4) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                m[r] = fmaxf(m[r], s[i + 2 * r]);
+                odd[r] = fmaxf(odd[r], s[i + 2 * r + 1]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) m[r] = fmaxf(m[r], odd[r]);
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ void exponentiate(float (&s)[kCount]) {
+        const float shift[2] = {finite(max_[0]) * scale_log2_, finite(max_[1]) * scale_log2_};
+        float even[2] = {0.0f, 0.0f};
+        float odd[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                s[i + 2 * r] = exp2_approx(fmaf(s[i + 2 * r], scale_log2_, -shift[r]));
+                s[i + 2 * r + 1] = exp2_approx(fmaf(s[i + 2 * r + 1], scale_log2_, -shift[r]));
+                even[r] += s[i + 2 * r];
+                odd[r] += s[i + 2 * r + 1];
+            }
+        }
+        sum_[0] += even[0] + odd[0];
+        sum_[1] += even[1] + odd[1];
+    }
+
+    float scale_log2_;
+    float max_[2];
+    float sum_[2];
+};
+
+}  // namespace strobe::sm90
