@@ -43,18 +43,6 @@ struct TileOrder {
     }
 };
 
-/// Static dealing of tiles to workers. Tiles of equal cost go round and round; ordered by descending cost they are dealt
-/// back and forth, so that who got the longest of one round gets the shortest of the next.
-struct TileDealer {
-    int workers = 1;
-    bool back_and_forth = false;
-
-    STROBE_HD constexpr int64_t index(int worker, int round) const {
-        const bool reverse = back_and_forth && (round & 1);
-        return static_cast<int64_t>(round) * workers + (reverse ? workers - 1 - worker : worker);
-    }
-};
-
 /// Walks the sequences of a varlen batch in step with ascending tile indices.
 struct SequenceCursor {
     int batch = 0;

@@ -32,34 +32,35 @@ __device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Co
     const int group_size = args.params.size.num_heads / args.params.size.num_heads_k;
     const bool varlen_q = args.params.seqlens.cu_seqlens_q, varlen_k = args.params.seqlens.cu_seqlens_k;
     TileSource<kBlockM, kBlockN> source(args.params, args.schedule);
-    RingIndex<kTileSlots> slot;
-    RingIndex<Config::kQStages> q;
-    RingIndex<Config::kStages> k;
-    for (;; slot.advance()) {
+    uint32_t q_count = 0, k_count = 0;
+    for (uint32_t tile_count = 0;; ++tile_count) {
         const ForwardTile tile = source.next();
-        smem.tile_empty[slot.slot].wait(slot.phase ^ 1);
-        smem.tiles[slot.slot] = tile;
-        smem.tile_full[slot.slot].arrive();
+        const int slot = ring_slot<kTileSlots>(tile_count);
+        smem.tile_empty[slot].wait(ring_phase<kTileSlots>(tile_count) ^ 1);
+        smem.tiles[slot] = tile;
+        smem.tile_full[slot].arrive();
         if (tile.is_end()) return;
         if (!tile.has_keys()) continue;
-        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, k.advance()) {
-            smem.k_empty[k.slot].wait(k.phase ^ 1);
-            smem.k_full[k.slot].arrive_expect(sizeof(smem.k[0]));
+        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, ++k_count) {
+            const int k = ring_slot<Config::kStages>(k_count);
+            smem.k_empty[k].wait(ring_phase<Config::kStages>(k_count) ^ 1);
+            smem.k_full[k].arrive_expect(sizeof(smem.k[0]));
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_load(&smem.k[k.slot][c * kBlockN * kCols], &args.k_map, smem.k_full[k.slot], c * kCols,
+                tma_load(&smem.k[k][c * kBlockN * kCols], &args.k_map, smem.k_full[k], c * kCols,
                          tile.k_row + n * kBlockN, tile.head / group_size, varlen_k ? 0 : tile.batch,
                          CachePolicy::evict_last);
             }
             if (n == tile.n_end - 1) {
-                smem.q_empty[q.slot].wait(q.phase ^ 1);
-                smem.q_full[q.slot].arrive_expect(sizeof(smem.q[0]));
+                const int q = ring_slot<Config::kQStages>(q_count);
+                smem.q_empty[q].wait(ring_phase<Config::kQStages>(q_count) ^ 1);
+                smem.q_full[q].arrive_expect(sizeof(smem.q[0]));
 #pragma unroll
                 for (int c = 0; c < Config::kChunks; ++c) {
-                    tma_load(&smem.q[q.slot][c * kBlockM * kCols], &args.q_map, smem.q_full[q.slot], c * kCols,
+                    tma_load(&smem.q[q][c * kBlockM * kCols], &args.q_map, smem.q_full[q], c * kCols,
                              tile.q_row + tile.row, tile.head, varlen_q ? 0 : tile.batch, CachePolicy::evict_first);
                 }
-                q.advance();
+                ++q_count;
             }
         }
     }
@@ -83,24 +84,24 @@ __device__ void produce_values(const ForwardArgs& args, ForwardSmem<Config>& sme
     const int group_size = args.params.size.num_heads / args.params.size.num_heads_k;
     const bool varlen_k = args.params.seqlens.cu_seqlens_k;
     const bool leader = threadIdx.x % 32 == 0;
-    RingIndex<kTileSlots> slot;
-    RingIndex<Config::kStages> v;
-    uint32_t tail_phase = 0;
-    for (;; slot.advance()) {
-        smem.tile_full[slot.slot].wait(slot.phase);
-        const ForwardTile tile = smem.tiles[slot.slot];
+    uint32_t v_count = 0, tail_phase = 0;
+    for (uint32_t tile_count = 0;; ++tile_count) {
+        const int slot = ring_slot<kTileSlots>(tile_count);
+        smem.tile_full[slot].wait(ring_phase<kTileSlots>(tile_count));
+        const ForwardTile tile = smem.tiles[slot];
         __syncwarp();
-        if (leader) smem.tile_empty[slot.slot].arrive();
+        if (leader) smem.tile_empty[slot].arrive();
         if (tile.is_end()) return;
-        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, v.advance()) {
+        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, ++v_count) {
+            const int v = ring_slot<Config::kStages>(v_count);
             const bool ragged = args.clean_tails && (n + 1) * kBlockN > tile.seqlen_k;
-            smem.v_empty[v.slot].wait(v.phase ^ 1);
+            smem.v_empty[v].wait(ring_phase<Config::kStages>(v_count) ^ 1);
             if (leader) {
-                Barrier& arrival = ragged ? smem.v_tail : smem.v_full[v.slot];
+                Barrier& arrival = ragged ? smem.v_tail : smem.v_full[v];
                 arrival.arrive_expect(sizeof(smem.v[0]));
 #pragma unroll
                 for (int c = 0; c < Config::kChunks; ++c) {
-                    tma_load(&smem.v[v.slot][c * kBlockN * kCols], &args.v_map, arrival, c * kCols,
+                    tma_load(&smem.v[v][c * kBlockN * kCols], &args.v_map, arrival, c * kCols,
                              tile.k_row + n * kBlockN, tile.head / group_size, varlen_k ? 0 : tile.batch,
                              CachePolicy::evict_last);
                 }
@@ -108,10 +109,10 @@ __device__ void produce_values(const ForwardArgs& args, ForwardSmem<Config>& sme
             if (ragged) {
                 smem.v_tail.wait(tail_phase);
                 tail_phase ^= 1;
-                zero_rows_from<Config>(smem.v[v.slot], tile.seqlen_k - n * kBlockN);
+                zero_rows_from<Config>(smem.v[v], tile.seqlen_k - n * kBlockN);
                 fence_async_proxy();
                 __syncwarp();
-                if (leader) smem.v_full[v.slot].arrive();
+                if (leader) smem.v_full[v].arrive();
             }
         }
     }
@@ -293,49 +294,51 @@ public:
         RowMask<Config, V.mask> mask = begin_tile(s, softmax);
         for (;;) {
             round_to_fragments<V.dtype>(s, p);
-            const int n_begin = smem_.tiles[slot_.slot].n_begin;
-            int n = smem_.tiles[slot_.slot].n_end - 1;
+            const int n_begin = tile().n_begin;
             bool accumulate = false;
-            for (--n; n >= n_begin; --n) {
-                smem_.k_full[k_.slot].wait(k_.phase);
+            for (int n = tile().n_end - 2; n >= n_begin; --n) {
+                wait_full(smem_.k_full, block_);
                 wait_turn();
-                issue_scores<Config, V.dtype>(s, q_address(), smem_address(smem_.k[k_.slot]));
-                smem_.v_full[v_.slot].wait(v_.phase);
-                issue_output<Config, V.dtype>(o, p, smem_address(smem_.v[v_.slot]), accumulate);
+                issue_scores<Config, V.dtype>(s, q_address(), buffer(smem_.k, block_));
+                wait_full(smem_.v_full, block_ - 1);
+                issue_output<Config, V.dtype>(o, p, buffer(smem_.v, block_ - 1), accumulate);
                 pass_turn(group_);
                 accumulate = true;
 
                 wgmma_wait<1>();
                 fence_registers(s);
-                release(smem_.k_empty[k_.slot]);
-                k_.advance();
+                release(smem_.k_empty, block_);
                 mask.apply(s, n);
                 float factor[2];
-                const bool rescale = softmax.next(s, factor);
+                const bool rescale = softmax.adapt(s, factor);
+                softmax.exponentiate(s);
 
+                // The weights exist before the wait: the compiler would rather delay them, and lose the overlap.
+                fence_registers(s);
                 wgmma_wait<0>();
                 fence_registers(o);
-                release(smem_.v_empty[v_.slot]);
-                v_.advance();
+                release(smem_.v_empty, block_ - 1);
+                ++block_;
                 round_to_fragments<V.dtype>(s, p);
                 if (rescale) {
 #pragma unroll
                     for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
                 }
             }
-            release(smem_.q_empty[q_.slot]);
-            q_.advance();
+            release(smem_.q_empty, query_);
+            ++query_;
 
-            const int done = slot_.slot;
+            const ForwardTile& done = tile();
             const bool more = next_tile();
-            smem_.v_full[v_.slot].wait(v_.phase);
+            wait_full(smem_.v_full, block_ - 1);
             wait_turn();
             if (!more) {
-                issue_output<Config, V.dtype>(o, p, smem_address(smem_.v[v_.slot]), accumulate);
+                issue_output<Config, V.dtype>(o, p, buffer(smem_.v, block_ - 1), accumulate);
+                pass_turn(group_);
                 finish_tile<0>(o, softmax, done);
                 return;
             }
-            issue_output<Config, V.dtype>(o, p, smem_address(smem_.v[v_.slot]), accumulate);
+            issue_output<Config, V.dtype>(o, p, buffer(smem_.v, block_ - 1), accumulate);
             if constexpr (kPrefetch) {
                 start_scores(s);
                 pass_turn(group_);
@@ -352,17 +355,28 @@ public:
     }
 
 private:
+    // The streams of key and value blocks, of tiles and of tiles that have keys are counted from the kernel's start; an
+    // item's number gives its buffer. block_ is the next key block; the values due are those of the block before.
+    template <int kSize>
+    __device__ __forceinline__ static void wait_full(Barrier (&full)[kSize], uint32_t count) {
+        full[ring_slot<kSize>(count)].wait(ring_phase<kSize>(count));
+    }
+    template <int kSize>
+    __device__ __forceinline__ static void release(Barrier (&empty)[kSize], uint32_t count) {
+        if (threadIdx.x % 32 == 0) empty[ring_slot<kSize>(count)].arrive();
+    }
+    template <int kSize, int kElements>
+    __device__ __forceinline__ static uint32_t buffer(const uint16_t (&ring)[kSize][kElements], uint32_t count) {
+        return smem_address(ring) + ring_slot<kSize>(count) * static_cast<uint32_t>(sizeof(ring[0]));
+    }
+    __device__ __forceinline__ uint32_t q_address() const { return buffer(smem_.q, query_) + group_ * 64 * kSpan; }
+    __device__ __forceinline__ const ForwardTile& tile() const { return smem_.tiles[ring_slot<kTileSlots>(tile_)]; }
+
     /// This thread's first row within the tile; the second is 8 further.
     __device__ int thread_row() const {
         const int thread = threadIdx.x % 128;
         return 64 * group_ + thread / 32 * 16 + thread % 32 / 4;
     }
-    __device__ uint32_t q_address() const { return smem_address(smem_.q[q_.slot]) + group_ * 64 * kSpan; }
-
-    __device__ static void release(Barrier& empty) {
-        if (threadIdx.x % 32 == 0) empty.arrive();
-    }
-
     // A warpgroup that has the turn issues its two matrix multiplies, then passes the turn on to the next one.
     __device__ void wait_turn() const {
         if constexpr (kTuning.take_turns) named_barrier_sync(1 + group_, 256);
@@ -371,59 +385,59 @@ private:
         if constexpr (kTuning.take_turns) named_barrier_arrive(1 + (from + 1) % Config::kConsumers, 256);
     }
 
-    /// Moves to the next tile that has keys; answers those that have none on the way. Slots stay ours until released.
+    /// Moves to the next tile that has keys; answers those that have none on the way. A tile's slot stays ours until it
+    /// is finished.
     __device__ __forceinline__ bool next_tile() {
         for (;;) {
-            slot_ = next_slot_;
-            next_slot_.advance();
-            smem_.tile_full[slot_.slot].wait(slot_.phase);
-            const ForwardTile& tile = smem_.tiles[slot_.slot];
-            if (tile.is_end()) return false;
-            if (tile.has_keys()) return true;
-            store_nothing_seen<Config>(args_, tile, tile.row + 64 * group_);
-            __syncwarp();
-            release(smem_.tile_empty[slot_.slot]);
+            ++tile_;
+            wait_full(smem_.tile_full, tile_);
+            if (tile().is_end()) return false;
+            if (tile().has_keys()) return true;
+            store_nothing_seen<Config>(args_, tile(), tile().row + 64 * group_);
+            release_tile(tile());
         }
+    }
+    __device__ __forceinline__ void release_tile(const ForwardTile& done) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) smem_.tile_empty[&done - smem_.tiles].arrive();
     }
 
     __device__ __forceinline__ void start_scores(float (&s)[kBlockN / 2]) {
-        smem_.q_full[q_.slot].wait(q_.phase);
-        smem_.k_full[k_.slot].wait(k_.phase);
-        issue_scores<Config, V.dtype>(s, q_address(), smem_address(smem_.k[k_.slot]));
+        wait_full(smem_.q_full, query_);
+        wait_full(smem_.k_full, block_);
+        issue_scores<Config, V.dtype>(s, q_address(), buffer(smem_.k, block_));
     }
 
     /// Waits for the first scores of a tile and takes their softmax.
     __device__ __forceinline__ RowMask<Config, V.mask> begin_tile(float (&s)[kBlockN / 2], OnlineSoftmax& softmax) {
-        const ForwardTile& tile = smem_.tiles[slot_.slot];
-        const RowMask<Config, V.mask> mask(tile, tile.row + 64 * group_, tile.row + thread_row());
+        const RowMask<Config, V.mask> mask(tile(), tile().row + 64 * group_, tile().row + thread_row());
         wgmma_wait<0>();
         fence_registers(s);
-        release(smem_.k_empty[k_.slot]);
-        k_.advance();
-        mask.apply(s, tile.n_end - 1);
-        softmax.first(s);
+        release(smem_.k_empty, block_);
+        ++block_;
+        mask.apply(s, tile().n_end - 1);
+        softmax.start(s);
+        softmax.exponentiate(s);
         return mask;
     }
 
     /// Waits for the last P V, which kPending younger groups may outlive, and stores the tile's output.
     template <int kPending>
-    __device__ __forceinline__ void finish_tile(float (&o)[Config::kHeadDim / 2], OnlineSoftmax& softmax, int slot) {
+    __device__ __forceinline__ void finish_tile(float (&o)[Config::kHeadDim / 2], OnlineSoftmax& softmax,
+                                                const ForwardTile& done) {
         wgmma_wait<kPending>();
         fence_registers(o);
-        release(smem_.v_empty[v_.slot]);
-        v_.advance();
-        const ForwardTile& tile = smem_.tiles[slot];
-        store_output<Config, V.dtype>(args_, tile, tile.row + thread_row(), o, softmax);
-        __syncwarp();
-        release(smem_.tile_empty[slot]);
+        release(smem_.v_empty, block_ - 1);
+        store_output<Config, V.dtype>(args_, done, done.row + thread_row(), o, softmax);
+        release_tile(done);
     }
 
     const ForwardArgs& args_;
     ForwardSmem<Config>& smem_;
     const int group_;
-    RingIndex<kTileSlots> slot_, next_slot_;
-    RingIndex<Config::kQStages> q_;
-    RingIndex<Config::kStages> k_, v_;
+    uint32_t tile_ = ~0u;
+    uint32_t query_ = 0;
+    uint32_t block_ = 0;
 };
 
 // ------------------------------------------------------------------------------------------------------------ kernel

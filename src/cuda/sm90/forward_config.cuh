@@ -37,7 +37,7 @@ struct ForwardConfig {
     static_assert(kHeadDim % 32 == 0 && kBlockN % 16 == 0);
 };
 
-constexpr int kTileSlots = 3;
+constexpr int kTileSlots = 4;
 
 /// Ownership: the producer fills a buffer after `empty`, its readers may read after `full`. Each consumer warp arrives
 /// once on an `empty` barrier.
@@ -54,18 +54,14 @@ struct ForwardSmem {
     ForwardTile tiles[kTileSlots];
 };
 
-/// A position in a ring of kSize buffers: which one, and the phase bit of its `full` barrier.
+/// Where item number `count` of a stream lives in a ring of kSize buffers, and the phase bit of its `full` barrier.
 template <int kSize>
-struct RingIndex {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++slot == kSize) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
+__device__ __forceinline__ int ring_slot(uint32_t count) {
+    return static_cast<int>(count % kSize);
+}
+template <int kSize>
+__device__ __forceinline__ uint32_t ring_phase(uint32_t count) {
+    return count / kSize & 1;
+}
 
 }  // namespace strobe::sm90

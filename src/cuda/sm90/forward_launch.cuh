@@ -8,6 +8,9 @@
 
 namespace strobe::sm90 {
 
+/// Workspace that lets tiles of unequal length be balanced at run time. Without one the kernel deals them statically.
+constexpr int kForwardWorkspaceBytes = 16;
+
 template <Variant V, ForwardTuning kTuning>
 cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& context) {
     using Config = ForwardConfig<V, kTuning>;
@@ -54,7 +57,12 @@ cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& co
     const int64_t most_tiles =
         varlen_q ? (size.total_q / V.block_m + size.batch) * size.num_heads : schedule.num_tiles;
     const int grid = static_cast<int>(std::min<int64_t>(most_tiles, context.num_sms));
-    schedule.dealer = {grid, schedule.order.longest_first && !varlen_q};
+    schedule.next_tile = nullptr;
+    if (p.workspace && (V.mask == MaskClass::band || varlen_q || varlen_k || p.seqlens.seqused_k)) {
+        schedule.next_tile = static_cast<unsigned*>(p.workspace);
+        status = cudaMemsetAsync(p.workspace, 0, kForwardWorkspaceBytes, context.stream);
+        if (status != cudaSuccess) return status;
+    }
 
     constexpr int kSmemBytes = sizeof(ForwardSmem<Config>);
     static_assert(kSmemBytes <= 227 * 1024);

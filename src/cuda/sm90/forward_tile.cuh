@@ -31,7 +31,7 @@ struct ForwardTile {
 
 struct ForwardSchedule {
     TileOrder order;
-    TileDealer dealer;
+    unsigned* next_tile;  // zeroed counter: workers take tiles as they come free; null: tiles are dealt in turn
     int num_blocks;     // query blocks per sequence (dense)
     int num_pairs;      // batch * heads
     int64_t num_tiles;  // dense; varlen batches end where the sequences do
@@ -47,7 +47,7 @@ public:
         : params_(params), schedule_(schedule) {}
 
     __device__ ForwardTile next() {
-        const int64_t index = schedule_.dealer.index(static_cast<int>(blockIdx.x), round_++);
+        const int64_t index = take();
         TileIndex at;
         if (params_.seqlens.cu_seqlens_q) {
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
@@ -64,6 +64,17 @@ public:
     }
 
 private:
+    /// Tiles of unequal length are balanced by taking the next one only when the last is nearly done.
+    __device__ int64_t take() {
+        const int64_t index = next_;
+        if (schedule_.next_tile) {
+            next_ = -1;
+            return index >= 0 ? index : int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u);
+        }
+        next_ += gridDim.x;
+        return index;
+    }
+
     __device__ static ForwardTile end() {
         ForwardTile t{};
         t.batch = -1;
@@ -97,7 +108,7 @@ private:
     const AttentionParams& params_;
     const ForwardSchedule& schedule_;
     SequenceCursor cursor_;
-    int round_ = 0;
+    int64_t next_ = blockIdx.x;
 };
 
 }  // namespace strobe::sm90

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <climits>
 #include <cmath>
 #include <cstdint>
 
@@ -60,76 +61,32 @@ public:
 
     __device__ explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
 
-    /// Turns the scores of a tile's first key block into weights.
+    /// Takes the references from the scores of a tile's first key block.
     template <int kCount>
-    __device__ __forceinline__ void first(float (&s)[kCount]) {
-        block_max(s, max_);
-        max_[0] = quad_max(max_[0]);
-        max_[1] = quad_max(max_[1]);
+    __device__ __forceinline__ void start(const float (&s)[kCount]) {
         sum_[0] = sum_[1] = 0.0f;
-        exponentiate(s);
+        row_max(s, max_);
+        set_limits();
     }
 
-    /// The same for a later block. Returns whether the output so far must be multiplied by `factor`.
+    /// Makes the references fit another block. Returns whether the output so far must be multiplied by `factor`.
     template <int kCount>
-    __device__ __forceinline__ bool next(float (&s)[kCount], float (&factor)[2]) {
+    __device__ __forceinline__ bool adapt(const float (&s)[kCount], float (&factor)[2]) {
+        if (!__any_sync(0xFFFFFFFFu, exceeds_limits(s))) return false;
         float top[2];
-        block_max(s, top);
-        bool grown = false;
+        row_max(s, top);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            top[r] = fmaxf(max_[r], quad_max(top[r]));
-            grown |= (top[r] - max_[r]) * scale_log2_ > kSlack;
+            top[r] = fmaxf(max_[r], top[r]);
+            factor[r] = exp2_approx((max_[r] - finite(top[r])) * scale_log2_);
+            sum_[r] *= factor[r];
+            max_[r] = top[r];
         }
-        const bool rescale = __any_sync(0xFFFFFFFFu, grown);
-        if (rescale) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                factor[r] = exp2_approx((max_[r] - finite(top[r])) * scale_log2_);
-                sum_[r] *= factor[r];
-                max_[r] = top[r];
-            }
-        }
-        exponentiate(s);
-        return rescale;
+        set_limits();
+        return true;
     }
 
-    /// Row sums over all key blocks; valid in every lane of a quad.
-    __device__ __forceinline__ void finish() {
-        sum_[0] = quad_sum(sum_[0]);
-        sum_[1] = quad_sum(sum_[1]);
-    }
-
-    /// After finish(): zero iff the row sees no key.
-    __device__ float sum(int r) const { return sum_[r]; }
-    __device__ float lse(int r) const {
-        constexpr float kLn2 = 0.69314718055994531f;
-        return sum_[r] == 0.0f ? -INFINITY : (finite(max_[r]) * scale_log2_ + log2f(sum_[r])) * kLn2;
-    }
-
-private:
-    __device__ static float finite(float m) { return m == -INFINITY ? 0.0f : m; }
-
-    template <int kCount>
-    __device__ __forceinline__ static void block_max(const float (&s)[kCount], float (&m)[2]) {
-        float odd[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            m[r] = s[2 * r];
-            odd[r] = s[2 * r + 1];
-        }
-#pragma unroll
-        for (int i = 4; i < kCount; i += 4) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                m[r] = fmaxf(m[r], s[i + 2 * r]);
-                odd[r] = fmaxf(odd[r], s[i + 2 * r + 1]);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) m[r] = fmaxf(m[r], odd[r]);
-    }
-
+    /// Turns scores into weights and adds them to the row sums.
     template <int kCount>
     __device__ __forceinline__ void exponentiate(float (&s)[kCount]) {
         const float shift[2] = {finite(max_[0]) * scale_log2_, finite(max_[1]) * scale_log2_};
@@ -149,8 +106,54 @@ private:
         sum_[1] += even[1] + odd[1];
     }
 
+    /// Row sums over all key blocks; valid in every lane of a quad.
+    __device__ __forceinline__ void finish() {
+        sum_[0] = quad_sum(sum_[0]);
+        sum_[1] = quad_sum(sum_[1]);
+    }
+
+    /// After finish(): zero iff the row sees no key.
+    __device__ float sum(int r) const { return sum_[r]; }
+    __device__ float lse(int r) const {
+        constexpr float kLn2 = 0.69314718055994531f;
+        return sum_[r] == 0.0f ? -INFINITY : (finite(max_[r]) * scale_log2_ + log2f(sum_[r])) * kLn2;
+    }
+
+private:
+    __device__ static float finite(float m) { return m == -INFINITY ? 0.0f : m; }
+
+    /// Positive floats order like their bits and above all negative ones: where a limit is positive, a three-way integer
+    /// maximum tests scores against it without finding their maximum. Other limits are always exceeded.
+    __device__ __forceinline__ void set_limits() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float limit = max_[r] + kSlack / scale_log2_;
+            limit_[r] = limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
+        }
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ bool exceeds_limits(const float (&s)[kCount]) const {
+        int top[4] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            top[i % 4] = __vimax3_s32(top[i % 4], __float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1]));
+        }
+        return max(top[0], top[2]) > limit_[0] || max(top[1], top[3]) > limit_[1];
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ static void row_max(const float (&s)[kCount], float (&m)[2]) {
+        float top[4] = {s[0], s[2], s[1], s[3]};
+#pragma unroll
+        for (int i = 4; i < kCount; ++i) top[i / 2 % 2 + i % 2 * 2] = fmaxf(top[i / 2 % 2 + i % 2 * 2], s[i]);
+        m[0] = quad_max(fmaxf(top[0], top[2]));
+        m[1] = quad_max(fmaxf(top[1], top[3]));
+    }
+
     float scale_log2_;
     float max_[2];
+    int limit_[2];
     float sum_[2];
 };
 
