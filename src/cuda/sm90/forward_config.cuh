@@ -9,10 +9,10 @@
 
 namespace strobe::sm90 {
 
-/// Choices that a variant row does not name; the defaults are the measured best.
+/// Choices that a variant row does not name.
 struct ForwardTuning {
-    int q_stages = 1;        // 2: the next tile's queries arrive, and its first scores start, before this tile ends
-    bool take_turns = true;  // consumer warpgroups issue their matrix multiplies in turn, so one's softmax runs under another's
+    int q_stages = 1;          // 2: the next tile's queries arrive, and its first scores start, before this tile ends
+    bool take_turns = true;    // consumer warpgroups start their matrix multiplies in turn
 };
 
 template <Variant V, ForwardTuning kTuning>
@@ -35,6 +35,15 @@ struct ForwardConfig {
     static constexpr int kChunkCols = kSpan / 2;
     static constexpr int kChunks = kHeadDim / kChunkCols;
     static_assert(kHeadDim % 32 == 0 && kBlockN % 16 == 0);
+};
+
+struct ForwardArgs {
+    CUtensorMap q_map, k_map, v_map;
+    CUtensorMap out_map;  // boxes of 16 rows; unused for fp32 output
+    AttentionParams params;
+    ForwardSchedule schedule;
+    float scale_log2;  // softmax_scale * log2(e)
+    bool clean_tails;  // memory behind a sequence's last key holds other data: zero what a value block caught of it
 };
 
 constexpr int kTileSlots = 4;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/launch.hpp"
+#include "cuda/common/tensor_map.hpp"
 #include "cuda/sm90/forward.cuh"
 
 namespace strobe::sm90 {
@@ -26,13 +28,16 @@ cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& co
         return cuda::make_tensor_map(m, t, V.dtype, varlen ? 1 : size.batch, varlen ? total : seqlen, heads, dim,
                                      {rows, Config::kChunkCols, static_cast<cuda::Swizzle>(Config::kSpan)});
     };
-    ForwardArgs args;
+    ForwardArgs args{};
     cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, V.block_m);
     if (status == cudaSuccess) {
         status = map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
     }
     if (status == cudaSuccess) {
         status = map(args.v_map, p.v, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim_v, V.block_n);
+    }
+    if (status == cudaSuccess && p.out_dtype == V.dtype) {
+        status = map(args.out_map, p.out, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim_v, 16);
     }
     if (status != cudaSuccess) return status;
 

@@ -25,13 +25,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return packed;
 }
 
-/// The accumulators of 16 key columns are, rounded, the A fragment of one k-step of P V: no data changes hands.
-template <DType kType, int kCount>
-__device__ __forceinline__ void round_to_fragments(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) p[i / 4][i % 4] = pack<kType>(s[2 * i], s[2 * i + 1]);
-}
-
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
@@ -64,7 +57,8 @@ public:
     /// Takes the references from the scores of a tile's first key block.
     template <int kCount>
     __device__ __forceinline__ void start(const float (&s)[kCount]) {
-        sum_[0] = sum_[1] = 0.0f;
+#pragma unroll
+        for (float& x : sum_) x = 0.0f;
         row_max(s, max_);
         set_limits();
     }
@@ -79,7 +73,8 @@ public:
         for (int r = 0; r < 2; ++r) {
             top[r] = fmaxf(max_[r], top[r]);
             factor[r] = exp2_approx((max_[r] - finite(top[r])) * scale_log2_);
-            sum_[r] *= factor[r];
+            sum_[2 * r] *= factor[r];
+            sum_[2 * r + 1] *= factor[r];
             max_[r] = top[r];
         }
         set_limits();
@@ -89,34 +84,25 @@ public:
     /// Turns scores into weights and adds them to the row sums.
     template <int kCount>
     __device__ __forceinline__ void exponentiate(float (&s)[kCount]) {
-        const float shift[2] = {finite(max_[0]) * scale_log2_, finite(max_[1]) * scale_log2_};
-        float even[2] = {0.0f, 0.0f};
-        float odd[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < kCount; i += 4) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                s[i + 2 * r] = exp2_approx(fmaf(s[i + 2 * r], scale_log2_, -shift[r]));
-                s[i + 2 * r + 1] = exp2_approx(fmaf(s[i + 2 * r + 1], scale_log2_, -shift[r]));
-                even[r] += s[i + 2 * r];
-                odd[r] += s[i + 2 * r + 1];
-            }
+        for (int i = 0; i < kCount; ++i) {
+            const int r = i / 2 % 2;
+            s[i] = exp2_approx(fmaf(s[i], scale_log2_, -shift_[r]));
+            sum_[2 * r + i % 2] += s[i];
         }
-        sum_[0] += even[0] + odd[0];
-        sum_[1] += even[1] + odd[1];
     }
 
     /// Row sums over all key blocks; valid in every lane of a quad.
     __device__ __forceinline__ void finish() {
-        sum_[0] = quad_sum(sum_[0]);
-        sum_[1] = quad_sum(sum_[1]);
+        sum_[0] = quad_sum(sum_[0] + sum_[1]);
+        sum_[1] = quad_sum(sum_[2] + sum_[3]);
     }
 
     /// After finish(): zero iff the row sees no key.
     __device__ float sum(int r) const { return sum_[r]; }
     __device__ float lse(int r) const {
         constexpr float kLn2 = 0.69314718055994531f;
-        return sum_[r] == 0.0f ? -INFINITY : (finite(max_[r]) * scale_log2_ + log2f(sum_[r])) * kLn2;
+        return sum_[r] == 0.0f ? -INFINITY : (shift_[r] + __log2f(sum_[r])) * kLn2;
     }
 
 private:
@@ -129,6 +115,7 @@ private:
         for (int r = 0; r < 2; ++r) {
             const float limit = max_[r] + kSlack / scale_log2_;
             limit_[r] = limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
+            shift_[r] = finite(max_[r]) * scale_log2_;
         }
     }
 
@@ -153,8 +140,9 @@ private:
 
     float scale_log2_;
     float max_[2];
+    float shift_[2];  // max_ in powers of two; 0 for a row that has seen no key
     int limit_[2];
-    float sum_[2];
+    float sum_[4];    // even and odd columns of the two rows
 };
 
 }  // namespace strobe::sm90
