@@ -21,14 +21,16 @@ namespace strobe::sm90 {
 template <typename Config, DType kType>
 __device__ __forceinline__ void issue_scores(float (&s)[Config::kBlockN / 2], uint32_t q, uint32_t k) {
     constexpr int kSpan = Config::kSpan;
+    const uint64_t q_descriptor = smem_descriptor<kSpan>(q, 16, 8 * kSpan);
+    const uint64_t k_descriptor = smem_descriptor<kSpan>(k, 16, 8 * kSpan);
     fence_registers(s);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
         const int chunk = i * 32 / kSpan, offset = i * 32 % kSpan;
         Wgmma<Config::kBlockN>::template ss<kType, 0, 0>(
-            s, smem_descriptor<kSpan>(q + chunk * Config::kBlockM * kSpan + offset, 16, 8 * kSpan),
-            smem_descriptor<kSpan>(k + chunk * Config::kBlockN * kSpan + offset, 16, 8 * kSpan), i > 0);
+            s, advanced(q_descriptor, chunk * Config::kBlockM * kSpan + offset),
+            advanced(k_descriptor, chunk * Config::kBlockN * kSpan + offset), i > 0);
     }
     wgmma_commit();
     fence_registers(s);
@@ -84,7 +86,7 @@ class Consumer {
 
 public:
     __device__ Consumer(const ForwardArgs& args, ForwardSmem<Config>& smem)
-        : args_(args), smem_(smem), group_(static_cast<int>(threadIdx.x) / 128 - 1), softmax_(args.scale_log2) {}
+        : args_(args), smem_(smem), group_(__shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 128 - 1, 0)), softmax_(args.scale_log2) {}
 
     __device__ __forceinline__ void run() {
         Scores s;
@@ -254,13 +256,12 @@ private:
 
     /// O = [accumulate] O + P V for the key block before block_.
     __device__ __forceinline__ void issue_output(Output& o, const Weights& p, bool accumulate) {
-        const uint32_t v = buffer(smem_.v, block_ - 1);
+        const uint64_t v = smem_descriptor<kSpan>(buffer(smem_.v, block_ - 1), kBlockN * kSpan, 8 * kSpan);
         fence_registers(o);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kBlockN / 16; ++i) {
-            Wgmma<Config::kHeadDim>::template rs<V.dtype, 1>(
-                o, p[i], smem_descriptor<kSpan>(v + i * 16 * kSpan, kBlockN * kSpan, 8 * kSpan), i > 0 || accumulate);
+            Wgmma<Config::kHeadDim>::template rs<V.dtype, 1>(o, p[i], advanced(v, i * 16 * kSpan), i > 0 || accumulate);
         }
         wgmma_commit();
         fence_registers(o);
