@@ -142,9 +142,8 @@ private:
     }
 
     void enter_key_rows(IndexRange keys) {
-        const int64_t d = p_.size.head_dim;
-        k_ = read_rows(row_of<const T>(p_.k, batch_, tile_.sequence().k_row + keys.begin, head_k_), p_.k.row_stride, keys.size(), d,
-                       d % kWidth == 0 ? d : plan_.padded_dim, area(plan_.k_rows));
+        k_ = read_rows_down(row_of<const T>(p_.k, batch_, tile_.sequence().k_row + keys.begin, head_k_), p_.k.row_stride, keys.size(),
+                            p_.size.head_dim, plan_.padded_dim, area(plan_.k_rows));
         keys_known_finite_ = false;
         for (int64_t x = 0; x < keys.size() * plan_.padded_dim; x += kWidth) store(area(plan_.dk) + x, zero());
         for (int64_t x = 0; x < keys.size() * plan_.padded_dim_v; x += kWidth) store(area(plan_.dv) + x, zero());
@@ -162,9 +161,9 @@ private:
 
     /// Hidden elements enter the products as zeros, which NaN and inf would defeat.
     bool finite() {
-        if (!keys_known_finite_) keys_known_finite_ = all_finite(k_, tile_.keys().size(), p_.size.head_dim);
-        return keys_known_finite_ && all_finite(tile_.q(), tile_.queries().size(), p_.size.head_dim) &&
-               all_finite(tile_.dout(), tile_.queries().size(), p_.size.head_dim_v);
+        const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v, rows = words<T>(tile_.queries().size());
+        if (!keys_known_finite_) keys_known_finite_ = all_finite<T>(k_, words<T>(tile_.keys().size()), d);
+        return keys_known_finite_ && all_finite<T>(tile_.q_down(), rows, d) && all_finite<T>(tile_.dout_down(), rows, dv);
     }
 
     /// dV += P^T dO and dK += dS^T Q for the keys of a panel.
@@ -173,16 +172,15 @@ private:
         if (rows.empty()) return;
         const int64_t keys = lesser<int64_t>(kPanel, tile_.keys().size() - panel * kPanel);
         const int64_t at = rows.begin * plan_.score_stride + panel * kPanel;
-        Product product{.rows = keys, .steps = rows.size(), .a = tile_.p() + at, .a_stride = plan_.score_stride,
-                        .b = tile_.dout().data + rows.begin * tile_.dout().stride, .b_stride = tile_.dout().stride,
-                        .c = area(plan_.dv) + panel * kPanel * plan_.padded_dim_v, .c_stride = plan_.padded_dim_v};
-        multiply_columns<Layout::columns, Start::add>(product, round_up(p_.size.head_dim_v, kWidth));
-        product.a = tile_.ds() + at;
-        product.b = tile_.q().data + rows.begin * tile_.q().stride;
-        product.b_stride = tile_.q().stride;
-        product.c = area(plan_.dk) + panel * kPanel * plan_.padded_dim;
-        product.c_stride = plan_.padded_dim;
-        multiply_columns<Layout::columns, Start::add>(product, round_up(p_.size.head_dim, kWidth));
+        const auto multiply = [&](const float* a, Rows b, int64_t columns, float* sums, int64_t stride) {
+            multiply_columns<Layout::columns, Start::add, kPairsOf<T>>(
+                {.rows = keys, .steps = words<T>(rows.size()), .a = a + at, .a_stride = kPerWord<T> * plan_.score_stride,
+                 .b = b.data + rows.begin / kPerWord<T> * b.stride, .b_stride = b.stride, .c = sums + panel * kPanel * stride,
+                 .c_stride = stride},
+                round_up(columns, kWidth));
+        };
+        multiply(tile_.p(), tile_.dout_down(), p_.size.head_dim_v, area(plan_.dv), plan_.padded_dim_v);
+        multiply(tile_.ds(), tile_.q_down(), p_.size.head_dim, area(plan_.dk), plan_.padded_dim);
     }
 
     /// The tile's dQ = dS K, over the panels that hold the scores of a group of rows; neighbouring groups with the same
@@ -194,12 +192,12 @@ private:
             end = begin + kRowGroup;
             while (end < rows && group_keys(end).begin == keys.begin && group_keys(end).end == keys.end) end += kRowGroup;
             end = lesser(end, rows);
-            multiply_columns<Layout::rows, Start::zero>({.rows = end - begin, .steps = keys.size(),
-                                                         .a = tile_.ds() + begin * plan_.score_stride + keys.begin,
-                                                         .a_stride = plan_.score_stride, .b = k_.data + keys.begin * k_.stride,
-                                                         .b_stride = k_.stride, .c = area(plan_.dq_tile) + begin * plan_.padded_dim,
-                                                         .c_stride = plan_.padded_dim},
-                                                        round_up(p_.size.head_dim, kWidth));
+            const Rows ds = tile_.ds_rows();
+            multiply_columns<Layout::rows, Start::zero, kPairsOf<T>>(
+                {.rows = end - begin, .steps = words<T>(keys.size()), .a = ds.data + begin * ds.stride + keys.begin / kPerWord<T>,
+                 .a_stride = ds.stride, .b = k_.data + keys.begin / kPerWord<T> * k_.stride, .b_stride = k_.stride,
+                 .c = area(plan_.dq_tile) + begin * plan_.padded_dim, .c_stride = plan_.padded_dim},
+                round_up(p_.size.head_dim, kWidth));
         }
     }
 
@@ -224,16 +222,18 @@ private:
             const IndexRange seen = intersection(keys, tile_.mask().key_range(queries.begin + r, queries.begin + r + 1));
             for (int64_t j = seen.begin; j < seen.end; ++j) {
                 const int64_t key = j - keys.begin;
-                const float p = tile_.p()[r * plan_.score_stride + key], ds = tile_.ds()[r * plan_.score_stride + key];
-                add_scaled(tile_.dout().data + r * tile_.dout().stride, p, dv, area(plan_.dv) + key * plan_.padded_dim_v);
-                add_scaled(tile_.q().data + r * tile_.q().stride, ds, d, area(plan_.dk) + key * plan_.padded_dim);
-                add_scaled(k_.data + key * k_.stride, ds, d, area(plan_.dq_tile) + r * plan_.padded_dim);
+                const int64_t at = r / kPerWord<T> * kPerWord<T> * plan_.score_stride + key;
+                const float prob = item<T>(tile_.p() + at, r), ds = item<T>(tile_.ds() + at, r);
+                add_scaled(tile_.dout_down(), r, prob, dv, area(plan_.dv) + key * plan_.padded_dim_v);
+                add_scaled(tile_.q_down(), r, ds, d, area(plan_.dk) + key * plan_.padded_dim);
+                add_scaled(k_, key, ds, d, area(plan_.dq_tile) + r * plan_.padded_dim);
             }
         }
     }
 
-    static void add_scaled(const float* src, float factor, int64_t count, float* dst) {
-        for (int64_t c = 0; c < count; ++c) dst[c] += factor * src[c];
+    static void add_scaled(Rows rows, int64_t row, float factor, int64_t count, float* dst) {
+        const float* const src = rows.data + row / kPerWord<T> * rows.stride;
+        for (int64_t c = 0; c < count; ++c) dst[c] += factor * item<T>(src + c, row);
     }
 
     /// Adds the tile to its block of dQ when all key blocks before this one have. They belong to tasks that were started
