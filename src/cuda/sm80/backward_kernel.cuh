@@ -164,24 +164,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         }
         __syncthreads();  // P and dS are complete
 
-        // The products whose operands are other warps' P and dS.
-        if constexpr (!kPInRegisters) {
-            if (V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows)) {
-                const auto queries_k = query_cols.moved(to_stage);
-                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dv, a_rows<kOutM>(score_rows + kToP),
-                                                                b_columns<kOutWarpsD>(queries_k + kToDout));
-                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dk, a_rows<kOutM>(score_rows),
-                                                                b_columns<kOutWarpsD>(queries_k));
-            }
-        }
-        if (kStages == 1 && step + 1 < steps) {
-            __syncthreads();  // everyone is done with the queries
-            load_queries(next_head, next_tile, 0);
-        }
-        if (ws.dq) {
+        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
+        // behind the others; with one stage it comes last, behind the next step's loads.
+        const auto add_dq = [&] {
+            if (!ws.dq) return;
             float dq[kDqM][kDqN][4];
-            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(
-                dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
+            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
             float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
 #pragma unroll
             for (int i = 0; i < kDqM; ++i)
@@ -192,6 +180,23 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                         add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
                                      dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
                     }
+        };
+        if constexpr (kStages > 1) add_dq();
+        if constexpr (!kPInRegisters) {
+            if (V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows)) {
+                const auto queries_k = query_cols.moved(to_stage);
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dv, a_rows<kOutM>(score_rows + kToP),
+                                                                b_columns<kOutWarpsD>(queries_k + kToDout));
+                multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dk, a_rows<kOutM>(score_rows),
+                                                                b_columns<kOutWarpsD>(queries_k));
+            }
+        }
+        if constexpr (kStages == 1) {
+            if (step + 1 < steps) {
+                __syncthreads();  // everyone is done with the queries
+                load_queries(next_head, next_tile, 0);
+            }
+            add_dq();
         }
         head = next_head;
         tile = next_tile;
