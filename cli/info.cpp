@@ -5,6 +5,7 @@
 
 #include "commands.hpp"
 #include "cpu/cpu_backend.hpp"
+#include "device.hpp"
 #include "record.hpp"
 #include "registry.hpp"
 #include "strobe/strobe.hpp"
@@ -39,6 +40,19 @@ void info(const CommonOptions& options) {
     std::printf("instruction sets  %s (uses %s)\n", isas.c_str(), machine["instruction_set_used"].get<std::string>().c_str());
     std::printf("FMA peak          %.1f GFLOP/s per core, f32, measured\n", fma / 1e9);
     if (dot > 0) std::printf("bf16 dot peak     %.1f GFLOP/s per core, measured\n", dot / 1e9);
+    std::string reason;
+    const int devices = cuda_device_count(&reason);
+    if (devices == 0) {
+        std::printf("CUDA              none: %s\n", reason.c_str());
+        record["cuda"] = reason;
+    }
+    for (int d = 0; d < devices; ++d) {
+        const auto device = device_json({DeviceType::cuda, d});
+        std::printf("cuda:%-12d %s, compute capability %s, %.0f GiB, driver %s\n", d, device["name"].get<std::string>().c_str(),
+                    device["compute_capability"].get<std::string>().c_str(), device["memory_bytes"].get<double>() / (1 << 30),
+                    device["driver"].get<std::string>().c_str());
+        record["cuda"].push_back(device);
+    }
     std::printf("\nimplementations, in the order in which a call is offered to them\n");
     for (const Implementation& i : implementations()) {
         std::printf("  %-4s  %s\n", i.device_type == STROBE_CPU ? "cpu" : "cuda", i.name);

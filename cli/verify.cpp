@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "commands.hpp"
+#include "device.hpp"
 #include "progress.hpp"
 #include "record.hpp"
 #include "strobe/strobe.hpp"
@@ -62,13 +63,17 @@ nlohmann::ordered_json result_json(const CaseResult& r) {
 }
 
 /// Runs every case, some at once on the CPU: the reference is what takes the time.
-std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const VerifyCommandOptions& options, int workers) {
+std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const VerifyCommandOptions& options, const Device& device,
+                                  int workers) {
     std::vector<CaseResult> results(cases.size());
     std::atomic<size_t> next{0};
     std::mutex mutex;
     Progress progress(static_cast<int64_t>(cases.size()));
     const auto work = [&] {
-        verify::LibrarySubject subject(options.implementation, options.threads);
+        verify::LibrarySubject subject =
+            device.type == DeviceType::cpu
+                ? verify::LibrarySubject(options.implementation, options.threads)
+                : verify::LibrarySubject(device_memory(device), STROBE_CUDA, device.index, options.implementation, nullptr);
         for (size_t i = next++; i < cases.size(); i = next++) {
             results[i] = verify::verify_case(cases[i], subject);
             const std::lock_guard lock(mutex);
@@ -88,16 +93,14 @@ std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const 
 }
 
 void verify_command(const VerifyCommandOptions& options) {
-    if (options.device != "cpu") {
-        throw Exit{kExitDevice, fmt::format("--device: is {}; this build of strobe verifies cpu", options.device)};
-    }
+    const Device device = parse_device(options.device);
     const std::vector<verify::Case> cases = verify::filtered(verify::verify_cases(), options.filter);
     if (cases.empty()) throw Exit{kExitUsage, fmt::format("--filter: no case matches \"{}\"", options.filter)};
     if (options.list) {
         for (const verify::Case& c : cases) std::printf("%s\n", c.name().c_str());
         return;
     }
-    const std::vector<CaseResult> results = run_cases(cases, options, num_threads());
+    const std::vector<CaseResult> results = run_cases(cases, options, device, num_threads());
     Summary summary;
     for (const CaseResult& r : results) summary.add(r);
 
@@ -106,6 +109,7 @@ void verify_command(const VerifyCommandOptions& options) {
                 static_cast<long>(summary.failed), static_cast<long>(summary.unsupported));
     if (!options.json.empty()) {
         nlohmann::ordered_json record = record_header("verify");
+        record["device"] = device_json(device);
         record["passed"] = summary.passed;
         record["failed"] = summary.failed;
         record["unsupported"] = summary.unsupported;

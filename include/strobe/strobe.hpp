@@ -50,36 +50,36 @@ struct Tensor : strobe_tensor {
     Tensor() : strobe_tensor{} {}
 
     /// A dense row-major view.
-    Tensor(void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {})
-        : Tensor(data, dtype, std::span<const int64_t>(shape.begin(), shape.size()), {}, device) {}
+    Tensor(void* pointer, DType type, std::initializer_list<int64_t> extents, Device device = {})
+        : Tensor(pointer, type, std::span<const int64_t>(extents.begin(), extents.size()), {}, device) {}
 
-    /// Empty `strides`: dense row-major.
-    Tensor(void* data, DType dtype, std::span<const int64_t> shape, std::span<const int64_t> strides, Device device = {})
+    /// Empty `steps` (the strides): dense row-major.
+    Tensor(void* pointer, DType type, std::span<const int64_t> extents, std::span<const int64_t> steps, Device device = {})
         : strobe_tensor{} {
-        if (shape.size() > STROBE_MAX_DIMS || (!strides.empty() && strides.size() != shape.size())) {
-            throw Error(Status::invalid_argument, "tensor: " + std::to_string(shape.size()) + " extents with " +
-                                                      std::to_string(strides.size()) + " strides; at most " +
+        if (extents.size() > STROBE_MAX_DIMS || (!steps.empty() && steps.size() != extents.size())) {
+            throw Error(Status::invalid_argument, "tensor: " + std::to_string(extents.size()) + " extents with " +
+                                                      std::to_string(steps.size()) + " strides; at most " +
                                                       std::to_string(STROBE_MAX_DIMS) + ", and as many of both");
         }
-        this->data = data;
-        this->dtype = static_cast<int32_t>(dtype);
+        data = pointer;
+        dtype = static_cast<int32_t>(type);
         device_type = static_cast<int32_t>(device.type);
         device_index = device.index;
-        ndim = static_cast<int32_t>(shape.size());
+        ndim = static_cast<int32_t>(extents.size());
         int64_t dense = 1;
-        for (int i = ndim - 1; i >= 0; --i) {
-            this->shape[i] = shape[i];
-            this->strides[i] = strides.empty() ? dense : strides[i];
-            dense *= shape[i];
+        for (size_t i = extents.size(); i-- > 0;) {
+            shape[i] = extents[i];
+            strides[i] = steps.empty() ? dense : steps[i];
+            dense *= extents[i];
         }
     }
 
-    Tensor(float* data, std::initializer_list<int64_t> shape, Device device = {})
-        : Tensor(data, DType::f32, shape, device) {}
-    Tensor(const float* data, std::initializer_list<int64_t> shape, Device device = {})
-        : Tensor(const_cast<float*>(data), DType::f32, shape, device) {}
-    Tensor(const int32_t* data, std::initializer_list<int64_t> shape, Device device = {})
-        : Tensor(const_cast<int32_t*>(data), DType::i32, shape, device) {}
+    Tensor(float* pointer, std::initializer_list<int64_t> extents, Device device = {})
+        : Tensor(pointer, DType::f32, extents, device) {}
+    Tensor(const float* pointer, std::initializer_list<int64_t> extents, Device device = {})
+        : Tensor(const_cast<float*>(pointer), DType::f32, extents, device) {}
+    Tensor(const int32_t* pointer, std::initializer_list<int64_t> extents, Device device = {})
+        : Tensor(const_cast<int32_t*>(pointer), DType::i32, extents, device) {}
 };
 
 /// Inputs and options; the meaning of each is in strobe.h.

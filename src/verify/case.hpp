@@ -89,8 +89,14 @@ std::string_view dtype_name(DType dtype);
 /// The correctness list: over 3,000 cases, each named once.
 std::vector<Case> verify_cases();
 
+/// `base` with every option alone and with every pair of options that go together.
+std::vector<Case> option_cases(const Case& base);
+
 /// The speed list: dtype x head_dim x mask x sequence length x heads.
 std::vector<Case> bench_cases();
+
+/// The same for GPUs, the grid of the FlashAttention papers: bf16, 16k tokens per call, hidden size 2048.
+std::vector<Case> device_bench_cases();
 
 /// Comma-separated terms: a case matches when any term matches its name and no term with a leading '!' does. A term is a
 /// piece of the name; '*' and '?' stand for any run and any one character.

@@ -28,10 +28,10 @@ struct Option {
 
 constexpr Option kOptions[] = {
     {"mask", [](Case& c) { c.window_right = 0; }},
-    {"mask", [](Case& c) { c.window_left = 9, c.window_right = 4; }},
+    {"mask", [](Case& c) { c.window_left = c.seqlen_k / 5, c.window_right = (c.seqlen_k + 7) / 11; }},
     {"mask", [](Case& c) { c.window_left = 2, c.window_right = 0; }},
-    {"mask", [](Case& c) { c.window_left = 12; }},
-    {"mask", [](Case& c) { c.window_right = 7; }},
+    {"mask", [](Case& c) { c.window_left = c.seqlen_k / 4 + 1; }},
+    {"mask", [](Case& c) { c.window_right = c.seqlen_k / 6; }},
     {"heads", [](Case& c) { c.num_heads = 4; }},
     {"heads", [](Case& c) { c.num_heads = 3, c.num_heads_k = 1; }},
     {"scale", [](Case& c) { c.softmax_scale = 0.3; }},
@@ -54,8 +54,8 @@ constexpr Option kOptions[] = {
     {"used", [](Case& c) { c.batch = c.batch < 4 ? 4 : c.batch, c.seqused_q = c.seqused_k = true; }},
     {"layout", [](Case& c) { c.layout = Layout::bhsd; }},
     {"layout", [](Case& c) { c.layout = Layout::padded; }},
-    {"layout", [](Case& c) { c.layout = Layout::packed, c.seqlen_q = c.seqlen_k = 37; }},
-    {"positions", [](Case& c) { c.positions = true, c.q_position = 40, c.k_position = 23; }},
+    {"layout", [](Case& c) { c.layout = Layout::packed, c.seqlen_k = c.seqlen_q; }},
+    {"positions", [](Case& c) { c.positions = true, c.q_position = c.seqlen_k - 5, c.k_position = c.seqlen_k / 2 + 1; }},
     {"out", [](Case& c) { c.out_f32 = true; }},
     {"grad", [](Case& c) { c.grad_f32 = true; }},
     {"grad", [](Case& c) { c.grad_f32 = c.accumulate = true; }},
@@ -98,25 +98,35 @@ void add_grid(List& list) {
     }
 }
 
+/// Calls f with each option alone (second = null) and with each pair of options that go together.
+template <class F>
+void for_each_option_pair(F&& f) {
+    for (const Option* first = kOptions; first != std::end(kOptions); ++first) {
+        f(*first, static_cast<const Option*>(nullptr));
+        for (const Option* second = first + 1; second != std::end(kOptions); ++second) {
+            if (std::string_view(first->axis) != second->axis) f(*first, second);
+        }
+    }
+}
+
+Case with_options(Case c, const Option& first, const Option* second) {
+    first.apply(c);
+    if (second) second->apply(c);
+    return c;
+}
+
 void add_options(List& list) {
     constexpr int kSingleDims[] = {59, 64, 128};
     constexpr int kPairDims[] = {40, 64, 32, 111, 64, 16, 128, 80};
     for (DType dtype : kDTypes) {
         size_t turn = 0;
-        for (const Option* first = kOptions; first != std::end(kOptions); ++first) {
-            for (int head_dim : kSingleDims) {
-                Case c{.dtype = dtype, .head_dim = head_dim};
-                first->apply(c);
-                list.add(c);
+        for_each_option_pair([&](const Option& first, const Option* second) {
+            if (second) {
+                list.add(with_options({.dtype = dtype, .head_dim = kPairDims[turn++ % std::size(kPairDims)]}, first, second));
+                return;
             }
-            for (const Option* second = first + 1; second != std::end(kOptions); ++second) {
-                if (std::string_view(first->axis) == second->axis) continue;
-                Case c{.dtype = dtype, .head_dim = kPairDims[turn++ % std::size(kPairDims)]};
-                first->apply(c);
-                second->apply(c);
-                list.add(c);
-            }
-        }
+            for (int head_dim : kSingleDims) list.add(with_options({.dtype = dtype, .head_dim = head_dim}, first, nullptr));
+        });
     }
 }
 
@@ -196,6 +206,12 @@ std::vector<Case> verify_cases() {
     return list.take();
 }
 
+std::vector<Case> option_cases(const Case& base) {
+    List list;
+    for_each_option_pair([&](const Option& first, const Option* second) { list.add(with_options(base, first, second)); });
+    return list.take();
+}
+
 std::vector<Case> bench_cases() {
     List list;
     for (DType dtype : {DType::f32, DType::bf16}) {
@@ -210,6 +226,25 @@ std::vector<Case> bench_cases() {
                         list.add(c);
                     }
                 }
+            }
+        }
+    }
+    return list.take();
+}
+
+std::vector<Case> device_bench_cases() {
+    constexpr int64_t kTokens = 16384;
+    constexpr int kHidden = 2048;
+    List list;
+    for (int head_dim : {64, 128, 256}) {
+        for (Window window : {kFull, kCausal}) {
+            for (int64_t seqlen = 512; seqlen <= kTokens; seqlen *= 2) {
+                Case c{.dtype = DType::bf16, .batch = static_cast<int>(kTokens / seqlen)};
+                c.num_heads = c.num_heads_k = kHidden / head_dim;
+                c.seqlen_q = c.seqlen_k = seqlen;
+                c.head_dim = head_dim;
+                c.window_right = window.right;
+                list.add(c);
             }
         }
     }

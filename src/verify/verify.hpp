@@ -43,22 +43,24 @@ struct Unsupported : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-/// Two functions on host memory, called with the launch parameters themselves.
-class HostSubject : public Subject {
+/// The library itself through its public interface, on buffers in `memory` of the given device.
+class LibrarySubject : public Subject {
 public:
-    using Forward = void (*)(const ForwardParams&);
-    using Backward = void (*)(const BackwardParams&);
-    HostSubject(Forward forward, Backward backward) : forward_(forward), backward_(backward) {}
+    /// The CPU. Empty `implementation`: the first that serves the case; `num_threads` 0: the library's default.
+    explicit LibrarySubject(std::string implementation = {}, int num_threads = 0);
+    LibrarySubject(Memory& memory, int device_type, int device_index, std::string implementation, void* stream);
 
-    Memory& memory() override { return host_memory(); }
-    void forward(const CaseData& data, const Placement& placement) override { forward_(forward_params(data, placement)); }
-    void backward(const CaseData& data, const Placement& placement) override {
-        backward_(backward_params(data, placement));
-    }
+    Memory& memory() override { return memory_; }
+    void forward(const CaseData& data, const Placement& placement) override;
+    void backward(const CaseData& data, const Placement& placement) override;
 
 private:
-    Forward forward_;
-    Backward backward_;
+    Memory& memory_;
+    int device_type_;
+    int device_index_;
+    std::string implementation_;
+    int num_threads_ = 0;
+    void* stream_ = nullptr;
 };
 
 /// A workspace between guard bands, filled with NaN patterns.
