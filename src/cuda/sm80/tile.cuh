@@ -118,13 +118,7 @@ template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typena
 __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b) {
     static_assert(kNAtoms % 2 == 0);
     constexpr int kPairs = kNAtoms / 2, kTotal = kSteps * kPairs;
-#ifndef STROBE_AHEAD1
-#define STROBE_AHEAD1 4
-#endif
-#ifndef STROBE_AHEAD2
-#define STROBE_AHEAD2 2
-#endif
-    constexpr int kAhead = kMAtoms == 1 ? STROBE_AHEAD1 : STROBE_AHEAD2;
+    constexpr int kAhead = kMAtoms == 1 ? 4 : 2;
     uint32_t a[2][kMAtoms][4];
     uint32_t b[kAhead + 1][4];
     load_a(0, a[0]);
