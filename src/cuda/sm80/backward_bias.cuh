@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
             __syncthreads();
 
             const int q0 = static_cast<int>(q_begin) + warp * kRows, k0 = static_cast<int>(k_begin);
-            const int64_t stat0 = ws.first_tile(p, seq, batch, head) * ws.block_m;
+            const int64_t stat0 = ws.template first_tile<V.block_m>(p, seq, batch, head) * V.block_m;
             float lse[2], delta[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.
             ScoreGradient<V.dtype, false, true, 1, kNAtoms, false> gradient;
-            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kRows, k0, kN),
+            gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
+            gradient.probabilities(s, p, batch_head, origin,
                                    [&](int, int, int h) { return float2{lse[h], lse[h]}; });
             gradient.finish(dp, s, p.dropout, [&](int, int, int h) { return float2{delta[h], delta[h]}; });
 #pragma unroll

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         load_tile<kM, kD, kThreads, !kGeneral>(do_smem + stage * kConfig.q_bytes, dout.data, dout.row_stride, valid,
                                                p.size.head_dim_v, dout.aligned(p.size.head_dim_v), thread);
         if (thread < kM / 2) {
-            const int64_t stat = (ws.first_tile(p, seq, batch, head) + tile) * kM;
+            const int64_t stat = (ws.template first_tile<kM>(p, seq, batch, head) + tile) * kM;
             const float* from = (thread < kM / 4 ? ws.lse_log2 : ws.delta) + stat + thread % (kM / 4) * 4;
             cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from, true);
         }
@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
             const auto queries_b = query_rows.moved(to_stage + part * (kConfig.step_m * kD * 2));
             multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b));
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
-                                                               b_rows(queries_b + kToDout));
-
             const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
             ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
-            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys),
+            gradient.scores(s, score, band, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys));
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
+                                                               b_rows(queries_b + kToDout));
+            gradient.probabilities(s, p, batch_head, origin,
                                    [&](int, int j, int) { return load_shared_pair(my_stats + 4 * (query + 8 * j)); });
             if constexpr (!kPInRegisters) packed_to_tile(gradient.probability, store + kToP);
             gradient.finish(dp, s, p.dropout, [&](int, int j, int) {
@@ -164,7 +164,25 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         }
         __syncthreads();  // P and dS are complete
 
-        // The products whose operands are other warps' P and dS.
+        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
+        // behind the others; with one stage it comes last, behind the next step's loads.
+        const auto add_dq = [&] {
+            if (!ws.dq) return;
+            float dq[kDqM][kDqN][4];
+            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
+            float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
+                              warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
+#pragma unroll
+            for (int i = 0; i < kDqM; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int j = 0; j < kDqN; j += 2) {
+                        add_dq_group(to + ((2 * i + h) * (kDqN / 2) + j / 2) * 128, dq[i][j][2 * h], dq[i][j][2 * h + 1],
+                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
+                    }
+        };
+        if constexpr (kStages > 1) add_dq();
         if constexpr (!kPInRegisters) {
             if (V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows)) {
                 const auto queries_k = query_cols.moved(to_stage);
@@ -174,24 +192,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                                                                 b_columns<kOutWarpsD>(queries_k));
             }
         }
-        if (kStages == 1 && step + 1 < steps) {
-            __syncthreads();  // everyone is done with the queries
-            load_queries(next_head, next_tile, 0);
-        }
-        if (ws.dq) {
-            float dq[kDqM][kDqN][4];
-            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(
-                dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
-            float* const to = ws.dq + (ws.first_tile(p, seq, batch, head) + tile) * (kM * kD) + warp * (kDqRows * kDqN * 8);
-#pragma unroll
-            for (int i = 0; i < kDqM; ++i)
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-#pragma unroll
-                    for (int j = 0; j < kDqN; j += 2) {
-                        add_dq_group(to, (2 * i + h) * (kDqN / 2) + j / 2, lane, dq[i][j][2 * h], dq[i][j][2 * h + 1],
-                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
-                    }
+        if constexpr (kStages == 1) {
+            if (step + 1 < steps) {
+                __syncthreads();  // everyone is done with the queries
+                load_queries(next_head, next_tile, 0);
+            }
+            add_dq();
         }
         head = next_head;
         tile = next_tile;

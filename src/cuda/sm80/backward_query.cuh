@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     float dq[kMAtoms][kDAtoms][4];
     clear(dq);
     float lse[kMAtoms][2], delta[kMAtoms][2];
-    const int64_t stat0 = ws.first_tile(p, seq, batch, head) * ws.block_m;
+    const int64_t stat0 = ws.template first_tile<V.block_m>(p, seq, batch, head) * V.block_m;
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -93,11 +93,12 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
             const uint32_t k_tile = k_smem + stage * kConfig.kv_bytes, v_tile = v_smem + stage * kConfig.kv_bytes;
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(k_tile, lane)));
-            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
-                                                         b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
             ScoreGradient<V.dtype, false, kGeneral, kMAtoms, kNAtoms> gradient;
-            gradient.probabilities(s, score, p, band, batch_head, origin, !band.all_visible(q0, kRows, k0, kN),
+            gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
+                                                         b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
+            gradient.probabilities(s, p, batch_head, origin,
                                    [&](int i, int, int h) { return float2{lse[i][h], lse[i][h]}; });
             gradient.finish(dp, s, p.dropout, [&](int i, int, int h) { return float2{delta[i][h], delta[i][h]}; });
             uint32_t ds[kMAtoms][kNAtoms][2];

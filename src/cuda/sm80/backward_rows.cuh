@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const Operand dout(p.dout, batch, seq.q_row + row0, head);
     const Result out(p.out, p.out_dtype, batch, seq.q_row + row0, head);
     const int cols = p.size.head_dim_v;
-    const int64_t tile = ws.first_tile(p, seq, batch, head) + blockIdx.x;
+    const int64_t tile = ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x;
     const int thread = threadIdx.x, col = thread % kLanes * 8;
 
     const auto read = [&](const uint16_t* row) -> uint4 {
@@ -93,16 +93,15 @@ __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
 #endif
 }
 
-__device__ __forceinline__ void add_dq_group(float* warp_tile, int f, int lane, float a, float b, float c, float d) {
+/// Adds four elements of a lane; `to` is the lane's first one.
+__device__ __forceinline__ void add_dq_group(float* to, float a, float b, float c, float d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(warp_tile + dq_offset(f, lane, 0)), "f"(a), "f"(b),
-                 "f"(c), "f"(d)
-                 : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 #else
-    atomicAdd(warp_tile + dq_offset(f, lane, 0), a);
-    atomicAdd(warp_tile + dq_offset(f, lane, 1), b);
-    atomicAdd(warp_tile + dq_offset(f, lane, 2), c);
-    atomicAdd(warp_tile + dq_offset(f, lane, 3), d);
+    atomicAdd(to, a);
+    atomicAdd(to + 32, b);
+    atomicAdd(to + 64, c);
+    atomicAdd(to + 96, d);
 #endif
 }
 
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     if (row0 >= seq.rows_q) return;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int warp_row = warp / kConfig.dq_warps_d * kRows, warp_block = warp % kConfig.dq_warps_d;
-    const float* from = ws.dq + (ws.first_tile(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
+    const float* from = ws.dq + (ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
                         warp * (kRows * kPairs * 16);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
     constexpr int kMAtoms = kRows / 16;

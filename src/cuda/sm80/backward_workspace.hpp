@@ -7,7 +7,6 @@
 namespace strobe::sm80 {
 
 struct BackwardWorkspace {
-    int block_m = 0;
     int64_t head_tiles = 0;   // tiles of one head (varlen: of one head of all sequences)
     float* lse_log2 = nullptr;  // (tiles, block_m): lse * log2(e); +inf where the row sees nothing or does not exist
     float* delta = nullptr;     // (tiles, block_m): rowsum(dout * out) - dlse
@@ -27,15 +26,15 @@ struct BackwardWorkspace {
 
     /// The first tile of one (sequence, head). Varlen: a sequence starts at tile row / block_m + its number, which leaves
     /// every sequence room for its last, partial tile.
+    template <int kBlockM>
     STROBE_HD int64_t first_tile(const AttentionParams& p, const Sequence& seq, int batch, int head) const {
-        if (p.seqlens.cu_seqlens_q) return head * head_tiles + seq.q_row / block_m + batch;
+        if (p.seqlens.cu_seqlens_q) return head * head_tiles + seq.q_row / kBlockM + batch;
         return (static_cast<int64_t>(batch) * p.size.num_heads + head) * head_tiles;
     }
 
     static BackwardWorkspace make(const BackwardParams& p, const Variant& v) {
         BackwardWorkspace w;
         const bool varlen = p.seqlens.cu_seqlens_q != nullptr;
-        w.block_m = v.block_m;
         w.head_tiles = tiles_of_head(p.size, varlen, v.block_m);
         const int64_t tiles = total_tiles(p.size, varlen, v.block_m);
         char* at = static_cast<char*>(p.workspace);

@@ -111,31 +111,35 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments,
-/// load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1. Both are fetched one step ahead of their use.
+/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments, one
+/// step of k ahead of their use; load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1, as far ahead as it takes to hide
+/// ldmatrix behind mma: one pair feeds 2 * kMAtoms of them.
 template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b) {
     static_assert(kNAtoms % 2 == 0);
-    constexpr int kPairs = kNAtoms / 2;
+    constexpr int kPairs = kNAtoms / 2, kTotal = kSteps * kPairs;
+    constexpr int kAhead = kMAtoms == 1 ? 4 : 2;
     uint32_t a[2][kMAtoms][4];
-    uint32_t b[2][4];
+    uint32_t b[kAhead + 1][4];
     load_a(0, a[0]);
-    load_b(0, 0, b[0]);
+#pragma unroll
+    for (int n = 0; n < kAhead && n < kTotal; ++n) load_b(n / kPairs, n % kPairs, b[n]);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
         if (k + 1 < kSteps) load_a(k + 1, a[(k + 1) & 1]);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
-            const int now = k * kPairs + j;
-            if (now + 1 < kSteps * kPairs) load_b((now + 1) / kPairs, (now + 1) % kPairs, b[(now + 1) & 1]);
+            const int now = k * kPairs + j, next = now + kAhead;
+            if (next < kTotal) load_b(next / kPairs, next % kPairs, b[next % (kAhead + 1)]);
+            const uint32_t(&pair)[4] = b[now % (kAhead + 1)];
 #pragma unroll
             for (int i = 0; i < kMAtoms; ++i) {
                 if (kFresh && k == 0) {
-                    mma<kType, true>(acc[i][2 * j], a[k & 1][i], b[now & 1][0], b[now & 1][1]);
-                    mma<kType, true>(acc[i][2 * j + 1], a[k & 1][i], b[now & 1][2], b[now & 1][3]);
+                    mma<kType, true>(acc[i][2 * j], a[k & 1][i], pair[0], pair[1]);
+                    mma<kType, true>(acc[i][2 * j + 1], a[k & 1][i], pair[2], pair[3]);
                 } else {
-                    mma<kType, false>(acc[i][2 * j], a[k & 1][i], b[now & 1][0], b[now & 1][1]);
-                    mma<kType, false>(acc[i][2 * j + 1], a[k & 1][i], b[now & 1][2], b[now & 1][3]);
+                    mma<kType, false>(acc[i][2 * j], a[k & 1][i], pair[0], pair[1]);
+                    mma<kType, false>(acc[i][2 * j + 1], a[k & 1][i], pair[2], pair[3]);
                 }
             }
         }
