@@ -71,12 +71,11 @@ struct RowMask {
     }
 };
 
-template <Variant V, ForwardTuning kTuning>
+template <Variant V>
 class Consumer {
-    using Config = ForwardConfig<V, kTuning>;
+    using Config = ForwardConfig<V>;
     static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kSpan = Config::kSpan;
 
-    // With a second query buffer the next tile starts before this one ends, and the output leaves through the spent buffer.
     static constexpr bool kPrefetch = Config::kQStages > 1;
 
     using Scores = float[kBlockN / 2];
@@ -167,10 +166,10 @@ private:
     }
     // A warpgroup that has the turn issues its two matrix multiplies, then passes the turn on to the next one.
     __device__ void wait_turn() const {
-        if constexpr (kTuning.take_turns) named_barrier_sync(1 + group_, 256);
+        named_barrier_sync(1 + group_, 256);
     }
     __device__ static void pass_turn(int from) {
-        if constexpr (kTuning.take_turns) named_barrier_arrive(1 + (from + 1) % Config::kConsumers, 256);
+        named_barrier_arrive(1 + (from + 1) % Config::kConsumers, 256);
     }
 
     /// Moves to the next tile that has keys; answers those that have none on the way. A tile's slot stays ours until it
@@ -300,12 +299,11 @@ private:
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <uint64_t kVariantCode, int kQStages, bool kTakeTurns>
+template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32, 1)
     forward_kernel(const __grid_constant__ ForwardArgs args) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
-    constexpr ForwardTuning kTuning{kQStages, kTakeTurns};
-    using Config = ForwardConfig<V, kTuning>;
+    using Config = ForwardConfig<V>;
     extern __shared__ __align__(1024) unsigned char dynamic_smem[];
     auto& smem = *reinterpret_cast<ForwardSmem<Config>*>(dynamic_smem);
 
@@ -344,7 +342,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
     } else {
         register_limit_raise<Config::kConsumerRegisters>();
-        Consumer<V, kTuning>(args, smem).run();
+        Consumer<V>(args, smem).run();
     }
 }
 

@@ -9,19 +9,18 @@
 
 namespace strobe::sm90 {
 
-/// Choices that a variant row does not name.
-struct ForwardTuning {
-    int q_stages = 1;          // 2: the next tile's queries arrive, and its first scores start, before this tile ends
-    bool take_turns = true;    // consumer warpgroups start their matrix multiplies in turn
-};
+constexpr int kSmemLimit = 227 * 1024;  // of one CTA
 
-template <Variant V, ForwardTuning kTuning>
+template <Variant V>
 struct ForwardConfig {
     static constexpr int kBlockM = V.block_m;
     static constexpr int kBlockN = V.block_n;
     static constexpr int kHeadDim = V.head_dim;
     static constexpr int kStages = V.stages;
-    static constexpr int kQStages = kTuning.q_stages;
+
+    // With a second query buffer the next tile starts before this one ends, and the output leaves through the spent
+    // buffer. Barriers and tiles take less than 2 KB.
+    static constexpr int kQStages = 2 * kHeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 2048 <= kSmemLimit ? 2 : 1;
 
     // A warpgroup owns 64 query rows. One more warpgroup feeds them.
     static constexpr int kConsumers = kBlockM / 64;

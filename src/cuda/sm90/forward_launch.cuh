@@ -7,15 +7,13 @@
 #include "cuda/common/launch.hpp"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/sm90/forward.cuh"
+#include "cuda/sm90/forward_workspace.hpp"
 
 namespace strobe::sm90 {
 
-/// Workspace that lets tiles of unequal length be balanced at run time. Without one the kernel deals them statically.
-constexpr int kForwardWorkspaceBytes = 16;
-
-template <Variant V, ForwardTuning kTuning>
-cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& context) {
-    using Config = ForwardConfig<V, kTuning>;
+template <Variant V>
+cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
+    using Config = ForwardConfig<V>;
     const ProblemSize& size = p.size;
     const bool varlen_q = p.seqlens.cu_seqlens_q, varlen_k = p.seqlens.cu_seqlens_k;
     if (size.total_q == 0 || size.batch == 0) return cudaSuccess;
@@ -45,8 +43,9 @@ cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& co
     args.scale_log2 = p.score.softmax_scale * 1.4426950408889634f;
     args.clean_tails = varlen_k || p.seqlens.seqused_k;
 
-    // Keys and values of the heads in flight should fit half of a 50 MB L2 cache.
-    constexpr int64_t kL2Budget = int64_t{24} << 20;
+    // Keys and values of a group of heads should stay in the L2 cache: 50 MB, each half of which holds its own copy of what
+    // its SMs read.
+    constexpr int64_t kL2Budget = int64_t{16} << 20;
     const int64_t head_bytes = std::max<int64_t>(size.seqlen_k, 1) * (size.head_dim + size.head_dim_v) * 2;
     const int group_size = size.num_heads / size.num_heads_k;
     const int64_t pairs = int64_t{size.batch} * size.num_heads;
@@ -56,22 +55,23 @@ cudaError_t launch_forward(const ForwardParams& p, const cuda::LaunchContext& co
     schedule.num_pairs = static_cast<int>(pairs);
     schedule.num_tiles = blocks * pairs;
     schedule.order.num_heads = size.num_heads;
-    schedule.order.heads_per_group = static_cast<int>(std::clamp<int64_t>(kL2Budget / head_bytes * group_size, 1, pairs));
+    const int64_t groups = std::max<int64_t>(1, pairs / group_size * head_bytes / kL2Budget);
+    schedule.order.heads_per_group = static_cast<int>((pairs + groups - 1) / groups);
     schedule.order.longest_first = V.mask == MaskClass::band;
     // A varlen batch has at most as many tiles as if each sequence ended in a partial one.
     const int64_t most_tiles =
         varlen_q ? (size.total_q / V.block_m + size.batch) * size.num_heads : schedule.num_tiles;
     const int grid = static_cast<int>(std::min<int64_t>(most_tiles, context.num_sms));
     schedule.next_tile = nullptr;
-    if (p.workspace && (V.mask == MaskClass::band || varlen_q || varlen_k || p.seqlens.seqused_k)) {
+    if (p.workspace && forward_workspace_bytes(p) > 0) {
         schedule.next_tile = static_cast<unsigned*>(p.workspace);
-        status = cudaMemsetAsync(p.workspace, 0, kForwardWorkspaceBytes, context.stream);
+        status = cudaMemsetAsync(p.workspace, 0, sizeof(unsigned), context.stream);
         if (status != cudaSuccess) return status;
     }
 
     constexpr int kSmemBytes = sizeof(ForwardSmem<Config>);
-    static_assert(kSmemBytes <= 227 * 1024);
-    const auto kernel = forward_kernel<cuda::encode_variant(V), kTuning.q_stages, kTuning.take_turns>;
+    static_assert(kSmemBytes <= kSmemLimit);
+    const auto kernel = forward_kernel<cuda::encode_variant(V)>;
     status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
     if (status != cudaSuccess) return status;
     kernel<<<grid, Config::kThreads, kSmemBytes, context.stream>>>(args);
