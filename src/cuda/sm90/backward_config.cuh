@@ -1,0 +1,141 @@
+// The shape of the backward kernel for head_dim <= 128: tiles, shared memory, barriers, registers.
+//
+// Three warpgroups. Two *key* warpgroups own 64 keys each: they compute S^T = K Q^T and dP^T = V dout^T, turn them into P and
+// dS, which are then in registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup,
+// computes dq = dS K from the dS that the others left in shared memory, adds it to the fp32 accumulator in L2 straight from
+// its registers, and one of its lanes keeps the tensor copies going. The three meet only at mbarriers, so the tensor
+// cores are fed by one warpgroup while another works on exponentials.
+#pragma once
+
+#include <cuda.h>
+
+#include "core/variant.hpp"
+#include "cuda/sm90/backward_ptx.cuh"
+#include "cuda/sm90/backward_schedule.cuh"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace strobe::sm90 {
+
+template <Variant V>
+struct BackwardConfig {
+    static constexpr int kDim = V.head_dim;
+    static constexpr int kChunks = (kDim + 63) / 64;  // a chunk: 64 columns, 128 bytes a row, swizzled as TMA writes it
+    static constexpr int kBlockM = V.block_m;
+    static constexpr int kBlockN = V.block_n;
+    static constexpr int kStages = V.stages;          // of q, dout and the row statistics
+    static constexpr int kDsStages = 2;
+    static constexpr int kKeyWarpgroups = 2;
+    static constexpr int kThreads = V.warps * 32;
+    static constexpr int kKeyRegisters = 208;
+    static constexpr int kDqRegisters = 88;
+    static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
+
+    static constexpr int kRowBytes = 128;
+    static constexpr int kKeyChunkBytes = kBlockN * kRowBytes;
+    static constexpr int kQueryChunkBytes = kBlockM * kRowBytes;
+    static constexpr int kKeyTileBytes = kChunks * kKeyChunkBytes;
+    static constexpr int kQueryTileBytes = kChunks * kQueryChunkBytes;
+    static constexpr int kDsUnitBytes = kBlockN * kRowBytes;  // (keys, 64 queries)
+    static constexpr int kStatsBytes = 2 * kBlockM * 4;
+
+    static_assert(V.warps == 4 * (kKeyWarpgroups + 1));
+    static_assert(kBlockN == 64 * kKeyWarpgroups && kBlockM % 64 == 0);
+    static_assert(kDim <= 128 && kDim % 32 == 0);
+    static_assert(kKeyRegisters * 2 + kDqRegisters <= 504);
+    
+};
+
+/// What the loader tells the other threads about the tiles to come. Four entries: it runs at most two tiles ahead.
+struct TileRing {
+    static constexpr int kEntries = 4;
+    static constexpr int kAhead = 2;
+    BackwardTile entry[kEntries];
+};
+
+/// Position in a ring of buffers and the parity of the current trip round it.
+struct RingPosition {
+    int index = 0;
+    uint32_t phase = 0;
+
+    template <int kCount>
+    __device__ __forceinline__ void advance() {
+        if (++index == kCount) {
+            index = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+/// What belongs to the query tile in one stage, written by the loader along with its copies.
+struct alignas(16) QuerySlot {
+    int padded;       // index of the tile in the dq accumulator, all heads together
+    int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
+    int query0;       // first row
+    int masked;       // bit w: key warpgroup w has hidden elements in this tile
+};
+
+/// The loader's place in its stream. It is in shared memory because one lane needs it and 128 threads would pay in registers.
+struct LoaderState {
+    int claimed;       // the next work index of this CTA, fetched early since the atomic takes most of a microsecond
+    int tiles_known;   // entries put into the ring
+    int load_tile;     // the tile that the next q load belongs to
+    bool tile_open;
+    int loads;         // q loads issued,
+    int limit;         // and how many may be: the buffers that are free by now
+    int head;          // next query head of the group, and
+    int m;             // next query tile
+    int stage;
+};
+
+template <Variant V>
+struct BackwardSmem {
+    using C = BackwardConfig<V>;
+    alignas(1024) uint8_t k[C::kKeyTileBytes];
+    alignas(1024) uint8_t v[C::kKeyTileBytes];
+    alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
+    alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
+    alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
+    alignas(128) float stats[C::kStages][2][C::kBlockM];
+    QuerySlot slot[C::kStages];
+    TileRing tiles;
+    LoaderState loader;
+    Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
+    Barrier kv_free;                  // every warp is done with the key tile
+    Barrier q_full[C::kStages];       // q and the row statistics
+    Barrier dout_full[C::kStages];
+    Barrier ds_full[C::kDsStages];    // both key warpgroups have stored dS
+    Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it
+};
+
+/// Kernel arguments beside BackwardParams, made by the host for one launch.
+struct BackwardLaunch {
+    CUtensorMap q, k, v, dout;
+    BackwardSchedule schedule;
+    float* stats = nullptr;       // see BackwardWorkspace
+    float* dq = nullptr;
+    int32_t* semaphore = nullptr;
+    int32_t* counter = nullptr;
+    int64_t tiles = 0;
+};
+
+// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major, where
+// the leading offset leads to the next chunk and the stride offset to the next 8 rows.
+__device__ __forceinline__ uint64_t k_major(uint32_t address) { return smem_descriptor<128>(address, 16, 1024); }
+__device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) {
+    return smem_descriptor<128>(address, chunk_bytes, 1024);
+}
+
+/// d = A B^T over kDim columns, both operands K-major in chunks.
+template <DType kType, int N, int kDim>
+__device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a, int a_chunk_bytes, uint64_t b,
+                                                  int b_chunk_bytes) {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+        const int chunk = k / 4;
+        const int within = k % 4 * 2;  // 16 columns = 32 bytes
+        Wgmma<N>::template ss<kType, 0, 0>(d, a + (chunk * a_chunk_bytes >> 4) + within,
+                                           b + (chunk * b_chunk_bytes >> 4) + within, k != 0);
+    }
+}
+
+}  // namespace strobe::sm90
