@@ -76,15 +76,19 @@ struct alignas(16) QuerySlot {
 
 /// The loader's place in its stream. It is in shared memory because one lane needs it and 128 threads would pay in registers.
 struct LoaderState {
-    int claimed;       // the next work index of this CTA, fetched early since the atomic takes most of a microsecond
-    int tiles_known;   // entries put into the ring
-    int load_tile;     // the tile that the next q load belongs to
-    bool tile_open;
-    int loads;         // q loads issued,
-    int limit;         // and how many may be: the buffers that are free by now
-    int head;          // next query head of the group, and
-    int m;             // next query tile
+    int tiles_known;     // entries put into the ring
+    int load_tile;       // the next ring entry to open for loading
+    int loads;           // q loads issued,
+    int limit;           // and how many may be: the buffers that are free by now
     int stage;
+    // The open tile; all that a load needs, so that a load is a few instructions.
+    int heads_left;      // 0: none is open
+    int m, m_begin, m_end;
+    int padded;          // index of query tile m in the dq accumulator
+    int tile;            // its ring entry
+    RaggedCoordinates at;
+    int clear_begin[2];  // key warpgroup w sees query tiles [clear_begin[w], clear_end[w]) unmasked
+    int clear_end[2];
 };
 
 template <Variant V>

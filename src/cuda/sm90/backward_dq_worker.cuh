@@ -13,27 +13,13 @@ struct Loader {
     BackwardSmem<V>& smem;
     const BackwardParams& params;
     const BackwardLaunch& launch;
+    int claimed;  // the next work index of this CTA, fetched early since the atomic takes most of a microsecond
 
-    __device__ __forceinline__ void start() { smem.loader = {static_cast<int>(blockIdx.x), 0, 0, false, 0, C::kStages - 1, 0, 0, 0}; }
-
-    __device__ __forceinline__ BackwardTile& entry(int tile) { return smem.tiles.entry[tile % TileRing::kEntries]; }
-
-    /// Makes ring entry `tile` known. At most TileRing::kAhead beyond the tile being worked on.
-    __device__ __forceinline__ void learn(int tile) {
+    __device__ __forceinline__ void start() {
+        claimed = blockIdx.x;
         LoaderState& state = smem.loader;
-        while (state.tiles_known <= tile) {
-            BackwardTile found;
-            bool done = state.tiles_known > 0 && entry(state.tiles_known - 1).batch < 0;
-            while (!done) {
-                const int index = state.claimed;
-                done = index >= launch.schedule.work_tiles;
-                if (done) break;
-                state.claimed = gridDim.x + atomicAdd(launch.counter, 1);
-                if (decode_tile<V>(params, launch.schedule, index, found)) break;
-            }
-            if (done) found.batch = -1;
-            entry(state.tiles_known++) = found;
-        }
+        state.tiles_known = state.load_tile = state.loads = state.stage = state.heads_left = 0;
+        state.limit = C::kStages - 1;
     }
 
     __device__ __forceinline__ void load_keys(int tile_number) {
@@ -59,66 +45,110 @@ struct Loader {
 
     /// Issues query loads into the free buffers, until the stream leaves the tiles that may be known by now.
     __device__ __forceinline__ void load_queries(int current_tile) {
-        const int group = params.size.num_heads / params.size.num_heads_k;
-        LoaderState& state = smem.loader;
-        while (state.loads < state.limit) {
-            if (!state.tile_open) {
-                if (state.load_tile > current_tile + TileRing::kAhead) return;
-                learn(state.load_tile);
-                state.head = 0;
-                state.m = entry(state.load_tile).m_begin;
-                state.tile_open = true;
-            }
-            const BackwardTile& tile = entry(state.load_tile);
-            if (tile.batch < 0) return;
-            if (state.head == group || tile.m_begin == tile.m_end) {
-                ++state.load_tile;
-                state.tile_open = false;
-                continue;
-            }
-            load_query_tile(tile, tile.head_k * group + state.head, state.m, state.stage);
-            state.stage = state.stage + 1 == C::kStages ? 0 : state.stage + 1;
-            ++state.loads;
-            if (++state.m == tile.m_end) {
-                state.m = tile.m_begin;
-                ++state.head;
-            }
-        }
+        while (open_next(current_tile)) load_open();
+    }
+
+    /// Makes sure that a tile is open if there is room for another load. The slow part, needed once a tile.
+    __device__ __forceinline__ bool open_next(int current_tile) {
+        const LoaderState& state = smem.loader;
+        return state.loads < state.limit && (state.heads_left > 0 || open_tile(current_tile));
+    }
+
+    /// Issues loads of the open tile into the free buffers. The quick part.
+    __device__ __forceinline__ void load_open() {
+        const LoaderState& state = smem.loader;
+        while (state.loads < state.limit && state.heads_left > 0) load_query_tile();
     }
 
 private:
-    /// How many key tiles add to query tile m before this one: those left of it that the query tile sees at all.
-    __device__ __forceinline__ int turn_of(const BackwardTile& tile, int m) const {
-        if constexpr (V.mask == MaskClass::full) return tile.n_block;
-        if (!params.deterministic) return 0;
-        const BandMask mask = sequence_of(params, tile.batch).mask(params.mask);
-        const IndexRange keys = mask.key_range(static_cast<int64_t>(m) * C::kBlockM, static_cast<int64_t>(m + 1) * C::kBlockM);
-        const int64_t first = keys.begin / C::kBlockN;
-        return static_cast<int>(tile.n_block - first);
+    __device__ __forceinline__ BackwardTile& entry(int tile) { return smem.tiles.entry[tile % TileRing::kEntries]; }
+
+    /// Makes ring entry `tile` known. At most TileRing::kAhead beyond the tile being worked on.
+    __device__ __forceinline__ void learn(int tile) {
+        LoaderState& state = smem.loader;
+        while (state.tiles_known <= tile) {
+            BackwardTile found;
+            bool done = state.tiles_known > 0 && entry(state.tiles_known - 1).batch < 0;
+            while (!done) {
+                const int index = claimed;
+                done = index >= launch.schedule.work_tiles;
+                if (done) break;
+                claimed = gridDim.x + atomicAdd(launch.counter, 1);
+                if (decode_tile<V>(params, launch.schedule, index, found)) break;
+            }
+            if (done) found.batch = -1;
+            entry(state.tiles_known++) = found;
+        }
     }
 
-    __device__ __forceinline__ void load_query_tile(const BackwardTile& tile, int query_head, int m, int s) {
-        const Sequence seq = sequence_of(params, tile.batch);
-        const RaggedCoordinates at{static_cast<int>(params.size.seqlen_q - seq.seqlen_q), query_head,
-                                   static_cast<int>(seq.q_row + seq.seqlen_q), params.seqlens.cu_seqlens_q ? 0 : tile.batch};
-        const int64_t padded = query_head * launch.tiles + first_padded_tile(params, seq, tile.batch, C::kBlockM) + m;
-        const int query0 = m * C::kBlockM;
+    /// Opens the next tile that has queries. False: there is none within the ring's reach.
+    __device__ __forceinline__ bool open_tile(int current_tile) {
+        LoaderState& state = smem.loader;
+        while (state.load_tile <= current_tile + TileRing::kAhead) {
+            learn(state.load_tile);
+            const BackwardTile tile = entry(state.load_tile);
+            if (tile.batch < 0) return false;
+            state.tile = state.load_tile++;
+            if (tile.m_begin == tile.m_end) continue;
+            const Sequence seq = sequence_of(params, tile.batch);
+            const int group = params.size.num_heads / params.size.num_heads_k;
+            const int head = tile.head_k * group;
+            state.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head,
+                        static_cast<int>(seq.q_row + seq.seqlen_q), params.seqlens.cu_seqlens_q ? 0 : tile.batch};
+            state.heads_left = group;
+            state.m = state.m_begin = tile.m_begin;
+            state.m_end = tile.m_end;
+            state.padded = static_cast<int>(head * launch.tiles +
+                                            first_padded_tile(params, seq, tile.batch, C::kBlockM) + tile.m_begin);
+            for (int w = 0; w < C::kKeyWarpgroups; ++w) {
+                const IndexRange clear = tile.mask.clear_tiles(tile.n_block * C::kBlockN + w * 64, 64, C::kBlockM);
+                state.clear_begin[w] = static_cast<int>(clear.begin);
+                state.clear_end[w] = static_cast<int>(clear.end);
+            }
+            return true;
+        }
+        return false;
+    }
+
+    __device__ __forceinline__ void load_query_tile() {
+        LoaderState& state = smem.loader;
+        const int s = state.stage;
+        const int m = state.m;
+        const RaggedCoordinates at = state.at;
+        const int row = m * C::kBlockM;
+        Barrier& q_full = smem.q_full[s];
+        Barrier& dout_full = smem.dout_full[s];
         int masked = 0;
         for (int w = 0; w < C::kKeyWarpgroups; ++w) {
-            masked |= !tile.mask.all_visible(query0, C::kBlockM, tile.n_block * C::kBlockN + w * 64, 64) << w;
+            masked |= (m < state.clear_begin[w] || m >= state.clear_end[w]) << w;
         }
-        smem.slot[s] = {static_cast<int>(padded), turn_of(tile, m), query0, masked};
-        Barrier& q_full = smem.q_full[s];
+        smem.slot[s] = {state.padded, params.deterministic ? turn_of(entry(state.tile), m) : 0, row, masked};
         q_full.arrive_expect(C::kQueryTileBytes + C::kStatsBytes);
         for (int c = 0; c < C::kChunks; ++c) {
-            ragged_load(smem_address(smem.q[s]) + c * C::kQueryChunkBytes, launch.q, q_full, c * 64, query0, at);
+            ragged_load(smem_address(smem.q[s]) + c * C::kQueryChunkBytes, launch.q, q_full, c * 64, row, at);
         }
-        bulk_load(smem_address(smem.stats[s]), launch.stats + padded * 2 * C::kBlockM, C::kStatsBytes, q_full);
-        Barrier& dout_full = smem.dout_full[s];
+        bulk_load(smem_address(smem.stats[s]), launch.stats + static_cast<int64_t>(state.padded) * (2 * C::kBlockM),
+                  C::kStatsBytes, q_full);
         dout_full.arrive_expect(C::kQueryTileBytes);
         for (int c = 0; c < C::kChunks; ++c) {
-            ragged_load(smem_address(smem.dout[s]) + c * C::kQueryChunkBytes, launch.dout, dout_full, c * 64, query0, at);
+            ragged_load(smem_address(smem.dout[s]) + c * C::kQueryChunkBytes, launch.dout, dout_full, c * 64, row, at);
         }
+        state.stage = s + 1 == C::kStages ? 0 : s + 1;
+        ++state.loads;
+        if (m + 1 < state.m_end) {
+            state.m = m + 1;
+            ++state.padded;
+        } else {
+            state.padded += static_cast<int>(launch.tiles) - (m - state.m_begin);
+            state.m = state.m_begin;
+            ++state.at.head;
+            --state.heads_left;
+        }
+    }
+
+    /// How many key tiles add to query tile m before this one: those left of it that the query tile sees at all.
+    __device__ __forceinline__ int turn_of(const BackwardTile& tile, int m) const {
+        return tile.n_block - tile.mask.first_key(m * C::kBlockM) / C::kBlockN;
     }
 };
 
@@ -171,13 +201,16 @@ struct DqWorker {
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
                 smem.ds_full[ds_stage.index].wait(ds_stage.phase);
-                // A key warpgroup stores dS of this iteration only after its dV and dK of the one before: that stage is free.
+                // Both key warpgroups store dS only after their dV and dK of the iteration before: that stage is free.
                 if (thread == 0) {
                     ++smem.loader.limit;
-                    loader.load_queries(t);
+                    loader.open_next(t);
                 }
                 __syncwarp();
-                multiply_and_add(ds_stage.index, smem.slot[stage]);
+                multiply_and_add(ds_stage.index, smem.slot[stage], [&] {
+                    if (thread == 0) loader.load_open();
+                    __syncwarp();
+                });
                 ds_stage.template advance<C::kDsStages>();
                 stage = stage + 1 == C::kStages ? 0 : stage + 1;
             }
@@ -191,7 +224,9 @@ struct DqWorker {
     }
 
 private:
-    __device__ __forceinline__ void multiply_and_add(int ds_index, const QuerySlot& slot) {
+    /// dq (block_m queries x dim) += dS K in pieces of 64 x 64, which need few registers; `meanwhile` runs under the first.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void multiply_and_add(int ds_index, const QuerySlot& slot, Meanwhile meanwhile) {
         const int64_t padded = slot.padded;
         const DqOrder order{launch.semaphore + padded};
         if (params.deterministic) {
@@ -204,12 +239,11 @@ private:
         for (int u = 0; u < C::kQueryUnits; ++u) {
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
-                const bool last = u + 1 == C::kQueryUnits && c + 1 == C::kChunks;
-                float* const piece = out + (u * (C::kDim / 8) + c * 8) * 512;
-                if (C::kDim - c * 64 >= 64) {
-                    multiply_piece<64>(ds + u * C::kDsUnitBytes, c, last ? ds_index : -1, piece);
+                constexpr int kTail = C::kDim % 64;
+                if (kTail == 0 || c + 1 < C::kChunks) {
+                    multiply_piece<64>(ds, ds_index, u, c, out, meanwhile);
                 } else {
-                    multiply_piece<32>(ds + u * C::kDsUnitBytes, c, last ? ds_index : -1, piece);
+                    multiply_piece<kTail == 0 ? 64 : kTail>(ds, ds_index, u, c, out, meanwhile);
                 }
             }
         }
@@ -220,11 +254,11 @@ private:
         }
     }
 
-    /// 64 queries by N columns of dq, from column 64 * chunk; then frees dS buffer `ds_index` unless negative.
-    template <int N>
-    __device__ __forceinline__ void multiply_piece(uint32_t ds_unit, int chunk, int ds_index, float* out) {
+    /// 64 queries (unit) by N columns from 64 * chunk. The last piece frees the dS buffer.
+    template <int N, typename Meanwhile>
+    __device__ __forceinline__ void multiply_piece(uint32_t ds, int ds_index, int unit, int chunk, float* out, Meanwhile meanwhile) {
         float acc[N / 2];
-        const uint64_t a = mn_major(ds_unit, C::kDsUnitBytes);
+        const uint64_t a = mn_major(ds + unit * C::kDsUnitBytes, C::kDsUnitBytes);
         const uint64_t b = mn_major(smem_address(smem.k) + chunk * C::kKeyChunkBytes, C::kKeyChunkBytes);
         wgmma_fence();
 #pragma unroll
@@ -233,12 +267,14 @@ private:
             Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + step, b + step, kk != 0);
         }
         wgmma_commit();
+        if (unit == 0 && chunk == 0) meanwhile();
         wgmma_wait<0>();
         fence_registers(acc);
-        if (ds_index >= 0 && thread % 32 == 0) smem.ds_free[ds_index].arrive();
+        if (unit + 1 == C::kQueryUnits && chunk + 1 == C::kChunks && thread % 32 == 0) smem.ds_free[ds_index].arrive();
+        float* const piece = out + (unit * (C::kDim / 8) + chunk * 8) * 512;
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            reduce_add(piece + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
         }
     }
 };
