@@ -1,10 +1,14 @@
-// The shape of the backward kernel for head_dim <= 128: tiles, shared memory, barriers, registers.
+// The shape of the backward kernel: tiles, shared memory, barriers, registers.
 //
-// Three warpgroups. Two *key* warpgroups own 64 keys each: they compute S^T = K Q^T and dP^T = V dout^T, turn them into P and
-// dS, which are then in registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup,
-// computes dq = dS K from the dS that the others left in shared memory, adds it to the fp32 accumulator in L2 straight from
-// its registers, and one of its lanes keeps the tensor copies going. The three meet only at mbarriers, so the tensor
-// cores are fed by one warpgroup while another works on exponentials.
+// Three warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
+// registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes dq = dS K from
+// the dS that the others left in shared memory, adds it to the fp32 accumulator in L2 straight from its registers, and one of
+// its lanes keeps the tensor copies going. The three meet only at mbarriers, so the tensor cores are fed by one warpgroup
+// while another works on exponentials.
+//
+// head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
+// head_dim > 128: a tile has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
+// P and dV, the other dS and dK, and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -16,6 +20,8 @@
 
 namespace strobe::sm90 {
 
+inline constexpr float kLog2E = 1.4426950408889634f;
+
 template <Variant V>
 struct BackwardConfig {
     static constexpr int kDim = V.head_dim;
@@ -24,7 +30,9 @@ struct BackwardConfig {
     static constexpr int kBlockN = V.block_n;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kDsStages = 2;
+    static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr int kKeyWarpgroups = 2;
+    static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     static constexpr int kKeyRegisters = 208;
     static constexpr int kDqRegisters = 88;
@@ -39,8 +47,8 @@ struct BackwardConfig {
     static constexpr int kStatsBytes = 2 * kBlockM * 4;
 
     static_assert(V.warps == 4 * (kKeyWarpgroups + 1));
-    static_assert(kBlockN == 64 * kKeyWarpgroups && kBlockM % 64 == 0);
-    static_assert(kDim <= 128 && kDim % 32 == 0);
+    static_assert(kBlockN == (kSplit ? 64 : 128) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
+    static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters <= 504);
     
 };
@@ -71,7 +79,7 @@ struct alignas(16) QuerySlot {
     int padded;       // index of the tile in the dq accumulator, all heads together
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
-    int masked;       // bit w: key warpgroup w has hidden elements in this tile
+    int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
 };
 
 /// The loader's place in its stream. It is in shared memory because one lane needs it and 128 threads would pay in registers.
@@ -79,15 +87,15 @@ struct LoaderState {
     int tiles_known;     // entries put into the ring
     int load_tile;       // the next ring entry to open for loading
     int loads;           // q loads issued,
-    int limit;           // and how many may be: the buffers that are free by now
-    int stage;
+    int limit;           // and how many may be: kStages ahead of the query tile that the dq warpgroup is at
+    RingPosition stage;
     // The open tile; all that a load needs, so that a load is a few instructions.
     int heads_left;      // 0: none is open
     int m, m_begin, m_end;
     int padded;          // index of query tile m in the dq accumulator
     int tile;            // its ring entry
     RaggedCoordinates at;
-    int clear_begin[2];  // key warpgroup w sees query tiles [clear_begin[w], clear_end[w]) unmasked
+    int clear_begin[2];  // keys 64 w ... 64 w + 63 are seen by all of query tiles [clear_begin[w], clear_end[w])
     int clear_end[2];
 };
 
@@ -107,7 +115,9 @@ struct BackwardSmem {
     Barrier kv_free;                  // every warp is done with the key tile
     Barrier q_full[C::kStages];       // q and the row statistics
     Barrier dout_full[C::kStages];
-    Barrier ds_full[C::kDsStages];    // both key warpgroups have stored dS
+    Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
+    Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
+    Barrier ds_full[C::kDsStages];    // dS is complete
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it
 };
 
@@ -115,6 +125,7 @@ struct BackwardSmem {
 struct BackwardLaunch {
     CUtensorMap q, k, v, dout;
     BackwardSchedule schedule;
+    float scale_log2 = 1.0f;      // softmax_scale * log2(e); never 0
     float* stats = nullptr;       // see BackwardWorkspace
     float* dq = nullptr;
     int32_t* semaphore = nullptr;
@@ -129,7 +140,7 @@ __device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) 
     return smem_descriptor<128>(address, chunk_bytes, 1024);
 }
 
-/// d = A B^T over kDim columns, both operands K-major in chunks.
+/// d += A B^T over kDim columns, both operands K-major in chunks.
 template <DType kType, int N, int kDim>
 __device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a, int a_chunk_bytes, uint64_t b,
                                                   int b_chunk_bytes) {
@@ -138,7 +149,7 @@ __device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a,
         const int chunk = k / 4;
         const int within = k % 4 * 2;  // 16 columns = 32 bytes
         Wgmma<N>::template ss<kType, 0, 0>(d, a + (chunk * a_chunk_bytes >> 4) + within,
-                                           b + (chunk * b_chunk_bytes >> 4) + within, k != 0);
+                                           b + (chunk * b_chunk_bytes >> 4) + within, 1);
     }
 }
 

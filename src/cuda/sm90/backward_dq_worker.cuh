@@ -18,8 +18,9 @@ struct Loader {
     __device__ __forceinline__ void start() {
         claimed = blockIdx.x;
         LoaderState& state = smem.loader;
-        state.tiles_known = state.load_tile = state.loads = state.stage = state.heads_left = 0;
+        state.tiles_known = state.load_tile = state.loads = state.heads_left = 0;
         state.limit = C::kStages - 1;
+        state.stage = {};
     }
 
     __device__ __forceinline__ void load_keys(int tile_number) {
@@ -43,21 +44,10 @@ struct Loader {
         }
     }
 
-    /// Issues query loads into the free buffers, until the stream leaves the tiles that may be known by now.
+    /// Issues query loads up to the limit, each as soon as its buffer is free, within the tiles that may be known by now.
     __device__ __forceinline__ void load_queries(int current_tile) {
-        while (open_next(current_tile)) load_open();
-    }
-
-    /// Makes sure that a tile is open if there is room for another load. The slow part, needed once a tile.
-    __device__ __forceinline__ bool open_next(int current_tile) {
         const LoaderState& state = smem.loader;
-        return state.loads < state.limit && (state.heads_left > 0 || open_tile(current_tile));
-    }
-
-    /// Issues loads of the open tile into the free buffers. The quick part.
-    __device__ __forceinline__ void load_open() {
-        const LoaderState& state = smem.loader;
-        while (state.loads < state.limit && state.heads_left > 0) load_query_tile();
+        while (state.loads < state.limit && (state.heads_left > 0 || open_tile(current_tile))) load_query_tile();
     }
 
 private:
@@ -100,7 +90,7 @@ private:
             state.m_end = tile.m_end;
             state.padded = static_cast<int>(head * launch.tiles +
                                             first_padded_tile(params, seq, tile.batch, C::kBlockM) + tile.m_begin);
-            for (int w = 0; w < C::kKeyWarpgroups; ++w) {
+            for (int w = 0; w < C::kKeyUnits; ++w) {
                 const IndexRange clear = tile.mask.clear_tiles(tile.n_block * C::kBlockN + w * 64, 64, C::kBlockM);
                 state.clear_begin[w] = static_cast<int>(clear.begin);
                 state.clear_end[w] = static_cast<int>(clear.end);
@@ -112,16 +102,18 @@ private:
 
     __device__ __forceinline__ void load_query_tile() {
         LoaderState& state = smem.loader;
-        const int s = state.stage;
+        const RingPosition stage = state.stage;
+        const int s = stage.index;
         const int m = state.m;
         const RaggedCoordinates at = state.at;
         const int row = m * C::kBlockM;
         Barrier& q_full = smem.q_full[s];
         Barrier& dout_full = smem.dout_full[s];
         int masked = 0;
-        for (int w = 0; w < C::kKeyWarpgroups; ++w) {
+        for (int w = 0; w < C::kKeyUnits; ++w) {
             masked |= (m < state.clear_begin[w] || m >= state.clear_end[w]) << w;
         }
+        smem.stage_free[s].wait(stage.phase ^ 1);
         smem.slot[s] = {state.padded, params.deterministic ? turn_of(entry(state.tile), m) : 0, row, masked};
         q_full.arrive_expect(C::kQueryTileBytes + C::kStatsBytes);
         for (int c = 0; c < C::kChunks; ++c) {
@@ -133,7 +125,7 @@ private:
         for (int c = 0; c < C::kChunks; ++c) {
             ragged_load(smem_address(smem.dout[s]) + c * C::kQueryChunkBytes, launch.dout, dout_full, c * 64, row, at);
         }
-        state.stage = s + 1 == C::kStages ? 0 : s + 1;
+        state.stage.template advance<C::kStages>();
         ++state.loads;
         if (m + 1 < state.m_end) {
             state.m = m + 1;
@@ -200,17 +192,14 @@ struct DqWorker {
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
-                smem.ds_full[ds_stage.index].wait(ds_stage.phase);
-                // Both key warpgroups store dS only after their dV and dK of the iteration before: that stage is free.
+                // The key warps free the stage of the iteration before on their way to this dS: the loader never blocks it.
                 if (thread == 0) {
                     ++smem.loader.limit;
-                    loader.open_next(t);
+                    loader.load_queries(t);
                 }
                 __syncwarp();
-                multiply_and_add(ds_stage.index, smem.slot[stage], [&] {
-                    if (thread == 0) loader.load_open();
-                    __syncwarp();
-                });
+                smem.ds_full[ds_stage.index].wait(ds_stage.phase);
+                multiply_and_add(ds_stage.index, smem.slot[stage]);
                 ds_stage.template advance<C::kDsStages>();
                 stage = stage + 1 == C::kStages ? 0 : stage + 1;
             }
@@ -224,9 +213,8 @@ struct DqWorker {
     }
 
 private:
-    /// dq (block_m queries x dim) += dS K in pieces of 64 x 64, which need few registers; `meanwhile` runs under the first.
-    template <typename Meanwhile>
-    __device__ __forceinline__ void multiply_and_add(int ds_index, const QuerySlot& slot, Meanwhile meanwhile) {
+    /// dq (block_m queries x dim) += dS K in pieces of 64 x 64, which need few registers.
+    __device__ __forceinline__ void multiply_and_add(int ds_index, const QuerySlot& slot) {
         const int64_t padded = slot.padded;
         const DqOrder order{launch.semaphore + padded};
         if (params.deterministic) {
@@ -241,9 +229,9 @@ private:
             for (int c = 0; c < C::kChunks; ++c) {
                 constexpr int kTail = C::kDim % 64;
                 if (kTail == 0 || c + 1 < C::kChunks) {
-                    multiply_piece<64>(ds, ds_index, u, c, out, meanwhile);
+                    multiply_piece<64>(ds, ds_index, u, c, out);
                 } else {
-                    multiply_piece<kTail == 0 ? 64 : kTail>(ds, ds_index, u, c, out, meanwhile);
+                    multiply_piece<kTail == 0 ? 64 : kTail>(ds, ds_index, u, c, out);
                 }
             }
         }
@@ -255,8 +243,8 @@ private:
     }
 
     /// 64 queries (unit) by N columns from 64 * chunk. The last piece frees the dS buffer.
-    template <int N, typename Meanwhile>
-    __device__ __forceinline__ void multiply_piece(uint32_t ds, int ds_index, int unit, int chunk, float* out, Meanwhile meanwhile) {
+    template <int N>
+    __device__ __forceinline__ void multiply_piece(uint32_t ds, int ds_index, int unit, int chunk, float* out) {
         float acc[N / 2];
         const uint64_t a = mn_major(ds + unit * C::kDsUnitBytes, C::kDsUnitBytes);
         const uint64_t b = mn_major(smem_address(smem.k) + chunk * C::kKeyChunkBytes, C::kKeyChunkBytes);
@@ -267,7 +255,6 @@ private:
             Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + step, b + step, kk != 0);
         }
         wgmma_commit();
-        if (unit == 0 && chunk == 0) meanwhile();
         wgmma_wait<0>();
         fence_registers(acc);
         if (unit + 1 == C::kQueryUnits && chunk + 1 == C::kChunks && thread % 32 == 0) smem.ds_free[ds_index].arrive();

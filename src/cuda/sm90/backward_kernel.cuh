@@ -1,10 +1,11 @@
-// The backward kernel for head_dim <= 128. See backward_config.cuh for how the work is divided.
+// The backward kernel. See backward_config.cuh for how the work is divided.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/sm90/backward_config.cuh"
 #include "cuda/sm90/backward_dq_worker.cuh"
 #include "cuda/sm90/backward_key_worker.cuh"
+#include "cuda/sm90/backward_split_worker.cuh"
 
 namespace strobe::sm90 {
 
@@ -24,9 +25,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         for (int s = 0; s < C::kStages; ++s) {
             smem.q_full[s].init(1);
             smem.dout_full[s].init(1);
+            smem.stage_free[s].init(kKeyWarps);
         }
         for (int s = 0; s < C::kDsStages; ++s) {
-            smem.ds_full[s].init(kKeyWarps);
+            smem.p_full[s].init(4);
+            smem.ds_full[s].init(C::kSplit ? 4 : kKeyWarps);
             smem.ds_free[s].init(4);
         }
         fence_barrier_init();
@@ -40,7 +43,13 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         DqWorker<V>{smem, params, launch, thread}.run();
     } else {
         register_limit_raise<C::kKeyRegisters>();
-        KeyWorker<V>{smem, params, warpgroup, thread}.run();
+        if constexpr (!C::kSplit) {
+            KeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+        } else if (warpgroup == 0) {
+            ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
+        } else {
+            KeyGradWorker<V>{smem, params, thread}.run();
+        }
     }
 }
 

@@ -45,12 +45,6 @@ __device__ __forceinline__ void store_matrices(uint32_t smem, const uint32_t (&r
                  : "memory");
 }
 
-__device__ __forceinline__ float2 load_shared_pair(uint32_t smem) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem));
-    return v;
-}
-
 /// Waits until the kernels this one was launched behind have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_upstream_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// Lets the kernel behind this one start as soon as there is room.
@@ -61,9 +55,9 @@ template <DType kType>
 __device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {
     uint32_t r;
     if constexpr (kType == DType::bf16) {
-        asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     } else {
-        asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     }
     return r;
 }
