@@ -1,10 +1,10 @@
 // The shape of the backward kernel: tiles, shared memory, barriers, registers.
 //
-// Three warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
+// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
 // registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes dq = dS K from
-// the dS that the others left in shared memory, adds it to the fp32 accumulator in L2 straight from its registers, and one of
-// its lanes keeps the tensor copies going. The three meet only at mbarriers, so the tensor cores are fed by one warpgroup
-// while another works on exponentials.
+// the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from its registers. One warp
+// of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores are fed by one warpgroup while
+// another works on exponentials.
 //
 // head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
 // head_dim > 128: a tile has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
@@ -30,12 +30,14 @@ struct BackwardConfig {
     static constexpr int kBlockN = V.block_n;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kDsStages = 2;
+    static constexpr int kSlots = 8;                  // of QuerySlot
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr int kKeyWarpgroups = 2;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = 208;
-    static constexpr int kDqRegisters = 88;
+    static constexpr int kKeyRegisters = kDim == 96 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 96 ? 88 : 72;
+    static constexpr int kLoadRegisters = 24;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -46,17 +48,17 @@ struct BackwardConfig {
     static constexpr int kDsUnitBytes = kBlockN * kRowBytes;  // (keys, 64 queries)
     static constexpr int kStatsBytes = 2 * kBlockM * 4;
 
-    static_assert(V.warps == 4 * (kKeyWarpgroups + 1));
+    static_assert(kStages + kDsStages < kSlots);
+    static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
     static_assert(kBlockN == (kSplit ? 64 : 128) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
-    static_assert(kKeyRegisters * 2 + kDqRegisters <= 504);
+    static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
     
 };
 
-/// What the loader tells the other threads about the tiles to come. Four entries: it runs at most two tiles ahead.
+/// What the load warp tells the others about the tiles to come.
 struct TileRing {
     static constexpr int kEntries = 4;
-    static constexpr int kAhead = 2;
     BackwardTile entry[kEntries];
 };
 
@@ -74,29 +76,13 @@ struct RingPosition {
     }
 };
 
-/// What belongs to the query tile in one stage, written by the loader along with its copies.
+/// What belongs to one query tile, written by the load warp along with its copies. The n-th tile of a CTA has slot
+/// n % kSlots: the dq warpgroup may read it kDsStages tiles behind the key warps, who free its stage.
 struct alignas(16) QuerySlot {
     int padded;       // index of the tile in the dq accumulator, all heads together
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
-};
-
-/// The loader's place in its stream. It is in shared memory because one lane needs it and 128 threads would pay in registers.
-struct LoaderState {
-    int tiles_known;     // entries put into the ring
-    int load_tile;       // the next ring entry to open for loading
-    int loads;           // q loads issued,
-    int limit;           // and how many may be: kStages ahead of the query tile that the dq warpgroup is at
-    RingPosition stage;
-    // The open tile; all that a load needs, so that a load is a few instructions.
-    int heads_left;      // 0: none is open
-    int m, m_begin, m_end;
-    int padded;          // index of query tile m in the dq accumulator
-    int tile;            // its ring entry
-    RaggedCoordinates at;
-    int clear_begin[2];  // keys 64 w ... 64 w + 63 are seen by all of query tiles [clear_begin[w], clear_end[w])
-    int clear_end[2];
 };
 
 template <Variant V>
@@ -108,9 +94,8 @@ struct BackwardSmem {
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
-    QuerySlot slot[C::kStages];
+    QuerySlot slot[C::kSlots];
     TileRing tiles;
-    LoaderState loader;
     Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
     Barrier kv_free;                  // every warp is done with the key tile
     Barrier q_full[C::kStages];       // q and the row statistics

@@ -5,6 +5,7 @@
 #include "cuda/sm90/backward_config.cuh"
 #include "cuda/sm90/backward_dq_worker.cuh"
 #include "cuda/sm90/backward_key_worker.cuh"
+#include "cuda/sm90/backward_load_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
 
 namespace strobe::sm90 {
@@ -38,7 +39,10 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
 
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
     const int thread = threadIdx.x % 128;
-    if (warpgroup == C::kKeyWarpgroups) {
+    if (warpgroup == C::kKeyWarpgroups + 1) {
+        register_limit_lower<C::kLoadRegisters>();
+        if (__shfl_sync(0xFFFFFFFFu, thread / 32, 0) == 0) LoadWorker<V>{smem, params, launch, thread}.run();
+    } else if (warpgroup == C::kKeyWarpgroups) {
         register_limit_lower<C::kDqRegisters>();
         DqWorker<V>{smem, params, launch, thread}.run();
     } else {

@@ -27,7 +27,7 @@ struct KeyWorker {
         const uint32_t v_rows = smem_address(smem.v) + warpgroup * 64 * C::kRowBytes;
         const DsAddress<V> ds_address(smem, warpgroup * 64, thread);
 
-        RingPosition stage, ds_stage;
+        RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
@@ -55,7 +55,7 @@ struct KeyWorker {
 
                 typename F::Weights p;
                 F::probabilities(p, s, scale_log2);
-                const QuerySlot& slot = smem.slot[stage.index];
+                const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, first_key(tile), slot.query0, lane);
 
                 smem.dout_full[stage.index].wait(stage.phase);
@@ -90,6 +90,7 @@ struct KeyWorker {
                 if (lane == 0) smem.stage_free[stage.index].arrive();
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
+                slot_at.template advance<C::kSlots>();
             }
             const BackwardTile last = tile;
             __syncwarp();

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kRowThreads)
     backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     using C = BackwardConfig<V>;
-    constexpr int kLanes = C::kChunks * 8;  // threads of one row, 16 bytes each
+    constexpr int kLanes = C::kDim <= 64 ? 8 : C::kDim <= 128 ? 16 : 32;  // threads of one row, 16 bytes each
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
     const int m = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;

@@ -46,12 +46,8 @@ struct TileMask {
     /// The first key that a query sees.
     __device__ __forceinline__ int first_key(int query) const { return query - below > 0 ? query - below : 0; }
 
-    /// The query tiles in which every query sees all of these keys.
-    __device__ __forceinline__ IndexRange clear_tiles(int key0, int keys, int block_m) const {
-        if (key0 + keys > seqlen_k) return {};
-        const int first = key0 + keys - 1 - above;
-        const int last = key0 + below;
-        return {first <= 0 ? 0 : (first + block_m - 1) / block_m, last < 0 ? 0 : (last + 1) / block_m};
+    __device__ __forceinline__ bool all_visible(int query0, int queries, int key0, int keys) const {
+        return query0 >= key0 + keys - 1 - above && query0 + queries - 1 <= key0 + below && key0 + keys <= seqlen_k;
     }
 };
 

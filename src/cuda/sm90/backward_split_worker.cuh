@@ -30,7 +30,7 @@ struct ValueWorker {
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
         const DsAddress<V> ds_address(smem, 0, thread);
-        RingPosition stage, ds_stage;
+        RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
@@ -55,7 +55,7 @@ struct ValueWorker {
 
                 typename F::Weights p;
                 F::probabilities(p, s, scale_log2);
-                const QuerySlot& slot = smem.slot[stage.index];
+                const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked & 1) {
                     F::hide(p, tile.mask, tile.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, slot.query0, lane);
                 }
@@ -75,6 +75,7 @@ struct ValueWorker {
                 if (lane == 0) smem.stage_free[stage.index].arrive();
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
+                slot_at.template advance<C::kSlots>();
             }
             const BackwardTile last = tile;
             __syncwarp();
