@@ -110,7 +110,7 @@ struct BackwardSmem {
 struct BackwardLaunch {
     CUtensorMap q, k, v, dout;
     BackwardSchedule schedule;
-    float scale_log2 = 1.0f;      // softmax_scale * log2(e); never 0
+    float scale_log2 = 1.0f;      // softmax_scale * log2(e)
     float* stats = nullptr;       // see BackwardWorkspace
     float* dq = nullptr;
     int32_t* semaphore = nullptr;
@@ -125,7 +125,7 @@ __device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) 
     return smem_descriptor<128>(address, chunk_bytes, 1024);
 }
 
-/// d += A B^T over kDim columns, both operands K-major in chunks.
+/// d = A B^T over kDim columns, both operands K-major in chunks.
 template <DType kType, int N, int kDim>
 __device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a, int a_chunk_bytes, uint64_t b,
                                                   int b_chunk_bytes) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a,
         const int chunk = k / 4;
         const int within = k % 4 * 2;  // 16 columns = 32 bytes
         Wgmma<N>::template ss<kType, 0, 0>(d, a + (chunk * a_chunk_bytes >> 4) + within,
-                                           b + (chunk * b_chunk_bytes >> 4) + within, 1);
+                                           b + (chunk * b_chunk_bytes >> 4) + within, k != 0);
     }
 }
 

@@ -15,24 +15,26 @@ struct Fragments {
     using Weights = uint32_t[C::kBlockM / 16][4];
     using Gradient = float[C::kDim / 2];  // (64 keys, dim) of dK or dV
 
-    /// Every key row starts from the statistics of its query columns.
-    __device__ __forceinline__ static void start(Accumulator& acc, const float* stats, int lane) {
+    /// One row statistic for each of a thread's query columns. Load it before waiting for the product it belongs to.
+    using Statistic = float2[C::kBlockM / 8];
+
+    __device__ __forceinline__ static void load(Statistic& statistic, const float* stats, int lane) {
 #pragma unroll
         for (int j = 0; j < C::kBlockM / 8; ++j) {
-            const float2 pair = *reinterpret_cast<const float2*>(stats + 8 * j + 2 * (lane % 4));
-            acc[4 * j] = acc[4 * j + 2] = pair.x;
-            acc[4 * j + 1] = acc[4 * j + 3] = pair.y;
+            statistic[j] = *reinterpret_cast<const float2*>(stats + 8 * j + 2 * (lane % 4));
         }
     }
 
-    /// P = exp2(c S).
-    __device__ __forceinline__ static void probabilities(Weights& p, const Accumulator& s, float scale_log2) {
+    /// P = exp2(c S - lse log2(e)).
+    __device__ __forceinline__ static void probabilities(Weights& p, const Accumulator& s, const Statistic& minus_lse,
+                                                         float scale_log2) {
 #pragma unroll
         for (int j = 0; j < C::kBlockM / 8; ++j) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int e = 4 * j + 2 * r;
-                p[j / 2][j % 2 * 2 + r] = pack_pair<V.dtype>(exp2_approx(s[e] * scale_log2), exp2_approx(s[e + 1] * scale_log2));
+                p[j / 2][j % 2 * 2 + r] = pack_pair<V.dtype>(exp2_approx(s[e] * scale_log2 + minus_lse[j].x),
+                                                             exp2_approx(s[e + 1] * scale_log2 + minus_lse[j].y));
             }
         }
     }
@@ -51,13 +53,15 @@ struct Fragments {
         }
     }
 
-    /// dS = P dP for 16 queries; dP has had delta subtracted from the start.
-    __device__ __forceinline__ static void score_gradients(uint32_t (&ds)[4], const uint32_t (&p)[4], const Accumulator& dp, int k) {
+    /// dS = P (dP - delta) for queries 16 k ... 16 k + 15.
+    __device__ __forceinline__ static void score_gradients(uint32_t (&ds)[4], const uint32_t (&p)[4], const Accumulator& dp,
+                                                           const Statistic& minus_delta, int k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float2 weight = unpack_pair<V.dtype>(p[i]);
+            const float2 shift = minus_delta[2 * k + i / 2];
             const int e = 8 * k + 2 * i;
-            ds[i] = pack_pair<V.dtype>(weight.x * dp[e], weight.y * dp[e + 1]);
+            ds[i] = pack_pair<V.dtype>(weight.x * (dp[e] + shift.x), weight.y * (dp[e + 1] + shift.y));
         }
     }
 
@@ -77,7 +81,7 @@ struct Fragments {
         }
     }
 
-    /// scores (64 keys, block_m queries) += key rows times query rows.
+    /// scores (64 keys, block_m queries) = key rows times query rows.
     __device__ __forceinline__ static void multiply_over_dim(Accumulator& acc, uint32_t key_rows, uint32_t query_rows) {
         sm90::multiply_over_dim<V.dtype, C::kBlockM, C::kDim>(acc, k_major(key_rows), C::kKeyChunkBytes, k_major(query_rows),
                                                               C::kQueryChunkBytes);

@@ -44,10 +44,7 @@ cudaError_t launch(const BackwardParams& p, const LaunchContext& context) {
 
     sm90::BackwardLaunch args;
     args.schedule = sm90::backward_schedule(V, p);
-    // A scale of 0 makes every score 0: so does a tiny one, and the row statistics need not divide by 0.
-    constexpr float kTiny = 1e-30f;
-    const float scale_log2 = p.score.softmax_scale * sm90::kLog2E;
-    args.scale_log2 = scale_log2 == 0.0f ? kTiny : scale_log2;
+    args.scale_log2 = p.score.softmax_scale * sm90::kLog2E;
     args.stats = reinterpret_cast<float*>(workspace + layout.stats_offset);
     args.dq = reinterpret_cast<float*>(workspace + layout.dq_offset);
     args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);

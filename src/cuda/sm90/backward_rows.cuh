@@ -30,9 +30,8 @@ __device__ __forceinline__ const void* element(const TensorRef& t, DType type, i
     return static_cast<const char*>(t.data) + index * (type == DType::f32 ? 4 : 2);
 }
 
-/// The row statistics are what the accumulators of S and dP start from, so that P = exp2(c S) and dS = P dP need no further
-/// operand: -lse log2(e) / c with c = softmax_scale log2(e), and dlse - rowsum(dout * out). Rows past the sequence and rows
-/// that see no key start from c S = -inf, so that P = 0. Also clears the dq accumulator, the semaphores and the work counter.
+/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
+/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
@@ -77,19 +76,19 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
         for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
         if (threadIdx.x % kLanes == 0) {
-            float score = launch.scale_log2 > 0.0f ? -INFINITY : INFINITY;
+            float minus_lse = -INFINITY;
             float delta = 0.0f;
             if (query < seq.seqlen_q) {
                 const int64_t at = batch_q * p.lse.batch_stride + head * p.lse.head_stride + seq.q_row + query;
                 const float lse = p.lse.data[at];
                 if (lse != -INFINITY) {
-                    score = -lse * kLog2E / launch.scale_log2;
+                    minus_lse = -lse * kLog2E;
                     const int64_t at_dlse = batch_q * p.dlse.batch_stride + head * p.dlse.head_stride + seq.q_row + query;
                     delta = p.dlse ? sum - p.dlse.data[at_dlse] : sum;
                 }
             }
             float* const stats = launch.stats + padded * 2 * C::kBlockM;
-            stats[row] = score;
+            stats[row] = minus_lse;
             stats[C::kBlockM + row] = -delta;
         }
     }

@@ -46,15 +46,16 @@ struct ValueWorker {
                 const uint32_t dout = smem_address(smem.dout) + stage.index * C::kQueryTileBytes;
                 smem.q_full[stage.index].wait(stage.phase);
                 typename F::Accumulator s;
-                F::start(s, smem.stats[stage.index][0], lane);
                 wgmma_fence();
                 F::multiply_over_dim(s, smem_address(smem.k), q);
                 wgmma_commit();
+                typename F::Statistic minus_lse;
+                F::load(minus_lse, smem.stats[stage.index][0], lane);
                 wgmma_wait<0>();
                 fence_registers(s);
 
                 typename F::Weights p;
-                F::probabilities(p, s, scale_log2);
+                F::probabilities(p, s, minus_lse, scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked & 1) {
                     F::hide(p, tile.mask, tile.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, slot.query0, lane);
@@ -118,10 +119,11 @@ struct KeyGradWorker {
                 smem.q_full[stage.index].wait(stage.phase);  // brings the statistics
                 smem.dout_full[stage.index].wait(stage.phase);
                 typename F::Accumulator dp;
-                F::start(dp, smem.stats[stage.index][1], lane);
                 wgmma_fence();
                 F::multiply_over_dim(dp, smem_address(smem.v), dout);
                 wgmma_commit();
+                typename F::Statistic minus_delta;
+                F::load(minus_delta, smem.stats[stage.index][1], lane);
 
                 smem.p_full[ds_stage.index].wait(ds_stage.phase);
                 typename F::Weights p, ds;
@@ -132,7 +134,7 @@ struct KeyGradWorker {
                 __syncwarp();
 #pragma unroll
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
-                    F::score_gradients(ds[k], p[k], dp, k);
+                    F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
                 }
                 fence_async_proxy();

@@ -14,7 +14,7 @@ namespace strobe::sm90 {
 /// Byte offsets from BackwardParams::workspace.
 struct BackwardWorkspace {
     int64_t tiles = 0;             // padded query tiles of one head, over the whole batch
-    int64_t stats_offset = 0;      // (num_heads, tiles, 2, block_m) fp32: what S and dP start from, -lse / softmax_scale and -delta
+    int64_t stats_offset = 0;      // (num_heads, tiles, 2, block_m) fp32: -lse * log2(e), then -delta
     int64_t dq_offset = 0;         // (num_heads, tiles, block_m * bucket) fp32, in the order of the accumulator registers
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
     int64_t counter_offset = 0;    // one int32: the next work tile
