@@ -43,7 +43,7 @@ struct Row {
 const Row kRows[] = {
 #define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, W)                                                                 \
     {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W},                            \
-     &cuda::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W}>},
+     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W}>},
 #include "variants.inc"
 #undef STROBE_VARIANT
 };

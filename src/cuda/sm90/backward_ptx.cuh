@@ -38,13 +38,6 @@ __device__ __forceinline__ void reduce_add(float* global, float x, float y, floa
                  : "memory");
 }
 
-/// Stores four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(uint32_t smem, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
-
 /// Waits until the kernels this one was launched behind have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_upstream_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// Lets the kernel behind this one start as soon as there is room.
