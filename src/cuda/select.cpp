@@ -40,8 +40,9 @@ const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DT
 /// coarser grid and, in some, the second query buffer that it has no room for.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 4096;
+    const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.mask, x.features); };
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
-    return v.arch == Arch::sm90 && v.direction == Direction::forward &&
+    return served(v) == served(best) && v.arch == Arch::sm90 && v.direction == Direction::forward &&
            (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
 }
 
@@ -75,7 +76,10 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
                             (v.features == Features::general || !request.general) && smem_bytes(v) <= device.smem_per_cta;
-        if (serves && (!best || rank(v) < rank(*best) || (rank(v) == rank(*best) && suits_better(v, *best, request)))) best = &v;
+        if (serves && (!best || rank(v) < rank(*best))) best = &v;
+    }
+    for (const Variant& v : rows) {
+        if (best && suits_better(v, *best, request)) best = &v;
     }
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
