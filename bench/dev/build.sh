@@ -1,18 +1,16 @@
 #!/bin/bash
-# Builds forward_dev with the kernels listed in a file: NAME VARIANT-FIELDS per line, e.g.
-#   hd128_full_176  bf16,128,full,128,176,2,12
-# usage: build.sh LIST OUTPUT-DIRECTORY [nvcc options]
+# Builds forward_dev with sm90 forward rows: those of src/variants.def, or of a file of candidate rows in the same format.
+# usage: build.sh OUTPUT-DIRECTORY [ROWS-FILE] [nvcc options]
 set -euo pipefail
-list=$1 out=$2
-shift 2
 root=$(cd "$(dirname "$0")/../.." && pwd)
+out=$1 rows=${2:-$root/src/variants.def}
+shift $(( $# < 2 ? $# : 2 ))
 mkdir -p "$out/obj"
-flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -I"$root/src" -I"$root/include" -I"$root/bench/dev" "$@")
-objects=("$out/obj/main.o")
+flags=(-std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -I"$root/src" -I"$root/include" -I"$root/bench/dev" "$@")
 nvcc "${flags[@]}" -c "$root/bench/dev/forward_dev.cu" -o "$out/obj/main.o" &
-while read -r name variant _; do
-    [[ -z $name || $name == \#* ]] && continue
-    IFS=, read -r dtype dim mask m n stages warps <<< "$variant"
+objects=("$out/obj/main.o")
+while IFS=, read -r dtype dim mask _ m n stages warps; do
+    name=${dim}_${mask}_${dtype}_${m}x${n}_s${stages}
     cat > "$out/obj/$name.cu" <<UNIT
 #include "cuda/sm90/forward_launch.cuh"
 #include "forward_dev.hpp"
@@ -25,6 +23,6 @@ UNIT
      echo "$name: $(grep -oE 'C75[0-9]+|[1-9][0-9]* bytes spill stores' "$out/obj/$name.log" | sort -u | tr '\n' ' ')") &
     objects+=("$out/obj/$name.o")
     while (( $(jobs -rp | wc -l) >= 2 )); do wait -n; done
-done < "$list"
+done < <(sed -nE 's/^STROBE_VARIANT\(sm90, *forward, *(.*)\).*/\1/p' "$rows" | tr -d ' ')
 wait
 nvcc -cudart static -o "$out/forward_dev" "${objects[@]}"

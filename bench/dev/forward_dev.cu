@@ -12,6 +12,7 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "forward_dev.hpp"
@@ -339,18 +340,18 @@ void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seql
     cudaEvent_t start, stop;
     CHECK(cudaEventCreate(&start));
     CHECK(cudaEventCreate(&stop));
-    std::vector<std::pair<int, MaskClass>> groups;
+    std::vector<std::tuple<int, MaskClass, DType>> groups;
     for (const auto& kernel : kernels) {
-        const std::pair<int, MaskClass> group{kernel.variant.head_dim, kernel.variant.mask};
+        const std::tuple group{kernel.variant.head_dim, kernel.variant.mask, kernel.variant.dtype};
         if (std::find(groups.begin(), groups.end(), group) == groups.end()) groups.push_back(group);
     }
-    for (const auto& [head_dim, mask] : groups) {
+    for (const auto& [head_dim, mask, dtype] : groups) {
         const bool causal = mask == MaskClass::band;
         const int heads = kHidden / head_dim;
         const double hidden = heads * head_dim;
         std::vector<const dev::Kernel*> rows;
         for (const auto& kernel : kernels) {
-            if (kernel.variant.head_dim == head_dim && kernel.variant.mask == mask) rows.push_back(&kernel);
+            if (std::tuple(kernel.variant.head_dim, kernel.variant.mask, kernel.variant.dtype) == std::tuple(head_dim, mask, dtype)) rows.push_back(&kernel);
         }
         std::vector<std::vector<double>> table(rows.size());
         for (int seqlen : seqlens) {
@@ -392,7 +393,7 @@ void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seql
                 table[i].push_back(flops / times[i][times[i].size() / 2] * 1e-9);
             }
         }
-        std::printf("\nhd%d %s, TFLOP/s %14s", head_dim, causal ? "causal" : "full", "");
+        std::printf("\nhd%d %s %s, TFLOP/s %9s", head_dim, causal ? "causal" : "full", dtype == DType::bf16 ? "bf16" : "f16", "");
         for (int seqlen : seqlens) std::printf("%7d", seqlen);
         if (const auto peer = kFlashAttention3.find({head_dim, causal}); peer != kFlashAttention3.end()) {
             std::printf("\n%-36s", "  FlashAttention-3 (recorded)");

@@ -26,6 +26,7 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
     r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled() ||
@@ -36,6 +37,16 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 }
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
+
+/// Of two sm90 forward rows that differ in their tile alone, the larger is faster once its loop is long enough to pay for the
+/// coarser grid and, in some, the second query buffer that it has no room for.
+bool suits_better(const Variant& v, const Variant& best, const Request& request) {
+    constexpr int64_t kLongSequence = 2048;
+    const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.mask, x.features); };
+    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
+    return served(v) == served(best) && v.arch == Arch::sm90 && v.direction == Direction::forward &&
+           (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
+}
 
 }  // namespace
 
@@ -70,6 +81,9 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
                             (v.features == Features::general || !general) && smem_bytes(v) <= device.smem_per_cta;
         if (serves && (!best || rank(v) < rank(*best))) best = &v;
+    }
+    for (const Variant& v : rows) {
+        if (best && suits_better(v, *best, request)) best = &v;
     }
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",

@@ -268,11 +268,12 @@ private:
 
     /// Waits for the last P V, which kPending younger groups may outlive, and stores the tile's output.
     template <int kPending>
-    __device__ __forceinline__ void finish_tile(Output& o, const ForwardTile& done) {
+    __device__ __forceinline__ void finish_tile(Output& o, const ForwardTile& slot) {
+        const ForwardTile done = slot;
         wgmma_wait<kPending>();
         fence_registers(o);
         release(smem_.v_empty, block_ - 1);
-        const OutputRows rows = finish_rows(args_.params, done, done.row + thread_row(), softmax_);
+        const OutputRows rows = finish_rows(done, done.row + thread_row(), softmax_);
         if (args_.params.out_dtype == DType::f32) {
             store_output_f32<Config>(args_.params, done, rows, o);
         } else if constexpr (kPrefetch) {
@@ -284,7 +285,9 @@ private:
         } else {
             store_output_direct<Config, V.dtype>(args_.params, done, rows, o);
         }
-        release_tile(done);
+        // Last: the fence in the staged store waits for every store before it.
+        store_lse(args_.params, done, rows, softmax_);
+        release_tile(slot);
     }
 
     const ForwardArgs& args_;

@@ -17,23 +17,28 @@ __device__ __forceinline__ int64_t out_offset(const AttentionParams& p, const Fo
     return tile.batch * p.out.batch_stride + (tile.q_row + row) * p.out.row_stride + tile.head * p.out.head_stride;
 }
 
-/// Stores the LSE of both rows and finds how to scale the output. Rows past seqlen_q count as rows that see no key.
-__device__ __forceinline__ OutputRows finish_rows(const AttentionParams& p, const ForwardTile& tile, int thread_row,
-                                                  OnlineSoftmax& softmax) {
+/// Finds how to scale the output. Rows past seqlen_q count as rows that see no key.
+__device__ __forceinline__ OutputRows finish_rows(const ForwardTile& tile, int thread_row, OnlineSoftmax& softmax) {
     softmax.finish();
     OutputRows rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int row = rows.row[r] = thread_row + 8 * r;
-        const bool dead = softmax.sum(r) == 0.0f || row >= tile.seqlen_q;
-        rows.stored[r] = row < tile.rows_q;
+        rows.row[r] = thread_row + 8 * r;
+        rows.stored[r] = rows.row[r] < tile.rows_q;
+        const bool dead = softmax.sum(r) == 0.0f || rows.row[r] >= tile.seqlen_q;
         rows.inverse[r] = dead ? 0.0f : __frcp_rn(softmax.sum(r));
-        if (p.lse && rows.stored[r] && threadIdx.x % 4 == 0) {
-            p.lse.data[tile.batch * p.lse.batch_stride + tile.head * p.lse.head_stride + tile.q_row + row] =
-                dead ? -INFINITY : softmax.lse(r);
-        }
     }
     return rows;
+}
+
+__device__ __forceinline__ void store_lse(const AttentionParams& p, const ForwardTile& tile, const OutputRows& rows,
+                                          const OnlineSoftmax& softmax) {
+    if (!p.lse || threadIdx.x % 4 != 0) return;
+    float* lse = p.lse.data + tile.batch * p.lse.batch_stride + tile.head * p.lse.head_stride + tile.q_row;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows.stored[r]) lse[rows.row[r]] = rows.inverse[r] == 0.0f ? -INFINITY : softmax.lse(r);
+    }
 }
 
 /// Multiplies, but keeps a NaN accumulator out of rows that see no key.
@@ -88,7 +93,7 @@ __device__ __forceinline__ void store_output_direct(const AttentionParams& p, co
             }
             transpose_quad(x);
             if (rows.stored[r] && 32 * g + 8 * quad_lane < p.size.head_dim_v) {
-                *reinterpret_cast<uint4*>(out + 32 * g) = uint4{x[0], x[1], x[2], x[3]};
+                store_global_vector(out + 32 * g, uint4{x[0], x[1], x[2], x[3]});
             }
         }
     }
@@ -135,12 +140,13 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
     } else {
         constexpr int kVectors = Config::kHeadDim / 8;
         const int count = min(16, tile.rows_q - warp_row) * kVectors;
+#pragma unroll 1
         for (int i = lane; i < count; i += 32) {
             const int row = i / kVectors, column = i % kVectors * 8;
             if (column >= p.size.head_dim_v) continue;
             const uint32_t address = base + column * 2 / kSpan * kChunkBytes + row * kSpan + column * 2 % kSpan;
             const uint4 x = load_shared_vector(swizzled(address));
-            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out.data) + out_offset(p, tile, warp_row + row) + column) = x;
+            store_global_vector(static_cast<uint16_t*>(p.out.data) + out_offset(p, tile, warp_row + row) + column, x);
         }
         fence_async_proxy();
     }

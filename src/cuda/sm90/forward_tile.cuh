@@ -10,7 +10,7 @@
 namespace strobe::sm90 {
 
 /// A block of query rows of one head and the key blocks it needs, last one first.
-struct ForwardTile {
+struct alignas(16) ForwardTile {
     int batch;  // -1: no more tiles
     int head;
     int row;       // first query row, counted from the sequence's start

@@ -107,6 +107,11 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
     return x;
 }
 
+/// 16 aligned bytes to global memory. (The compiler splits a plain uint4 store when it fails to see the alignment.)
+__device__ __forceinline__ void store_global_vector(void* address, const uint4& x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
