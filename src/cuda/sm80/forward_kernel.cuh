@@ -100,7 +100,9 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
     constexpr bool kGeneral = V.features == Features::general;
-    constexpr bool kSpreadsV = kStages == 1 && kD == 256;  // the others have no registers for it
+    // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
+    // no registers for it.)
+    constexpr bool kSpreadsV = kStages == 1 && kD == 256 && !kGeneral;
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -128,14 +130,15 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     const Operand k_in(p.k, batch, seq.k_row, kv_head);
     const Operand v_in(p.v, batch, seq.k_row, kv_head);
 
-    using KeyLoad = TileLoad<kN, kD, kThreads, !kGeneral>;
-    const auto k_load = [&](int tile, int stage) {
-        return KeyLoad(k_smem + stage * kConfig.kv_bytes, k_in.row(static_cast<int64_t>(tile) * kN), k_in.row_stride,
-                       band.seqlen_k - tile * kN, p.size.head_dim, k_in.aligned(p.size.head_dim), thread);
+    const auto load_k = [&](int tile, int stage) {
+        load_tile<kN, kD, kThreads, !kGeneral>(k_smem + stage * kConfig.kv_bytes, k_in.row(static_cast<int64_t>(tile) * kN),
+                                               k_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim,
+                                               k_in.aligned(p.size.head_dim), thread);
     };
-    const auto v_load = [&](int tile, int stage) {
-        return KeyLoad(v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN), v_in.row_stride,
-                       band.seqlen_k - tile * kN, p.size.head_dim_v, v_in.aligned(p.size.head_dim_v), thread);
+    const auto load_v = [&](int tile, int stage) {
+        load_tile<kN, kD, kThreads, !kGeneral>(v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN),
+                                               v_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim_v,
+                                               v_in.aligned(p.size.head_dim_v), thread);
     };
 
     float o[kMAtoms][kDAtoms][4];
@@ -146,21 +149,21 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     if (tile_begin < tile_end) {
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride, static_cast<int>(seq.seqlen_q - q_begin),
                                                p.size.head_dim, q_in.aligned(p.size.head_dim), thread);
-        k_load(tile_end - 1, 0).all();
+        load_k(tile_end - 1, 0);
         if constexpr (kStages > 1) {
-            v_load(tile_end - 1, 0).all();
+            load_v(tile_end - 1, 0);
             cp_async_commit();
 #pragma unroll
             for (int ahead = 1; ahead < kStages - 1; ++ahead) {
                 if (tile_end - 1 - ahead >= tile_begin) {
-                    k_load(tile_end - 1 - ahead, ahead).all();
-                    v_load(tile_end - 1 - ahead, ahead).all();
+                    load_k(tile_end - 1 - ahead, ahead);
+                    load_v(tile_end - 1 - ahead, ahead);
                 }
                 cp_async_commit();
             }
         } else {
             cp_async_commit();
-            v_load(tile_end - 1, 0).all();
+            load_v(tile_end - 1, 0);
             cp_async_commit();
         }
     }
@@ -174,48 +177,51 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             const int next = tile - (kStages - 1);
             if (next >= tile_begin) {
                 const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
-                k_load(next, free_stage).all();
-                v_load(next, free_stage).all();
+                load_k(next, free_stage);
+                load_v(next, free_stage);
             }
             cp_async_commit();
         } else {
             if (tile == tile_end - 1) {
-                cp_async_wait<1>();  // Q and K have landed; V is on its way
+                cp_async_wait<1>();
+                __syncthreads();  // Q and K have landed
             } else {
-                cp_async_wait<0>();  // K has landed
+                cp_async_wait<0>();
+                __syncthreads();  // K has landed; everyone is done with the last V
+                if constexpr (!kSpreadsV) {
+                    load_v(tile, 0);
+                    cp_async_commit();
+                }
             }
-            __syncthreads();  // everyone is done with the last V
         }
 
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
         float s[kMAtoms][kNAtoms][4];
         const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
-        if constexpr (!kSpreadsV) {
-            if (kStages == 1 && tile != tile_end - 1) v_load(tile, 0).all();
-            if constexpr (kStages == 1) cp_async_commit();
-            if (works) multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand));
-        } else {
-            // V's copies are spread over the product: in one burst they would hold up its operands.
-            constexpr int kPerStep = (KeyLoad::kCopies + kD / 32 - 1) / (kD / 32);
-            const KeyLoad v = v_load(tile, 0);
-            const bool wanted = tile != tile_end - 1, spread = wanted && works && v.whole();
-            if (wanted && !spread) v.all();
+        if constexpr (kSpreadsV) {
+            constexpr int kCopies = kN * kD / 8 / kThreads, kPerStep = (kCopies + kD / 32 - 1) / (kD / 32);
+            const bool wanted = tile != tile_end - 1;
+            const bool spread = wanted && works && k0 + kN <= band.seqlen_k && p.size.head_dim_v == kD;
+            if (wanted && !spread) load_v(tile, 0);
             if (works) {
-                multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand),
-                                                                   [&](int k) {
+                const uint16_t* const v_rows = v_in.row(k0);
+                multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(
+                    s, a_rows<kMAtoms>(q_operand), b_rows(k_operand), [&](int k) {
 #pragma unroll
-                    for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < KeyLoad::kCopies; ++n) {
-                        if (spread) v.copy_whole(n);
-                    }
-                });
+                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < kCopies; ++n) {
+                            if (spread) copy_part<kN, kD, kThreads>(v_smem, v_rows, v_in.row_stride, n, thread);
+                        }
+                    });
             }
-            cp_async_commit();
+            if (wanted) cp_async_commit();
+        } else if (works) {
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand));
         }
         if constexpr (kStages == 1) {
             cp_async_wait<0>();
             __syncthreads();  // V has landed; everyone is done with this K
-            if (tile > tile_begin) k_load(tile - 1, 0).all();
+            if (tile > tile_begin) load_k(tile - 1, 0);
             cp_async_commit();
         }
         if (works) {
@@ -238,28 +244,27 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     }
 
     softmax.finish();
-    const Sequence rows = sequence_of(p, batch);  // read again rather than kept in registers over the loop
     const float rescale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = q0 + 16 * i + 8 * h + lane / 4;
-            const bool live = row < rows.seqlen_q && softmax.sum[i][h] != 0.0f;
+            const bool live = row < seq.seqlen_q && softmax.sum[i][h] != 0.0f;
             const float factor = live ? rescale / softmax.sum[i][h] : 0.0f;
 #pragma unroll
             for (int j = 0; j < kDAtoms; ++j)
 #pragma unroll
                 for (int e = 2 * h; e < 2 * h + 2; ++e) o[i][j][e] = live ? o[i][j][e] * factor : 0.0f;
-            if (p.lse && lane % 4 == 0 && row < rows.rows_q) {
-                p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + rows.q_row + row] =
+            if (p.lse && lane % 4 == 0 && row < seq.rows_q) {
+                p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + seq.q_row + row] =
                     live ? softmax.lse(i, h) : -INFINITY;
             }
         }
 
     // The Q tile is free, and every warp reads back only the rows it wrote.
-    const Result out(p.out, p.out_dtype, batch, rows.q_row + q0, head);
-    store_rows<V.dtype, kD, kRows, !kGeneral>(o, q_smem + warp * kRows * kD * 2, out, static_cast<int>(rows.rows_q) - q0,
+    const Result out(p.out, p.out_dtype, batch, seq.q_row + q0, head);
+    store_rows<V.dtype, kD, kRows, !kGeneral>(o, q_smem + warp * kRows * kD * 2, out, static_cast<int>(seq.rows_q) - q0,
                                               p.size.head_dim_v, false, lane);
 }
 

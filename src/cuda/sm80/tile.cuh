@@ -67,75 +67,58 @@ __device__ __forceinline__ uint4 gather_chunk(const uint16_t* src, int valid) {
     return {w[0], w[1], w[2], w[3]};
 }
 
-/// One thread's share of filling a tile of kRows x kCols from `src` (row 0 of the tile), in kCopies copies of 16 bytes;
-/// rows >= rows_valid and columns >= cols_valid become zero. kAligned: rows start on 16 bytes and cols_valid is a multiple
-/// of 8. Otherwise `aligned` says so at run time.
-template <int kRows, int kCols, int kThreads, bool kAligned>
-struct TileLoad {
-    using Layout = TileLayout<kCols>;
-    static constexpr int kLanes = Layout::kGroupChunks;
-    static constexpr int kRowStep = kThreads / kLanes;
-    static constexpr int kColCopies = kCols / 8 / kLanes;
-    static constexpr int kCopies = (kRows + kRowStep - 1) / kRowStep * kColCopies;
-    static_assert(kRowStep % 8 == 0);
-
-    uint32_t dst;
-    const uint16_t* src;  // this thread's first chunk
-    int64_t row_stride;
-    int row0, col0;
-    int rows_valid, cols_valid;
-    bool aligned;
-
-    __device__ TileLoad(uint32_t tile, const uint16_t* from, int64_t row_stride, int rows_valid, int cols_valid, bool aligned,
-                        int thread)
-        : row_stride(row_stride), row0(thread / kLanes), col0(thread % kLanes * 8), rows_valid(rows_valid),
-          cols_valid(cols_valid), aligned(aligned) {
-        dst = tile + Layout::offset(row0, col0 / 8);
-        src = from + row0 * row_stride + col0;
-    }
-
-    /// The tile lies inside the tensor: no copy needs a predicate.
-    __device__ bool whole() const { return kAligned && rows_valid >= kRows && cols_valid == kCols; }
-
-    /// Copy n of a whole tile.
-    __device__ void copy_whole(int n) const {
-        const int r = n / kColCopies * kRowStep, c = n % kColCopies * kLanes;
-        if (kRows % kRowStep != 0 && row0 + r >= kRows) return;
-        cp_async_16(dst + r * Layout::kRowBytes + c * 16, src + r * row_stride + c * 8);
-    }
-
-    __device__ __forceinline__ void all() const {
-        const uint16_t* from = src;
-        if (whole()) {
-#pragma unroll
-            for (int r = 0; r < kRows; r += kRowStep, from += kRowStep * row_stride) {
-                if (kRows % kRowStep != 0 && row0 + r >= kRows) break;
-#pragma unroll
-                for (int c = 0; c < kCols / 8; c += kLanes) cp_async_16(dst + r * Layout::kRowBytes + c * 16, from + c * 8);
-            }
-            return;
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; r += kRowStep, from += kRowStep * row_stride) {
-            if (kRows % kRowStep != 0 && row0 + r >= kRows) break;
-#pragma unroll
-            for (int c = 0; c < kCols / 8; c += kLanes) {
-                const uint32_t to = dst + r * Layout::kRowBytes + c * 16;
-                const int cols_left = row0 + r < rows_valid ? cols_valid - (col0 + c * 8) : 0;
-                if (kAligned || aligned) {
-                    cp_async_16(to, cols_left > 0 ? from + c * 8 : src, cols_left > 0);
-                } else {
-                    store_shared(to, gather_chunk(from + c * 8, cols_left));
-                }
-            }
-        }
-    }
-};
-
+/// Fills kRows x kCols from `src` (row 0 of the tile); rows >= rows_valid and columns >= cols_valid become zero.
+/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time.
 template <int kRows, int kCols, int kThreads, bool kAligned>
 __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, int64_t row_stride, int rows_valid,
                                           int cols_valid, bool aligned, int thread) {
-    TileLoad<kRows, kCols, kThreads, kAligned>(tile, src, row_stride, rows_valid, cols_valid, aligned, thread).all();
+    using Layout = TileLayout<kCols>;
+    constexpr int kLanes = Layout::kGroupChunks;
+    constexpr int kRowStep = kThreads / kLanes;
+    static_assert(kRowStep % 8 == 0);
+    const int row0 = thread / kLanes;
+    const int chunk0 = thread % kLanes;
+    const uint32_t dst = tile + Layout::offset(row0, chunk0);
+    const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
+    if (kAligned && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+#pragma unroll
+        for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
+            if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
+#pragma unroll
+            for (int c = 0; c < kCols / 8; c += kLanes) {
+                cp_async_16(dst + r * kRowStep * Layout::kRowBytes + c * 16, row_ptr + c * 8);
+            }
+            row_ptr += kRowStep * row_stride;
+        }
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
+        const int row = row0 + r * kRowStep;
+        if (kRows % kRowStep != 0 && row >= kRows) break;
+#pragma unroll
+        for (int c = 0; c < kCols / 8; c += kLanes) {
+            const int col = (chunk0 + c) * 8;
+            const uint32_t to = dst + r * kRowStep * Layout::kRowBytes + c * 16;
+            if (kAligned || aligned) {
+                const bool valid = row < rows_valid && col < cols_valid;
+                cp_async_16(to, valid ? row_ptr + c * 8 : src, valid);
+            } else {
+                store_shared(to, gather_chunk(row_ptr + c * 8, row < rows_valid ? cols_valid - col : 0));
+            }
+        }
+        row_ptr += kRowStep * row_stride;
+    }
+}
+
+/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
+template <int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
+    using Layout = TileLayout<kCols>;
+    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
+    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
+    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
 }
 
 /// What `multiply` does besides after each step of k: nothing.
@@ -152,7 +135,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], Load
                                          SideWork side_work = {}) {
     static_assert(kNAtoms % 2 == 0);
     constexpr int kPairs = kNAtoms / 2, kTotal = kSteps * kPairs;
-    constexpr int kAhead = kMAtoms == 1 ? 4 : 2;
+    constexpr int kAhead = kMAtoms == 1 ? 4 : kPairs == 1 ? 1 : 2;
     uint32_t a[2][kMAtoms][4];
     uint32_t b[kAhead + 1][4];
     load_a(0, a[0]);
