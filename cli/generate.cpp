@@ -44,6 +44,7 @@ void run_generate(const GenerateOptions& options, bool json) {
 
 void add_generate_command(CLI::App& app) {
     CLI::App* command = app.add_subcommand("generate", "Sample text from a checkpoint");
+    command->option_defaults()->take_last();
     struct Arguments {
         GenerateOptions options;
         bool no_cache = false, endless = false, json = false;

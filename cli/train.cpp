@@ -153,6 +153,7 @@ void add_run_options(CLI::App& command, Arguments& a) {
 
 void add_train_command(CLI::App& app) {
     CLI::App* command = app.add_subcommand("train", "Train a GPT on text");
+    command->option_defaults()->take_last();
     const auto arguments = std::make_shared<Arguments>();
     add_run_options(*command, *arguments);
     add_data_options(*command, *arguments);

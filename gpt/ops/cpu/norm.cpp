@@ -91,21 +91,21 @@ void norm_forward(Exec& e, const NormForward& a) {
 }
 
 void norm_backward(Exec& e, const NormBackward& a) {
-    // Each thread sums its rows apart; the sums are added in the order of the threads.
+    // Each part of the rows has sums of its own; they are added in order.
     float* partial = static_cast<float*>(e.scratch);
     const int64_t n = a.hidden;
-    const int threads = e.team->size();
-    for (int64_t i = 0; i < 2 * n * threads; ++i) partial[i] = 0.0f;
-    e.team->ranges(a.rows, 1, [&](int64_t begin, int64_t end, int thread) {
-        float* dweight = partial + 2 * n * thread;
+    const int parts = e.team->size();
+    for (int64_t i = 0; i < 2 * n * parts; ++i) partial[i] = 0.0f;
+    e.team->ranges(a.rows, 1, [&](int64_t begin, int64_t end, int part) {
+        float* dweight = partial + 2 * n * part;
         float* dbias = a.dbias ? dweight + n : nullptr;
         if (a.kind == NormKind::layernorm)
             backward_rows<NormKind::layernorm>(a, begin, end, dweight, dbias);
         else
             backward_rows<NormKind::rmsnorm>(a, begin, end, dweight, dbias);
     });
-    for (int thread = 0; thread < threads; ++thread) {
-        const float* sums = partial + 2 * n * thread;
+    for (int part = 0; part < parts; ++part) {
+        const float* sums = partial + 2 * n * part;
         for (int64_t c = 0; c < n; ++c) a.dweight[c] += sums[c];
         if (!a.dbias) continue;
         for (int64_t c = 0; c < n; ++c) a.dbias[c] += sums[n + c];
