@@ -100,6 +100,9 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
     constexpr bool kGeneral = V.features == Features::general;
+    // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
+    // no registers for it.)
+    constexpr bool kSpreadsV = kStages == 1 && kD == 256 && !kGeneral;
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -185,16 +188,34 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             } else {
                 cp_async_wait<0>();
                 __syncthreads();  // K has landed; everyone is done with the last V
-                load_v(tile, 0);
-                cp_async_commit();
+                if constexpr (!kSpreadsV) {
+                    load_v(tile, 0);
+                    cp_async_commit();
+                }
             }
         }
 
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
         float s[kMAtoms][kNAtoms][4];
-        if (works) {
-            const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
+        const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
+        if constexpr (kSpreadsV) {
+            constexpr int kCopies = kN * kD / 8 / kThreads, kPerStep = (kCopies + kD / 32 - 1) / (kD / 32);
+            const bool wanted = tile != tile_end - 1;
+            const bool spread = wanted && works && k0 + kN <= band.seqlen_k && p.size.head_dim_v == kD;
+            if (wanted && !spread) load_v(tile, 0);
+            if (works) {
+                const uint16_t* const v_rows = v_in.row(k0);
+                multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(
+                    s, a_rows<kMAtoms>(q_operand), b_rows(k_operand), [&](int k) {
+#pragma unroll
+                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < kCopies; ++n) {
+                            if (spread) copy_part<kN, kD, kThreads>(v_smem, v_rows, v_in.row_stride, n, thread);
+                        }
+                    });
+            }
+            if (wanted) cp_async_commit();
+        } else if (works) {
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand));
         }
         if constexpr (kStages == 1) {

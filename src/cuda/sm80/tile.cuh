@@ -111,14 +111,31 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
+/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
+template <int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
+    using Layout = TileLayout<kCols>;
+    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
+    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
+    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
+}
+
+/// What `multiply` does besides after each step of k: nothing.
+struct NoSideWork {
+    __device__ void operator()(int) const {}
+};
+
 /// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments, one
 /// step of k ahead of their use; load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1, as far ahead as it takes to hide
-/// ldmatrix behind mma: one pair feeds 2 * kMAtoms of them.
-template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB>
-__device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b) {
+/// ldmatrix behind mma: one pair feeds 2 * kMAtoms of them. side_work(k) is spread between the steps.
+template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB,
+          typename SideWork = NoSideWork>
+__device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b,
+                                         SideWork side_work = {}) {
     static_assert(kNAtoms % 2 == 0);
     constexpr int kPairs = kNAtoms / 2, kTotal = kSteps * kPairs;
-    constexpr int kAhead = kMAtoms == 1 ? 4 : 2;
+    constexpr int kAhead = kMAtoms == 1 ? 4 : kPairs == 1 ? 1 : 2;
     uint32_t a[2][kMAtoms][4];
     uint32_t b[kAhead + 1][4];
     load_a(0, a[0]);
@@ -143,6 +160,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], Load
                 }
             }
         }
+        side_work(k);
     }
 }
 
