@@ -1,8 +1,8 @@
 // Which (batch, key head, key tile) a CTA works on next, and which query tiles that takes.
 //
-// Where all tiles take equally long, heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Under a
-// causal mask the key tile is the slow index over all heads, the one with most query tiles first, so that long tiles start
-// early and short ones fill the end; L2 still serves, since the tiles of one key head that run together walk side by side.
+// Heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Inside a group the key tile is the slow
+// index, the one with most query tiles first, so that a causal mask's long tiles start early and its short ones fill the end.
+// Where the query heads of one key head are too much for L2 already, balance is all there is to gain: one group.
 #pragma once
 
 #include <climits>
@@ -71,7 +71,8 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     const int64_t head_bytes = p.size.seqlen_q * group * v.head_dim * (2 + 2 + 4);
     const int64_t fitting = head_bytes > 0 ? kL2Budget / head_bytes : s.heads;
     const bool uneven = p.mask.window_right >= 0 && p.mask.window_left < 0;
-    s.heads_per_group = static_cast<int>(uneven || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
+    const bool hopeless = fitting < 1 && group > 1;
+    s.heads_per_group = static_cast<int>((uneven && hopeless) || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
     s.work_tiles = s.heads * s.key_tiles;
     return s;
 }

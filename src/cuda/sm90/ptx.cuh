@@ -38,6 +38,18 @@ struct Barrier {
             : "memory");
         return done != 0;
     }
+    /// test() may sleep a while; this one answers at once.
+    __device__ __forceinline__ bool peek(uint32_t phase) {
+        uint32_t done;
+        asm volatile(
+            "{.reg .pred p;\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(smem_address(this)), "r"(phase)
+            : "memory");
+        return done != 0;
+    }
     __device__ __forceinline__ void wait(uint32_t phase) {
         while (!test(phase)) {
         }
@@ -69,6 +81,35 @@ __device__ __forceinline__ void tma_load(void* smem, const CUtensorMap* map, Bar
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(smem)),
         "l"(map), "r"(smem_address(&barrier)), "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(policy)
         : "memory");
+}
+
+/// Copies one box from shared memory; coordinates outside the tensor are dropped. Part of the thread's open bulk group.
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t smem, int dim, int row, int head, int batch) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(smem),
+                 "r"(dim), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// Waits until this thread's bulk groups have read their shared memory.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+/// Four 8 x 8 matrices of 16-bit elements, fragments as mma accumulators hold them; lane 8 i + j gives row j of matrix i.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
+
+/// 16 aligned bytes to global memory. (The compiler splits a plain uint4 store when it fails to see the alignment.)
+__device__ __forceinline__ void store_global_vector(void* address, const uint4& x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

@@ -19,6 +19,9 @@ __device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t l
            static_cast<uint64_t>(stride_bytes >> 4) << 32 | kMode << 62;
 }
 
+/// The same matrix, `bytes` further.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
 /// Orders register and shared memory accesses of this warpgroup before the wgmmas that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
