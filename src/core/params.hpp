@@ -7,6 +7,7 @@
 #include "core/host_device.hpp"
 #include "core/mask.hpp"
 #include "core/philox.hpp"
+#include "strobe/dtype.hpp"
 
 namespace strobe {
 
@@ -70,9 +71,6 @@ struct ScoreParams {
     BiasRef bias;                         // element type bias_dtype; null: none
 };
 
-/// Element types as the kernels and the C ABI number them.
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-
 struct ProblemSize {
     int batch = 0;
     int num_heads = 0;
@@ -99,7 +97,7 @@ struct AttentionParams {
     TensorRef k;                    // (batch, seqlen_k, num_heads_k, head_dim)
     TensorRef v;                    // (batch, seqlen_k, num_heads_k, head_dim_v)
     TensorRef out;                  // (batch, seqlen_q, num_heads, head_dim_v)
-    RowRef lse;                     // natural log; -inf and out = 0 on a row that sees no key
+    RowRef lse;                     // natural log; -inf and out = 0 on a row that sees no key. Forward: null if not wanted
 };
 
 struct ForwardParams : AttentionParams {

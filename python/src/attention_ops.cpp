@@ -1,0 +1,282 @@
+// The operators strobe::attention, strobe::attention_backward and their companions. Each takes torch tensors, allocates
+// results and workspace from torch, and makes one call of strobe's C ABI.
+#include <vector>
+
+#include "call.hpp"
+
+namespace strobe::torch_ops {
+namespace {
+
+/// Memory for one call, from torch's allocator: on CUDA it is safe to drop it as soon as the call is queued.
+Tensor workspace(size_t bytes, Device device) {
+    if (bytes == 0) return {};
+    const int64_t size = static_cast<int64_t>(bytes);
+    return empty({&size, 1}, aoti_torch_dtype_uint8(), device);
+}
+
+strobe_plan new_plan() {
+    strobe_plan plan;
+    plan.struct_size = sizeof plan;
+    plan.workspace_bytes = 0;
+    return plan;
+}
+
+/// (B, Sq, H, Dv) or (Tq, H, Dv): the shape of q with the last extent of v.
+std::vector<int64_t> out_shape(const strobe_attention& a) {
+    std::vector<int64_t> shape(a.q.shape, a.q.shape + a.q.ndim);
+    shape.back() = a.v.shape[a.v.ndim - 1];
+    return shape;
+}
+
+/// (B, H, Sq) or (H, Tq).
+std::vector<int64_t> lse_shape(const strobe_attention& a) {
+    const int64_t* q = a.q.shape;
+    if (a.q.ndim == 4) return {q[0], q[2], q[1]};
+    if (a.q.ndim == 3) return {q[1], q[0]};
+    throw std::invalid_argument("q: has " + std::to_string(a.q.ndim) +
+                                " dimensions; it must be (B, Sq, H, D), or (Tq, H, D) with cu_seqlens_q");
+}
+
+void run_forward(const strobe_attention& a, const Tensor& out, const Tensor& lse, Device device) {
+    strobe_forward f;
+    strobe_forward_init(&f);
+    f.out = view("out", out);
+    f.lse = view("lse", lse);
+
+    const Stream stream(a.q);
+    strobe_plan plan = new_plan();
+    check_strobe(strobe_attention_forward_plan(&a, &f, &plan));
+    const Tensor scratch = workspace(plan.workspace_bytes, device);
+    f.workspace = scratch ? scratch.data() : nullptr;
+    f.workspace_bytes = plan.workspace_bytes;
+    check_strobe(strobe_attention_forward(&a, &f, stream.get()));
+}
+
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
+    const Options options = Options::take(arguments);
+    const bool float32_out = arguments.boolean();
+
+    const strobe_attention a = describe(q, k, v, options);
+    Tensor lse = empty(lse_shape(a), aoti_torch_dtype_float32(), q.device());
+    Tensor out = empty(out_shape(a), float32_out ? aoti_torch_dtype_float32() : q.dtype(), q.device());
+    run_forward(a, out, lse, q.device());
+    stack[0] = as_result(std::move(out));
+    stack[1] = as_result(std::move(lse));
+}
+
+void forward_into(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor out = arguments.tensor(), lse = arguments.tensor();
+    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
+    const Options options = Options::take(arguments);
+    run_forward(describe(q, k, v, options), out, lse, q.device());
+}
+
+/// What the backward reads beside the options.
+struct Saved {
+    Tensor dout, dlse, q, k, v, out, lse;
+
+    static Saved take(Arguments& arguments) {
+        Saved s;
+        s.dout = arguments.tensor();
+        s.dlse = arguments.optional_tensor();
+        s.q = arguments.tensor();
+        s.k = arguments.tensor();
+        s.v = arguments.tensor();
+        s.out = arguments.tensor();
+        s.lse = arguments.tensor();
+        return s;
+    }
+
+    void accept_any_strides() {
+        dout = with_unit_stride(std::move(dout));
+        if (dlse) dlse = with_unit_stride(std::move(dlse));
+    }
+};
+
+struct Gradients {
+    Tensor dq, dk, dv, dbias;
+};
+
+void run_backward(const strobe_attention& a, const Saved& saved, const Gradients& gradients, bool accumulate) {
+    strobe_backward b;
+    strobe_backward_init(&b);
+    b.accumulate = accumulate;
+    b.out = view("out", saved.out);
+    b.lse = view("lse", saved.lse);
+    b.dout = view("dout", saved.dout);
+    b.dlse = view("dlse", saved.dlse);
+    b.dq = view("dq", gradients.dq);
+    b.dk = view("dk", gradients.dk);
+    b.dv = view("dv", gradients.dv);
+    b.dbias = view("dbias", gradients.dbias);
+
+    const Stream stream(a.q);
+    strobe_plan plan = new_plan();
+    check_strobe(strobe_attention_backward_plan(&a, &b, &plan));
+    const Tensor scratch = workspace(plan.workspace_bytes, saved.q.device());
+    b.workspace = scratch ? scratch.data() : nullptr;
+    b.workspace_bytes = plan.workspace_bytes;
+    check_strobe(strobe_attention_backward(&a, &b, stream.get()));
+}
+
+Tensor empty_like(const Tensor& tensor) { return empty(tensor.shape(), tensor.dtype(), tensor.device()); }
+
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Saved saved = Saved::take(arguments);
+    const Options options = Options::take(arguments);
+    const bool need_dbias = arguments.boolean();
+
+    const strobe_attention a = describe(saved.q, saved.k, saved.v, options);
+    saved.accept_any_strides();
+    Gradients gradients{empty_like(saved.q), empty_like(saved.k), empty_like(saved.v), {}};
+    if (need_dbias) {
+        if (!options.bias) throw std::invalid_argument("need_dbias: is set without bias");
+        gradients.dbias = empty_like(options.bias);
+    }
+    run_backward(a, saved, gradients, false);
+
+    const int64_t nothing = 0;
+    if (!need_dbias) gradients.dbias = empty({&nothing, 1}, saved.q.dtype(), saved.q.device());
+    stack[0] = as_result(std::move(gradients.dq));
+    stack[1] = as_result(std::move(gradients.dk));
+    stack[2] = as_result(std::move(gradients.dv));
+    stack[3] = as_result(std::move(gradients.dbias));
+}
+
+void backward_into(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Gradients gradients;
+    gradients.dq = arguments.tensor();
+    gradients.dk = arguments.tensor();
+    gradients.dv = arguments.tensor();
+    gradients.dbias = arguments.optional_tensor();
+    const bool accumulate = arguments.boolean();
+    Saved saved = Saved::take(arguments);
+    const Options options = Options::take(arguments);
+
+    const strobe_attention a = describe(saved.q, saved.k, saved.v, options);
+    saved.accept_any_strides();
+    run_backward(a, saved, gradients, accumulate);
+}
+
+strobe_tensor without_first_axis(const strobe_tensor& t) {
+    strobe_tensor part = t;
+    part.ndim = t.ndim - 1;
+    for (int i = 0; i < part.ndim; ++i) {
+        part.shape[i] = t.shape[i + 1];
+        part.strides[i] = t.strides[i + 1];
+    }
+    return part;
+}
+
+/// (N, ...) as N views.
+std::vector<strobe_tensor> parts_of(const char* name, const Tensor& stacked) {
+    const strobe_tensor whole = view(name, stacked);
+    if (whole.ndim < 2) throw std::invalid_argument(std::string(name) + ": must have a leading axis of parts");
+    const auto bytes = static_cast<int64_t>(whole.dtype == STROBE_F32 ? 4 : 2);
+    std::vector<strobe_tensor> parts(static_cast<size_t>(whole.shape[0]), without_first_axis(whole));
+    for (size_t i = 0; i < parts.size(); ++i) {
+        parts[i].data = static_cast<char*>(whole.data) + static_cast<int64_t>(i) * whole.strides[0] * bytes;
+    }
+    return parts;
+}
+
+void lse_merge(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor outs = arguments.tensor(), lses = arguments.tensor();
+    const auto part_out = parts_of("outs", outs), part_lse = parts_of("lses", lses);
+    if (part_out.empty() || part_out.size() != part_lse.size()) {
+        throw std::invalid_argument("lses: has " + std::to_string(part_lse.size()) + " parts, outs has " +
+                                    std::to_string(part_out.size()) + "; there must be as many of both, at least one");
+    }
+    Tensor out = empty(outs.shape().subspan(1), outs.dtype(), outs.device());
+    Tensor lse = empty(lses.shape().subspan(1), lses.dtype(), lses.device());
+    const strobe_tensor out_view = view("out", out), lse_view = view("lse", lse);
+    const Stream stream(out_view);
+    check_strobe(strobe_lse_merge(static_cast<int32_t>(part_out.size()), part_out.data(), part_lse.data(), &out_view, &lse_view,
+                                  stream.get()));
+    stack[0] = as_result(std::move(out));
+    stack[1] = as_result(std::move(lse));
+}
+
+void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor rng_state = arguments.tensor();
+    const double dropout_p = arguments.real();
+    int64_t shape[4];
+    for (int64_t& extent : shape) extent = arguments.integer();
+
+    const RngState state = read_rng_state(rng_state);
+    strobe_attention a;
+    strobe_attention_init(&a);
+    const int64_t q_shape[4] = {shape[0], shape[2], shape[1], 1}, k_shape[4] = {shape[0], shape[3], shape[1], 1};
+    a.q = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, q_shape);
+    a.k = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, k_shape);
+    a.dropout_p = dropout_p;
+    a.dropout_seed = state.seed;
+    a.dropout_offset = state.offset;
+    Tensor keep = empty(shape, aoti_torch_dtype_uint8(), rng_state.device());
+    const strobe_tensor keep_view = view("keep", keep);
+    check_strobe(strobe_dropout_mask(&a, &keep_view, nullptr));
+    stack[0] = as_result(std::move(keep));
+}
+
+// ---- registration -------------------------------------------------------------------------------------------------------
+
+constexpr const char* kSchemas[] = {
+    "attention(Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ", bool float32_out=False) -> (Tensor out, Tensor lse)",
+    "attention_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ") -> ()",
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    STROBE_OPTIONS_SCHEMA ", bool need_dbias=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "attention_backward_into(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, bool accumulate, Tensor dout, "
+    "Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " STROBE_OPTIONS_SCHEMA ") -> ()",
+    "lse_merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
+    "dropout_mask(Tensor rng_state, float dropout_p, SymInt batch, SymInt num_heads, SymInt seqlen_q, SymInt seqlen_k) "
+    "-> Tensor",
+};
+
+using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
+struct NamedKernel {
+    const char* name;
+    Kernel kernel;
+    bool cuda;
+};
+constexpr NamedKernel kKernels[] = {{"attention", forward, true},
+                                    {"attention_into", forward_into, true},
+                                    {"attention_backward", backward, true},
+                                    {"attention_backward_into", backward_into, true},
+                                    {"lse_merge", lse_merge, true},
+                                    {"dropout_mask", dropout_mask, false}};
+
+/// Keeps the registrations for as long as the library is loaded.
+class Registration {
+public:
+    Registration() {
+        check_torch(aoti_torch_library_init_def("strobe", __FILE__, __LINE__, &definitions_), "to define strobe's operators");
+        for (const char* schema : kSchemas) check_torch(aoti_torch_library_def(definitions_, schema), schema);
+        implement("CPU", false, cpu_);
+        implement("CUDA", true, cuda_);
+    }
+    ~Registration() {
+        for (TorchLibraryHandle library : {cuda_, cpu_, definitions_}) aoti_torch_delete_library_object(library);
+    }
+
+private:
+    TorchLibraryHandle definitions_ = nullptr, cpu_ = nullptr, cuda_ = nullptr;
+
+    static void implement(const char* key, bool cuda, TorchLibraryHandle& library) {
+        check_torch(aoti_torch_library_init_impl("strobe", key, __FILE__, __LINE__, &library), key);
+        for (const NamedKernel& k : kKernels) {
+            if (!cuda || k.cuda) check_torch(aoti_torch_library_impl(library, k.name, k.kernel), k.name);
+        }
+    }
+};
+
+const Registration registration;
+
+}  // namespace
+}  // namespace strobe::torch_ops

@@ -1,0 +1,205 @@
+"""``strobe.attention``: exact attention with every option of the library, for torch tensors on the CPU and on CUDA."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, _ops
+
+_NO_WINDOW = (-1, -1)
+_needs_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_any_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+# The operators without the Python frame of OpOverload.__call__.
+_forward_op = _ops.attention._op
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd of an eager call. The operator's own registration does the same through two more trips into Python."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, options):
+        with _below_autograd():
+            out, lse = _forward_op(q, k, v, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, bias)
+        ctx.options = options if bias is None else _with_bias(options, None)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        *saved, bias = ctx.saved_tensors
+        options = ctx.options[: _ops.NUM_OPTIONS]
+        if bias is not None:
+            options = _with_bias(options, bias)
+        (dq, dk, dv), dbias = _ops.gradients(dout, dlse, *saved, options, ctx.needs_input_grad[3])
+        return dq, dk, dv, dbias, None
+
+
+def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
+    return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
+    """One call of the operator by the shortest way that torch's present mode allows."""
+    if _is_compiling() or _transforms_active():
+        return _ops.attention(q, k, v, *options)
+    if _any_autocast() and torch.is_autocast_enabled(q.device.type):
+        q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)
+        if bias is not None:
+            options = _with_bias(options, bias)
+    if _is_grad_enabled() and _needs_grad(q, k, v, bias):
+        return _Attention.apply(q, k, v, bias, options)
+    with _below_autograd():
+        return _forward_op(q, k, v, *options)
+
+
+def new_rng_state() -> Tensor:
+    """A fresh dropout state: (2,) int64 on the CPU, the seed and the offset, drawn from torch's default CPU generator.
+
+    ``torch.manual_seed`` therefore makes dropout repeatable, on every device, and activation checkpointing repeats it.
+    """
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+
+
+def _as_rng_state(rng_state: Tensor | tuple[int, int]) -> Tensor:
+    if isinstance(rng_state, Tensor):
+        return rng_state
+    seed, offset = rng_state
+    return torch.tensor([seed, offset], dtype=torch.int64)
+
+
+def _four_dimensional(bias: Tensor) -> Tensor:
+    if not 1 <= bias.dim() <= 4:
+        raise ValueError(f"bias: has {bias.dim()} dimensions; it must be broadcastable to (B, H, Sq, Sk)")
+    return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
+
+
+def _max_seqlen(name: str, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    if max_seqlen is not None:
+        return max_seqlen
+    if cu_seqlens is not None:
+        raise ValueError(f"max_seqlen_{name}: is not given beside cu_seqlens_{name}; it is the longest sequence (an int)")
+    return 0
+
+
+def _positions(positions: tuple[int, int] | None) -> tuple[int, int]:
+    if positions is None:
+        return -1, -1
+    q_position, k_position = positions
+    if q_position < 0 or k_position < 0:
+        raise ValueError(f"positions: are {positions}; they must not be negative")
+    return q_position, k_position
+
+
+def _float32_out(out_dtype: torch.dtype | None, q_dtype: torch.dtype) -> bool:
+    if out_dtype not in (None, torch.float32, q_dtype):
+        raise ValueError(f"out_dtype: is {out_dtype}; it must be torch.float32 or the dtype of q, {q_dtype}")
+    return out_dtype == torch.float32 and q_dtype != torch.float32
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = _NO_WINDOW,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | tuple[int, int] | None = None,
+    positions: tuple[int, int] | None = None,
+    deterministic: bool | None = None,
+    out_dtype: torch.dtype | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+    return_rng_state: bool = False,
+) -> Any:
+    """Exact attention: ``dropout(softmax(score(q @ k^T))) @ v``, differentiable in q, k, v, bias, and through the LSE.
+
+    Args:
+        q: (B, Sq, H, D), or (Tq, H, D) with ``cu_seqlens_q``. float32, bfloat16 or float16; any strides whose last is 1;
+            D up to 512.
+        k: (B, Sk, Hk, D), or (Tk, Hk, D) with ``cu_seqlens_k``. Hk divides H: query head h reads key head h // (H // Hk).
+        v: (B, Sk, Hk, Dv), or (Tk, Hk, Dv) with ``cu_seqlens_k``. Dv may differ from D.
+        causal: hide the keys behind each query. Aligned bottom-right: query i sees keys j <= i + Sk - Sq.
+        window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right, both included; -1 is
+            unbounded (sliding window: Beltagy et al., Longformer, 2020).
+        softmax_scale: factor on q @ k^T; 1 / sqrt(D) if None.
+        softcap: if positive, scores become softcap * tanh(score / softcap), before masks and bias (Gemma 2, 2024).
+        bias: added to the scores; broadcastable to (B, H, Sq, Sk) (varlen: the maximal lengths), float32 or the dtype of q,
+            any strides. Its gradient has its own shape.
+        alibi_slopes: (H) or (B, H) float32; scores get -slope * |i + Sk - Sq - j| (Press et al., ALiBi, 2022). Not
+            differentiable.
+        cu_seqlens_q, cu_seqlens_k: (B + 1) int32 prefix sums of the sequence lengths, starting with 0. Sequences may be empty.
+        max_seqlen_q, max_seqlen_k: the longest sequence; required beside cu_seqlens.
+        seqused_q, seqused_k: (B) int32: how many rows of each sequence count. Query rows behind get out = 0, lse = -inf.
+        dropout_p: probability of dropping an attention weight, in steps of 2^-16; kept ones are scaled by 1 / (1 - p).
+        rng_state: (seed, offset) as two ints or a (2) int64 CPU tensor, to repeat an earlier call; drawn from torch's CPU
+            generator if None.
+        positions: (q_position, k_position) of the first query and the first key row on one common axis. It replaces the
+            bottom-right alignment, for blocks of a longer sequence (ring attention: Liu et al., 2023).
+        deterministic: the backward gives the same bits each time; ``torch.are_deterministic_algorithms_enabled()`` if None.
+        out_dtype: torch.float32 for a result that will be merged (``strobe.merge``); the dtype of q if None.
+        implementation: a name from ``strobe.implementations()``; the fastest that serves the call if None.
+        return_lse: also return the log-sum-exp of each row's scores, natural log, float32, (B, H, Sq) or (H, Tq); -inf on a
+            row that sees no key. Differentiable.
+        return_rng_state: also return the (2) int64 CPU tensor that repeats this call's dropout; None without dropout.
+
+    Returns:
+        out: (B, Sq, H, Dv) or (Tq, H, Dv), dense; 0 on a row that sees no key. With ``return_lse`` or ``return_rng_state`` a
+        tuple: out, then lse, then rng_state, as far as asked for.
+
+    Raises:
+        ValueError: a dtype, shape, stride, device or option that contradicts the above; the text names the argument.
+        RuntimeError: no implementation of this build serves the call (the text has each one's reason), or the device failed.
+
+    The algorithm is FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+    2023) with online softmax (Milakov, Gimelshein, 2018). Under autocast q, k and v are cast to its dtype first.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    left, right = window_size
+    # Options that are left out cost nothing on the way to the operator, so the plain call names none of the rest.
+    if (
+        bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
+        and seqused_k is None and dropout_p == 0.0 and positions is None and not deterministic and out_dtype is None
+        and implementation is None and max_seqlen_q is None and max_seqlen_k is None
+    ):  # fmt: skip
+        rng_state = None
+        out, lse = _call(q, k, v, None, (softmax_scale, causal, left, right, softcap))
+    else:
+        if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
+        if bias is not None:
+            bias = _four_dimensional(bias)
+        if dropout_p == 0.0:
+            rng_state = None
+        else:
+            rng_state = new_rng_state() if rng_state is None else _as_rng_state(rng_state)
+        q_position, k_position = _positions(positions)
+        options = (
+            softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+            _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
+            dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
+            _float32_out(out_dtype, q.dtype),
+        )  # fmt: skip
+        out, lse = _call(q, k, v, bias, options)
+    if not (return_lse or return_rng_state):
+        return out
+    return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))

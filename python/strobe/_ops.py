@@ -1,0 +1,166 @@
+"""The operators of ``torch.ops.strobe``: loads the kernels and registers what torch has to know about them.
+
+``attention`` and ``attention_backward`` come from libstrobe_torch.so for the CPU and CUDA dispatch keys. Added here: fake
+kernels (shapes for torch.compile, torch.export and FakeTensor), autograd, and autocast.
+"""
+
+import torch
+
+from . import _native
+
+torch.ops.load_library(str(_native.library_path("torch")))
+
+attention = torch.ops.strobe.attention.default
+attention_into = torch.ops.strobe.attention_into.default
+attention_backward = torch.ops.strobe.attention_backward.default
+attention_backward_into = torch.ops.strobe.attention_backward_into.default
+lse_merge = torch.ops.strobe.lse_merge.default
+dropout_mask = torch.ops.strobe.dropout_mask.default
+
+_library = torch.library.Library("strobe", "FRAGMENT")
+
+_INDEX = {argument.name: i for i, argument in enumerate(attention._schema.arguments)}
+_BIAS = _INDEX["bias"]
+# The tensors behind q, k and v; the others of `attention` are plain values.
+_OPTIONAL_TENSORS = tuple(
+    _INDEX[name]
+    for name in ("bias", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state")
+)
+_FIRST_OPTION = 3
+_FLOAT32_OUT = _INDEX["float32_out"]
+NUM_OPTIONS = _FLOAT32_OUT - _FIRST_OPTION  # that forward and backward share
+BIAS_OPTION = _BIAS - _FIRST_OPTION
+
+
+# ---- fake kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _check_ranks(q, k, v):
+    torch._check_value(q.dim() in (3, 4), lambda: f"q: has {q.dim()} dimensions; it must be (B, Sq, H, D) or (Tq, H, D)")
+    torch._check_value(k.dim() in (3, 4), lambda: f"k: has {k.dim()} dimensions; it must be (B, Sk, Hk, D) or (Tk, Hk, D)")
+    torch._check_value(v.dim() == k.dim(), lambda: f"v: has {v.dim()} dimensions, k has {k.dim()}")
+
+
+def lse_shape(q):
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+@torch.library.register_fake("strobe::attention", lib=_library)
+def _attention_fake(q, k, v, *options):
+    _check_ranks(q, k, v)
+    float32_out = len(options) > NUM_OPTIONS and options[NUM_OPTIONS]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32 if float32_out else q.dtype)
+    return out, q.new_empty(lse_shape(q), dtype=torch.float32)
+
+
+def _dense_like(x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("strobe::attention_backward", lib=_library)
+def _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options, need_dbias=False):
+    if len(options) > NUM_OPTIONS:
+        need_dbias = options[NUM_OPTIONS]
+    bias = options[BIAS_OPTION] if need_dbias else None
+    dbias = q.new_empty((0,)) if bias is None else _dense_like(bias)
+    return _dense_like(q), _dense_like(k), _dense_like(v), dbias
+
+
+@torch.library.register_fake("strobe::attention_into", lib=_library)
+@torch.library.register_fake("strobe::attention_backward_into", lib=_library)
+def _writes_its_arguments(*args, **kwargs):
+    return None
+
+
+@torch.library.register_fake("strobe::lse_merge", lib=_library)
+def _lse_merge_fake(outs, lses):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+@torch.library.register_fake("strobe::dropout_mask", lib=_library)
+def _dropout_mask_fake(rng_state, dropout_p, batch, num_heads, seqlen_q, seqlen_k):
+    return rng_state.new_empty((batch, num_heads, seqlen_q, seqlen_k), dtype=torch.uint8)
+
+
+# ---- autograd ---------------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *output, *(inputs[i] for i in _OPTIONAL_TENSORS))
+    ctx.options = inputs[_FIRST_OPTION:_FLOAT32_OUT]
+
+
+def _backward(ctx, dout, dlse):
+    needs_grad = ctx.needs_input_grad  # of the inputs that were given: trailing defaults are left out
+    grads = [None] * len(needs_grad)
+    q, k, v, out, lse, *optional = ctx.saved_tensors
+    options = list(ctx.options)
+    for i, tensor in zip(_OPTIONAL_TENSORS, optional):
+        options[i - _FIRST_OPTION] = tensor
+    need_dbias = _BIAS < len(needs_grad) and needs_grad[_BIAS]
+    if dout is None and dlse is None:
+        return tuple(grads)
+    grads[:3], dbias = gradients(dout, dlse, q, k, v, out, lse, options, need_dbias)
+    if need_dbias:
+        grads[_BIAS] = dbias
+    return tuple(grads)
+
+
+def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
+    """([dq, dk, dv], dbias or None) from the gradients of out and lse, one of which may be None."""
+    if dout is None:
+        dout = torch.zeros_like(out, dtype=q.dtype)
+    elif dout.dtype != q.dtype:
+        dout = dout.to(q.dtype)
+    tail = (*options, True) if need_dbias else options
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        *dqkv, dbias = attention_backward(dout, dlse, q, k, v, out, lse, *tail)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            *dqkv, dbias = attention_backward._op(dout, dlse, q, k, v, out, lse, *tail)
+    return dqkv, dbias if need_dbias else None
+
+
+torch.library.register_autograd("strobe::attention", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _no_second_derivative(name):
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"strobe::{name} is not differentiable; second derivatives of attention are not supported")
+
+    torch.library.register_autograd(f"strobe::{name}", refuse, lib=_library)
+
+
+_no_second_derivative("attention_backward")
+_no_second_derivative("lse_merge")
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------------------
+
+
+def cast_inputs(dtype, q, k, v, bias):
+    """What autocast makes of a call: q, k and v in its dtype; bias may stay float32."""
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    if bias is not None and bias.dtype not in (torch.float32, torch.float64):
+        bias = bias.to(dtype)
+    return q, k, v, bias
+
+
+def _register_autocast(device_type, key):
+    keyset = torch._C.DispatchKeySet(key)
+
+    def kernel(_, q, k, v, *options):
+        options = list(options)
+        bias = options[BIAS_OPTION] if len(options) > BIAS_OPTION else None
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            q, k, v, bias = cast_inputs(torch.get_autocast_dtype(device_type), q, k, v, bias)
+            if bias is not None:
+                options[BIAS_OPTION] = bias
+            return attention(q, k, v, *options)
+
+    _library.impl("attention", kernel, key.name, with_keyset=True)
+
+
+_register_autocast("cpu", torch._C.DispatchKey.AutocastCPU)
+_register_autocast("cuda", torch._C.DispatchKey.AutocastCUDA)

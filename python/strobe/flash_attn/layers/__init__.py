@@ -1,0 +1,1 @@
+"""FlashAttention-2's ``flash_attn.layers``: the rotary embedding."""

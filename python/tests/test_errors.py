@@ -1,0 +1,145 @@
+"""Every wrong call is refused by a Python exception that names the argument."""
+
+import pytest
+import torch
+
+import strobe
+from strobe.flash_attn import flash_attn_func
+
+
+def qkv(dtype=torch.float32, rows=8, heads=4, heads_k=2, dim=16):
+    return [torch.randn(2, rows, h, dim).to(dtype) for h in (heads, heads_k, heads_k)]
+
+
+def call(q=None, k=None, v=None, **options):
+    defaults = qkv()
+    return strobe.attention(*(d if x is None else x for x, d in zip((q, k, v), defaults)), **options)
+
+
+Q, K, V = (x.shape for x in qkv())
+CASES = {
+    "float64": (lambda: call(q=torch.randn(Q).double()), "q: dtype is float64"),
+    "int": (lambda: call(q=torch.ones(Q, dtype=torch.int64)), "q: dtype is int64"),
+    "bool": (lambda: call(k=torch.ones(K, dtype=torch.bool)), "k: dtype is bool"),
+    "complex": (lambda: call(v=torch.ones(V, dtype=torch.complex64)), "v: dtype is of another kind"),
+    "mixed dtypes": (lambda: call(k=torch.randn(K).bfloat16()), "k: dtype is bf16, but q is f32"),
+    "rank 2": (lambda: call(q=torch.randn(8, 16)), "q: has 2 dimensions"),
+    "rank 5": (lambda: call(q=torch.randn(1, 2, 8, 4, 16)), "q: has 5 dimensions"),
+    "rank 0": (lambda: call(q=torch.tensor(1.0)), "q: has 0 dimensions"),
+    "varlen rank": (lambda: call(q=torch.randn(8, 4, 16)), "q: has 3 dimensions"),
+    "head_dim": (lambda: call(k=torch.randn(2, 8, 2, 32)), "k: head_dim is 32, but q has 16"),
+    "head_dim 0": (lambda: call(*(torch.randn(2, 8, 2, 0) for _ in range(3))), "head_dim is 0"),
+    "head_dim 1024": (lambda: call(*(torch.randn(1, 2, 1, 1024) for _ in range(3))), "head_dim is 1024"),
+    "heads": (lambda: call(*(torch.randn(2, 8, h, 16) for h in (4, 3, 3))), "k: has 3 heads, which do not divide the 4 of q"),
+    "batch": (lambda: call(k=torch.randn(3, 8, 2, 16), v=torch.randn(3, 8, 2, 16)), "batch of 3"),
+    "v rows": (lambda: call(v=torch.randn(2, 9, 2, 16)), "v: shape is"),
+    "last stride": (lambda: call(q=torch.randn(2, 8, 16, 4).transpose(2, 3)), "q: the last stride is 4"),
+    "bias shape": (lambda: call(bias=torch.randn(2, 4, 8, 9)), "bias: shape is"),
+    "bias rank": (lambda: call(bias=torch.randn(1, 2, 4, 8, 8)), "bias: has 5 dimensions"),
+    "bias bool": (lambda: call(bias=torch.ones(8, 8, dtype=torch.bool)), "bias: dtype is bool"),
+    "slopes shape": (lambda: call(alibi_slopes=torch.rand(3)), "alibi_slopes: shape is"),
+    "slopes dtype": (lambda: call(alibi_slopes=torch.rand(4).half()), "alibi_slopes: dtype is"),
+    "slopes with gradient": (lambda: call(alibi_slopes=torch.rand(4, requires_grad=True)), "alibi_slopes: requires grad"),
+    "window": (lambda: call(window_size=(-2, 3)), "window_left: is -2"),
+    "causal window": (lambda: call(causal=True, window_size=(-1, 3)), "window_right: is 3 beside causal"),
+    "softcap": (lambda: call(softcap=-1.0), "softcap: is -1"),
+    "scale": (lambda: call(softmax_scale=float("nan")), "softmax_scale: is nan"),
+    "dropout 1": (lambda: call(dropout_p=1.0), "dropout_p: is 1"),
+    "dropout negative": (lambda: call(dropout_p=-0.1), "dropout_p: is -0.1"),
+    "rng dtype": (lambda: call(dropout_p=0.1, rng_state=torch.zeros(2)), "rng_state: must be an int64 tensor"),
+    "rng shape": (lambda: call(dropout_p=0.1, rng_state=torch.zeros(3, dtype=torch.int64)), "rng_state: must be"),
+    "positions": (lambda: call(positions=(-1, 0)), "positions: are"),
+    "out dtype": (lambda: call(out_dtype=torch.float16), "out_dtype: is torch.float16"),
+    "implementation": (lambda: call(implementation="fast"), "implementation: is 'fast'; this build has: "),
+    "max_seqlen without cu": (lambda: call(max_seqlen_q=5), "max_seqlen_q: is 5 without cu_seqlens_q"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name):
+    function, text = CASES[name]
+    with pytest.raises(ValueError) as raised:
+        function()
+    assert text in str(raised.value)
+
+
+def varlen(cu, longest=8, **changes):
+    q, k, v = (x.flatten(0, 1) for x in qkv())
+    cu = torch.tensor(cu, dtype=changes.pop("dtype", torch.int32))
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest, **changes}
+    return strobe.attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    "function,text",
+    [
+        (lambda: varlen([1, 8, 16]), "cu_seqlens_q: starts with 1"),
+        (lambda: varlen([0, 9, 8], 9), "cu_seqlens_q: falls from 9 to 8"),
+        (lambda: varlen([0, 8, 17], 9), "cu_seqlens_q: ends with 17, but there are only 16 rows"),
+        (lambda: varlen([0, 8, 16], 7), "max_seqlen_q: is 7, but sequence 0 has 8 rows"),
+        (lambda: varlen([0, 8, 16], dtype=torch.int64), "cu_seqlens_q: dtype is int64"),
+        (lambda: varlen([0, 8, 16], None), "max_seqlen_q: is not given beside cu_seqlens_q"),
+        (lambda: varlen([0, 8, 16], seqused_k=torch.tensor([8, 9], dtype=torch.int32)), "seqused_k: is 9 at index 1"),
+        (lambda: varlen([0, 8, 16], seqused_k=torch.tensor([8], dtype=torch.int32)), "seqused_k: shape is"),
+    ],
+)
+def test_varlen_refused(function, text):
+    with pytest.raises(ValueError) as raised:
+        function()
+    assert text in str(raised.value)
+
+
+def test_mixed_devices():
+    q, k, v = qkv()
+    if torch.cuda.is_available():
+        with pytest.raises(ValueError, match="k: is on cuda:0, but q is on cpu"):
+            strobe.attention(q, k.cuda(), v)
+        with pytest.raises(ValueError, match="rng_state: must be on the cpu"):
+            strobe.attention(q, k, v, dropout_p=0.1, rng_state=torch.zeros(2, dtype=torch.int64, device="cuda"))
+    with pytest.raises((NotImplementedError, RuntimeError, ValueError)):
+        strobe.attention(q, k.to("meta"), v)
+
+
+def test_no_second_derivative():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    (dq,) = torch.autograd.grad(strobe.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_merge_is_not_differentiable():
+    outs, lses = torch.randn(2, 1, 3, 2, 4, requires_grad=True), torch.randn(2, 1, 2, 3)
+    with pytest.raises(NotImplementedError, match="lse_merge is not differentiable"):
+        strobe.merge(outs, lses)[0].sum().backward()
+
+
+def test_merge_refusals():
+    with pytest.raises(ValueError, match="lses: has 1 parts, outs has 2"):
+        strobe.merge(torch.randn(2, 1, 3, 2, 4), torch.randn(1, 1, 2, 3))
+
+
+def test_outputs_in_place_are_checked():
+    q, k, v = qkv()
+    out, lse = strobe.attention(q, k, v, return_lse=True)
+    grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+    with pytest.raises(ValueError, match="dk: shape is"):
+        strobe.attention_backward(out, q, k, v, out, lse, **{**grads, "dk": torch.empty(2, 9, 2, 16)})
+    with pytest.raises(ValueError, match="dv: overlaps dk"):
+        strobe.attention_backward(out, q, k, v, out, lse, **{**grads, "dv": grads["dk"]})
+    with pytest.raises(ValueError, match="accumulate: is set while dq is bf16"):
+        low = [x.bfloat16() for x in (out, q, k, v, out)]
+        strobe.attention_backward(*low, lse, **{n: g.bfloat16() for n, g in grads.items()}, accumulate=True)
+
+
+def test_scaled_dot_product_attention_refusals():
+    q = torch.randn(2, 4, 8, 16)
+    with pytest.raises(ValueError, match="attn_mask: is given beside is_causal"):
+        strobe.scaled_dot_product_attention(q, q, q, torch.ones(8, 8, dtype=torch.bool), is_causal=True)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        strobe.scaled_dot_product_attention(q, q[:, :2], q[:, :2])
+
+
+def test_flash_attn_names_refuse_alike():
+    q, k, v = qkv(torch.float64)
+    with pytest.raises(ValueError, match="q: dtype is float64"):
+        flash_attn_func(q, k, v)

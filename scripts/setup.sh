@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Installs what building, running and (with --tests) testing strobe needs, on a Debian 12 machine. Safe to run again: what is
+# there already is left alone. Packages come from Debian and from the Python package index; Python packages go to .venv, CUTLASS
+# headers to .deps.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+want_tests=no
+want_cuda=no
+for arg in "$@"; do
+    case "$arg" in
+        --tests) want_tests=yes ;;
+        --cuda) want_cuda=yes ;;
+        *) echo "setup.sh: unknown argument '$arg'; possible: --tests, --cuda" >&2; exit 2 ;;
+    esac
+done
+
+packages=(build-essential cmake ninja-build ccache pkg-config git ca-certificates
+          libfmt-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libopenblas-dev bible-kjv-text)
+if [ "$want_tests" = yes ]; then
+    packages+=(python3 python3-venv libgtest-dev clang libclang-rt-14-dev)
+elif [ "$want_cuda" = yes ]; then
+    packages+=(python3 python3-venv)
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+    echo "setup: installing ${missing[*]}"
+    as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null || { echo "setup: need root or sudo to install: ${missing[*]}" >&2; exit 1; }
+        as_root=(sudo)
+    fi
+    log=$(mktemp)
+    if ! { "${as_root[@]}" apt-get update -qq &&
+           "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
+           >"$log" 2>&1; then
+        cat "$log" >&2
+        echo "setup: apt-get could not install: ${missing[*]}" >&2
+        exit 1
+    fi
+    rm -f "$log"
+fi
+
+# A virtual environment is complete when it was made from the requirements as they are now.
+python_env() {
+    local requirements=$1 stamp=.venv/.installed-$(basename "$1")
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    if ! cmp -s "$requirements" "$stamp"; then
+        echo "setup: installing Python packages of $requirements into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        cp "$requirements" "$stamp"
+    fi
+}
+
+# CUTLASS headers: one wheel, pinned by version and hash, unpacked beside the build.
+cutlass() {
+    local version=4.2.0.0 sha256=f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6 target=.deps/cutlass-4.2.0.0
+    [ -d "$target/include/cute" ] && return
+    echo "setup: fetching CUTLASS $version headers"
+    local work
+    mkdir -p .deps
+    work=$(mktemp -d .deps/fetch.XXXXXX)
+    echo "nvidia-cutlass==$version --hash=sha256:$sha256" >"$work/requirements.txt"
+    python3 -m venv "$work/venv"
+    "$work/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+        -d "$work" -r "$work/requirements.txt"
+    "$work/venv/bin/python" -m zipfile -e "$work"/nvidia_cutlass-*.whl "$work/wheel"
+    mkdir -p "$work/cutlass"
+    mv "$work/wheel/cutlass_library/source/include" "$work/cutlass/include"
+    rm -rf "$target"
+    mv "$work/cutlass" "$target"
+    rm -rf "$work"
+}
+
+[ "$want_cuda" = no ] || cutlass
+[ "$want_tests" = no ] || python_env tests/python/requirements.txt

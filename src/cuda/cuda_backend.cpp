@@ -1,0 +1,117 @@
+// CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table and
+// launches it on the caller's stream; nothing is allocated and nothing waits.
+#include <fmt/format.h>
+
+#include <vector>
+
+#include "cuda/device.hpp"
+#include "cuda/select.hpp"
+#include "cuda/sm80/backward_workspace.hpp"
+#include "cuda/sm80/config.hpp"
+#include "cuda/sm90/backward_workspace.hpp"
+#include "cuda/variant_table.hpp"
+#include "error.hpp"
+#include "registry.hpp"
+
+namespace strobe::cuda {
+
+int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_bytes(v) : 0; }
+
+namespace {
+
+std::span<const Variant> variants() {
+    static const std::vector<Variant> all = [] {
+        std::vector<Variant> list;
+        for (const VariantRow& row : variant_rows()) list.push_back(row.variant);
+        return list;
+    }();
+    return all;
+}
+
+/// The row for the call, or null and why not.
+template <class Params>
+const VariantRow* find_row(Arch arch, const Params& params, const Execution& e, std::string& refusal) {
+    std::string no_device;
+    if (device_count(&no_device) == 0) {
+        refusal = no_device;
+        return nullptr;
+    }
+    const Variant* v = select(variants(), arch, request_of(params), device_limits(e.device_index), refusal);
+    return v ? &variant_rows()[static_cast<size_t>(v - variants().data())] : nullptr;
+}
+
+template <Arch kArch, class Params>
+std::string refusal(const Params& params, const Execution& e) {
+    std::string reason;
+    find_row(kArch, params, e, reason);
+    return reason;
+}
+
+template <Arch kArch, class Params>
+const VariantRow& row_for(const Params& params, const Execution& e) {
+    std::string reason;
+    const VariantRow* row = find_row(kArch, params, e, reason);
+    if (!row) unsupported(reason);
+    return *row;
+}
+
+template <Arch kArch, class Params>
+std::string describe(const Params& params, const Execution& e) {
+    return to_string(row_for<kArch>(params, e).variant);
+}
+
+size_t no_workspace(const ForwardParams&, const Execution&) { return 0; }
+
+template <Arch kArch>
+size_t backward_workspace(const BackwardParams& p, const Execution& e) {
+    const Variant& v = row_for<kArch>(p, e).variant;
+    if constexpr (kArch == Arch::sm90) {
+        return static_cast<size_t>(sm90::backward_workspace(v, p).bytes);
+    } else {
+        return static_cast<size_t>(
+            sm80::backward_workspace_bytes(p.size, p.seqlens.cu_seqlens_q != nullptr, p.deterministic, v));
+    }
+}
+
+LaunchContext context_of(const Execution& e) {
+    return {static_cast<cudaStream_t>(e.stream), e.device_index, device_limits(e.device_index).num_sms};
+}
+
+template <Arch kArch>
+void forward(const ForwardParams& p, const Execution& e) {
+    const DeviceGuard guard(e.device_index);
+    const VariantRow& row = row_for<kArch>(p, e);
+    check(row.forward(p, context_of(e)), "forward launch");
+}
+
+template <Arch kArch>
+void backward(const BackwardParams& p, const Execution& e) {
+    const DeviceGuard guard(e.device_index);
+    const VariantRow& row = row_for<kArch>(p, e);
+    check(row.backward(p, context_of(e)), "backward launch");
+}
+
+template <Arch kArch>
+Implementation implementation(const char* name) {
+    return {
+        .name = name,
+        .device_type = STROBE_CUDA,
+        .forward_refusal = refusal<kArch, ForwardParams>,
+        .backward_refusal = refusal<kArch, BackwardParams>,
+        .describe_forward = describe<kArch, ForwardParams>,
+        .describe_backward = describe<kArch, BackwardParams>,
+        .forward_workspace = no_workspace,
+        .backward_workspace = backward_workspace<kArch>,
+        .forward = forward<kArch>,
+        .backward = backward<kArch>,
+    };
+}
+
+}  // namespace
+
+std::span<const Implementation> backend() {
+    static const Implementation rows[] = {implementation<Arch::sm90>("sm90"), implementation<Arch::sm80>("sm80")};
+    return rows;
+}
+
+}  // namespace strobe::cuda

@@ -1,0 +1,86 @@
+#include "cuda/select.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <tuple>
+
+#include "core/numeric.hpp"
+
+namespace strobe::cuda {
+namespace {
+
+/// TMA wants addresses and strides that are multiples of 16 bytes; 16-byte stores want the same of the outputs.
+bool aligned_for_tma(const TensorRef& t, DType dtype) {
+    const auto element = static_cast<int64_t>(size_of(dtype));
+    const bool strides = (t.batch_stride * element) % 16 == 0 && (t.row_stride * element) % 16 == 0 &&
+                         (t.head_stride * element) % 16 == 0;
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && strides;
+}
+
+bool dims_for_tma(const ProblemSize& size) { return size.head_dim % 8 == 0 && size.head_dim_v % 8 == 0; }
+
+Request shared_request(const AttentionParams& p, Direction direction) {
+    Request r;
+    r.direction = direction;
+    r.dtype = p.dtype;
+    r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.band = p.mask.is_band();
+    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled();
+    r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
+                   aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
+    return r;
+}
+
+const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
+
+}  // namespace
+
+Request request_of(const ForwardParams& p) { return shared_request(p, Direction::forward); }
+
+Request request_of(const BackwardParams& p) {
+    Request r = shared_request(p, Direction::backward);
+    r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
+    for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
+    return r;
+}
+
+const Variant* select(std::span<const Variant> rows, Arch arch, const Request& request, const DeviceLimits& device,
+                      std::string& refusal) {
+    const int needed = static_cast<int>(arch);
+    if (arch == Arch::sm90 ? device.compute_capability != needed : device.compute_capability < needed) {
+        refusal = fmt::format("needs compute capability {}{}, this device has {}.{}", needed / 10.0,
+                              arch == Arch::sm90 ? " exactly" : " or more", device.compute_capability / 10,
+                              device.compute_capability % 10);
+        return nullptr;
+    }
+    if (arch == Arch::sm90 && !request.tma_layout) {
+        refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
+        return nullptr;
+    }
+    const Variant* best = nullptr;
+    const auto rank = [](const Variant& v) { return std::tuple(v.head_dim, v.mask, v.features); };
+    for (const Variant& v : rows) {
+        const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
+                            v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
+                            (v.features == Features::general || !request.general) && smem_bytes(v) <= device.smem_per_cta;
+        if (serves && (!best || rank(v) < rank(*best))) best = &v;
+    }
+    if (!best) {
+        refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
+                              request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
+                              request.head_dim, request.band ? "band" : "full",
+                              request.general ? ", softcap / ALiBi / bias / dropout" : "", device.smem_per_cta);
+    }
+    return best;
+}
+
+std::string to_string(const Variant& v) {
+    return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps", static_cast<int>(v.arch),
+                       v.direction == Direction::forward ? "forward" : "backward", name(v.dtype), v.head_dim,
+                       v.mask == MaskClass::full ? "full" : "band", v.features == Features::plain ? "plain" : "general", v.block_m,
+                       v.block_n, v.stages, v.warps);
+}
+
+}  // namespace strobe::cuda

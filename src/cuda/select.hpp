@@ -1,0 +1,43 @@
+// Which row of the variant table serves a problem: a pure function of shapes, options and the device's limits, tested without
+// a GPU.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "core/params.hpp"
+#include "core/variant.hpp"
+
+namespace strobe::cuda {
+
+/// What kernels depend on of a device.
+struct DeviceLimits {
+    int compute_capability = 0;  // 90 for 9.0
+    int num_sms = 0;
+    int smem_per_cta = 0;        // bytes a CTA may opt in to
+};
+
+/// What a problem asks of a kernel.
+struct Request {
+    Direction direction = Direction::forward;
+    DType dtype = DType::bf16;
+    int head_dim = 0;        // the larger of head_dim and head_dim_v
+    bool band = false;       // causal or window
+    bool general = false;    // softcap, ALiBi, bias or dropout
+    bool tma_layout = false; // every tensor is laid out as the tensor memory accelerator wants it
+};
+
+Request request_of(const ForwardParams& params);
+Request request_of(const BackwardParams& params);
+
+/// The best row of `arch` for the request, or null with the reason in `refusal`.
+const Variant* select(std::span<const Variant> rows, Arch arch, const Request& request, const DeviceLimits& device,
+                      std::string& refusal);
+
+/// Dynamic shared memory of one CTA of the row's largest kernel.
+int smem_bytes(const Variant& variant);
+
+/// "sm90 backward bf16 d128 band plain 64x128, 2 stages, 12 warps"
+std::string to_string(const Variant& variant);
+
+}  // namespace strobe::cuda

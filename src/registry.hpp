@@ -1,0 +1,56 @@
+// Who can serve a call: one ordered list of implementations, fastest first, the plain reference last.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+#include "core/params.hpp"
+#include "problem.hpp"
+
+namespace strobe {
+
+/// Where and how a call runs.
+struct Execution {
+    int num_threads = 1;     // CPU
+    void* stream = nullptr;  // CUDA: a cudaStream_t
+    int device_index = 0;    // CUDA
+};
+
+/// One backend, for one device type. Functions are plain pointers: an implementation is a row of a table.
+struct Implementation {
+    const char* name;
+    int32_t device_type;  // strobe_device_type
+
+    /// "" if it serves the call on this machine, else the reason why not. Pure in shapes, strides and options.
+    std::string (*forward_refusal)(const ForwardParams&, const Execution&);
+    std::string (*backward_refusal)(const BackwardParams&, const Execution&);
+
+    /// What it would launch, in one line: "fwd bf16 d128 band 128x128, 2 stages", "AVX2, 64 x 128 tiles, 2 threads".
+    std::string (*describe_forward)(const ForwardParams&, const Execution&);
+    std::string (*describe_backward)(const BackwardParams&, const Execution&);
+
+    size_t (*forward_workspace)(const ForwardParams&, const Execution&);
+    size_t (*backward_workspace)(const BackwardParams&, const Execution&);
+
+    /// params.workspace holds the bytes asked for, aligned to kWorkspaceAlignment. Throws CallError.
+    void (*forward)(const ForwardParams&, const Execution&);
+    void (*backward)(const BackwardParams&, const Execution&);
+};
+
+inline constexpr size_t kWorkspaceAlignment = 256;
+
+/// All implementations of this build in the order in which they are asked.
+std::span<const Implementation> implementations();
+
+/// The first implementation that serves the call (or the one that it names), with a line of explanation per candidate.
+struct Choice {
+    const Implementation* implementation = nullptr;
+    std::string explanation;
+};
+
+/// Throws CallError(unsupported) with every candidate's reason when none serves the call.
+Choice find(const Problem& problem, const ForwardParams& params, const Execution& execution);
+Choice find(const Problem& problem, const BackwardParams& params, const Execution& execution);
+
+}  // namespace strobe

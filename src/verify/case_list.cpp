@@ -1,0 +1,254 @@
+// The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
+// ragged tile edges, and the shapes on which published test suites of attention libraries agree.
+#include <array>
+#include <iterator>
+#include <set>
+#include <utility>
+
+#include "verify/case.hpp"
+
+namespace strobe::verify {
+namespace {
+
+constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr int kHeadDims[] = {1, 8, 16, 32, 40, 59, 64, 72, 80, 96, 111, 128, 160, 192, 224, 256, 512};
+constexpr std::pair<int, int> kHeads[] = {{2, 2}, {4, 2}, {3, 1}};
+
+struct Window {
+    int64_t left, right;
+};
+constexpr Window kFull{-1, -1};
+constexpr Window kCausal{-1, 0};
+
+/// One deviation from the default case.
+struct Option {
+    const char* axis;  // two options of one axis exclude each other
+    void (*apply)(Case&);
+};
+
+constexpr Option kOptions[] = {
+    {"mask", [](Case& c) { c.window_right = 0; }},
+    {"mask", [](Case& c) { c.window_left = c.seqlen_k / 5, c.window_right = (c.seqlen_k + 7) / 11; }},
+    {"mask", [](Case& c) { c.window_left = 2, c.window_right = 0; }},
+    {"mask", [](Case& c) { c.window_left = c.seqlen_k / 4 + 1; }},
+    {"mask", [](Case& c) { c.window_right = c.seqlen_k / 6; }},
+    {"heads", [](Case& c) { c.num_heads = 4; }},
+    {"heads", [](Case& c) { c.num_heads = 3, c.num_heads_k = 1; }},
+    {"scale", [](Case& c) { c.softmax_scale = 0.3; }},
+    {"softcap", [](Case& c) { c.softcap = 1.5; }},
+    {"alibi", [](Case& c) { c.alibi = Alibi::per_head; }},
+    {"alibi", [](Case& c) { c.alibi = Alibi::per_batch_and_head; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::full, c.dbias = true; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::heads, c.dbias = true; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::shared, c.bias_in_dtype = true, c.dbias = true; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::keys, c.dbias = true; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::queries, c.dbias = true; }},
+    // One number tells too little about the naive error to bound another by it: no dbias here.
+    {"bias", [](Case& c) { c.bias = BiasShape::scalar; }},
+    {"bias", [](Case& c) { c.bias = BiasShape::full, c.bias_hides = true; }},
+    {"dropout", [](Case& c) { c.dropout_p = 0.17; }},
+    {"lengths", [](Case& c) { c.batch = 5, c.varlen_q = c.varlen_k = true; }},
+    {"lengths", [](Case& c) { c.batch = 3, c.varlen_k = true; }},
+    {"lengths", [](Case& c) { c.batch = 3, c.varlen_q = true; }},
+    {"used", [](Case& c) { c.batch = c.batch < 4 ? 4 : c.batch, c.seqused_k = true; }},
+    {"used", [](Case& c) { c.batch = c.batch < 4 ? 4 : c.batch, c.seqused_q = c.seqused_k = true; }},
+    {"layout", [](Case& c) { c.layout = Layout::bhsd; }},
+    {"layout", [](Case& c) { c.layout = Layout::padded; }},
+    {"layout", [](Case& c) { c.layout = Layout::packed, c.seqlen_k = c.seqlen_q; }},
+    {"positions", [](Case& c) { c.positions = true, c.q_position = c.seqlen_k - 5, c.k_position = c.seqlen_k / 2 + 1; }},
+    {"out", [](Case& c) { c.out_f32 = true; }},
+    {"grad", [](Case& c) { c.grad_f32 = true; }},
+    {"grad", [](Case& c) { c.grad_f32 = c.accumulate = true; }},
+    {"dlse", [](Case& c) { c.dlse = true; }},
+    {"global_out", [](Case& c) { c.global_out = true; }},
+    {"deterministic", [](Case& c) { c.deterministic = true; }},
+    {"loud", [](Case& c) { c.loud = true; }},
+    {"head_dim_v", [](Case& c) { c.head_dim_v = c.head_dim / 2 + 3; }},
+};
+
+class List {
+public:
+    void add(const Case& c) {
+        if (c.consistent() && names_.insert(c.name()).second) cases_.push_back(c);
+    }
+    std::vector<Case> take() { return std::move(cases_); }
+
+private:
+    std::vector<Case> cases_;
+    std::set<std::string> names_;
+};
+
+void add_grid(List& list) {
+    constexpr Window kWindows[] = {kFull, kCausal, {11, 5}, {16, 0}};
+    for (DType dtype : kDTypes) {
+        for (int head_dim : kHeadDims) {
+            for (Window window : kWindows) {
+                for (auto [heads, heads_k] : kHeads) {
+                    for (bool varlen : {false, true}) {
+                        Case c{.dtype = dtype, .num_heads = heads, .num_heads_k = heads_k, .head_dim = head_dim};
+                        c.window_left = window.left;
+                        c.window_right = window.right;
+                        c.batch = varlen ? 5 : 2;
+                        c.varlen_q = c.varlen_k = varlen;
+                        list.add(c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Calls f with each option alone (second = null) and with each pair of options that go together.
+template <class F>
+void for_each_option_pair(F&& f) {
+    for (const Option* first = kOptions; first != std::end(kOptions); ++first) {
+        f(*first, static_cast<const Option*>(nullptr));
+        for (const Option* second = first + 1; second != std::end(kOptions); ++second) {
+            if (std::string_view(first->axis) != second->axis) f(*first, second);
+        }
+    }
+}
+
+Case with_options(Case c, const Option& first, const Option* second) {
+    first.apply(c);
+    if (second) second->apply(c);
+    return c;
+}
+
+void add_options(List& list) {
+    constexpr int kSingleDims[] = {59, 64, 128};
+    constexpr int kPairDims[] = {40, 64, 32, 111, 64, 16, 128, 80};
+    for (DType dtype : kDTypes) {
+        size_t turn = 0;
+        for_each_option_pair([&](const Option& first, const Option* second) {
+            if (second) {
+                list.add(with_options({.dtype = dtype, .head_dim = kPairDims[turn++ % std::size(kPairDims)]}, first, second));
+                return;
+            }
+            for (int head_dim : kSingleDims) list.add(with_options({.dtype = dtype, .head_dim = head_dim}, first, nullptr));
+        });
+    }
+}
+
+void add_head_dims(List& list) {
+    constexpr std::pair<int, int> kPairs[] = {{192, 128}, {512, 256}, {64, 128}, {128, 64}, {1, 17},    {17, 1},   {40, 59},
+                                              {96, 32},   {72, 256},  {3, 5},    {512, 8},  {256, 512}, {65, 127}, {2, 2}};
+    for (DType dtype : kDTypes) {
+        for (auto [head_dim, head_dim_v] : kPairs) {
+            for (Window window : {kFull, kCausal}) {
+                Case c{.dtype = dtype, .num_heads = 4, .head_dim = head_dim, .head_dim_v = head_dim_v};
+                c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
+}
+
+void add_edges(List& list) {
+    constexpr int64_t kLengths[] = {1, 2, 15, 17, 31, 64, 65, 130};
+    size_t turn = 0;
+    constexpr int kDims[] = {64, 32, 128, 48};
+    for (DType dtype : kDTypes) {
+        for (int64_t seqlen_q : kLengths) {
+            for (int64_t seqlen_k : kLengths) {
+                Case c{.dtype = dtype, .seqlen_q = seqlen_q, .seqlen_k = seqlen_k};
+                c.head_dim = kDims[turn++ % std::size(kDims)];
+                const Window windows[] = {kFull, kCausal, {0, 0}};
+                c.window_left = windows[turn % 3].left;
+                c.window_right = windows[turn % 3].right;
+                list.add(c);
+            }
+        }
+    }
+}
+
+void add_published_shapes(List& list) {
+    constexpr std::pair<int64_t, int64_t> kShapes[] = {{1, 239},   {3, 799},   {113, 203}, {127, 512}, {128, 217}, {113, 211},
+                                                       {108, 256}, {256, 512}, {384, 256}, {512, 256}, {640, 128}};
+    for (DType dtype : kDTypes) {
+        for (auto [seqlen_q, seqlen_k] : kShapes) {
+            for (int head_dim : {64, 128}) {
+                for (Window window : {kFull, kCausal, Window{64, 16}}) {
+                    Case c{.dtype = dtype, .batch = 1, .num_heads = 1, .num_heads_k = 1};
+                    c.seqlen_q = seqlen_q;
+                    c.seqlen_k = seqlen_k;
+                    c.head_dim = head_dim;
+                    c.window_left = window.left;
+                    c.window_right = window.right;
+                    list.add(c);
+                }
+            }
+        }
+        Case near_square{.dtype = dtype, .batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 1023, .seqlen_k = 1024};
+        near_square.window_right = 0;
+        list.add(near_square);
+        Case decoding{.dtype = dtype, .batch = 1, .num_heads = 4, .num_heads_k = 1, .seqlen_q = 1, .seqlen_k = 100'000};
+        if (dtype != DType::bf16) decoding.seqlen_k = 20'000;
+        list.add(decoding);
+    }
+    Case tall{.dtype = DType::bf16, .batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 1024, .seqlen_k = 1023};
+    tall.window_right = 0;
+    list.add(tall);
+    Case square{.dtype = DType::bf16, .batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048};
+    square.window_right = 0;
+    list.add(square);
+}
+
+}  // namespace
+
+std::vector<Case> verify_cases() {
+    List list;
+    add_grid(list);
+    add_options(list);
+    add_head_dims(list);
+    add_edges(list);
+    add_published_shapes(list);
+    return list.take();
+}
+
+std::vector<Case> option_cases(const Case& base) {
+    List list;
+    for_each_option_pair([&](const Option& first, const Option* second) { list.add(with_options(base, first, second)); });
+    return list.take();
+}
+
+std::vector<Case> bench_cases() {
+    List list;
+    for (DType dtype : {DType::f32, DType::bf16}) {
+        for (int head_dim : {64, 128}) {
+            for (Window window : {kFull, kCausal}) {
+                for (int64_t seqlen : {512, 2048, 8192}) {
+                    for (int heads : {8, 1}) {
+                        Case c{.dtype = dtype, .batch = 1, .num_heads = heads, .num_heads_k = heads};
+                        c.seqlen_q = c.seqlen_k = seqlen;
+                        c.head_dim = head_dim;
+                        c.window_right = window.right;
+                        list.add(c);
+                    }
+                }
+            }
+        }
+    }
+    return list.take();
+}
+
+std::vector<Case> device_bench_cases() {
+    constexpr int64_t kTokens = 16384;
+    constexpr int kHidden = 2048;
+    List list;
+    for (int head_dim : {64, 128, 256}) {
+        for (Window window : {kFull, kCausal}) {
+            for (int64_t seqlen = 512; seqlen <= kTokens; seqlen *= 2) {
+                Case c{.dtype = DType::bf16, .batch = static_cast<int>(kTokens / seqlen)};
+                c.num_heads = c.num_heads_k = kHidden / head_dim;
+                c.seqlen_q = c.seqlen_k = seqlen;
+                c.head_dim = head_dim;
+                c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
+    return list.take();
+}
+
+}  // namespace strobe::verify
