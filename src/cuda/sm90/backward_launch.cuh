@@ -6,7 +6,7 @@
 #include "cuda/sm90/backward_rows.cuh"
 #include "cuda/sm90/ragged_tensor_map.hpp"
 
-namespace strobe::cuda {
+namespace strobe::sm90 {
 
 namespace detail {
 
@@ -35,16 +35,17 @@ cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cu
 }  // namespace detail
 
 template <Variant V>
-cudaError_t launch(const BackwardParams& p, const LaunchContext& context) {
-    using C = sm90::BackwardConfig<V>;
-    constexpr uint64_t kCode = encode_variant(V);
+cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
+    using C = BackwardConfig<V>;
+    constexpr uint64_t kCode = cuda::encode_variant(V);
     const ProblemSize& n = p.size;
-    const sm90::BackwardWorkspace layout = sm90::backward_workspace(V, p);
+    if (n.batch == 0) return cudaSuccess;
+    const BackwardWorkspace layout = backward_workspace(V, p);
     char* const workspace = static_cast<char*>(p.workspace);
 
-    sm90::BackwardLaunch args;
-    args.schedule = sm90::backward_schedule(V, p);
-    args.scale_log2 = p.score.softmax_scale * sm90::kLog2E;
+    BackwardLaunch args;
+    args.schedule = backward_schedule(V, p);
+    args.scale_log2 = p.score.softmax_scale * kLog2E;
     args.stats = reinterpret_cast<float*>(workspace + layout.stats_offset);
     args.dq = reinterpret_cast<float*>(workspace + layout.dq_offset);
     args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);
@@ -55,36 +56,38 @@ cudaError_t launch(const BackwardParams& p, const LaunchContext& context) {
     const int64_t batch_k = p.seqlens.cu_seqlens_k ? 1 : n.batch;
     const int64_t rows_q = p.seqlens.cu_seqlens_q ? n.total_q : n.seqlen_q;
     const int64_t rows_k = p.seqlens.cu_seqlens_k ? n.total_k : n.seqlen_k;
-    const RaggedExtents q{n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q};
-    const RaggedExtents k{n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k};
-    const RaggedExtents v{n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k};
-    const RaggedExtents dout{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
-    cudaError_t status = make_ragged_tensor_map(args.q, p.q, V.dtype, q, C::kBlockM);
-    if (status == cudaSuccess) status = make_ragged_tensor_map(args.k, p.k, V.dtype, k, C::kBlockN);
-    if (status == cudaSuccess) status = make_ragged_tensor_map(args.v, p.v, V.dtype, v, C::kBlockN);
-    if (status == cudaSuccess) status = make_ragged_tensor_map(args.dout, p.dout, V.dtype, dout, C::kBlockM);
+    const auto map = [&](CUtensorMap& m, const TensorRef& tensor, const cuda::RaggedExtents& extents, int box_rows) {
+        // Of an empty tensor nothing is ever loaded; any valid address will do.
+        TensorRef t = tensor;
+        if (!t) t.data = p.workspace;
+        return cuda::make_ragged_tensor_map(m, t, V.dtype, extents, box_rows);
+    };
+    cudaError_t status = map(args.q, p.q, {n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
     if (status != cudaSuccess) return status;
 
     const auto tiles = [&](int rows) {
-        const int64_t count = sm90::ceil_div(n.seqlen_q, rows);
+        const int64_t count = ceil_div(n.seqlen_q, rows);
         return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),
                     static_cast<unsigned>(n.batch));
     };
-    const detail::LaunchShape before{tiles(C::kBlockM), sm90::kRowThreads, 0, false};
-    status = detail::launch_chained(sm90::backward_row_stats<kCode>, before, context.stream, p, args);
+    const detail::LaunchShape before{tiles(C::kBlockM), kRowThreads, 0, false};
+    status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
     if (status != cudaSuccess) return status;
 
     if (args.schedule.work_tiles > 0) {
-        constexpr int kSmemBytes = sizeof(sm90::BackwardSmem<V>);
-        status = allow_dynamic_smem(sm90::backward_kernel<kCode>, kSmemBytes);
+        constexpr int kSmemBytes = sizeof(BackwardSmem<V>);
+        status = cuda::allow_dynamic_smem(backward_kernel<kCode>, kSmemBytes);
         if (status != cudaSuccess) return status;
         const int ctas = args.schedule.work_tiles < context.num_sms ? args.schedule.work_tiles : context.num_sms;
         const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true};
-        status = detail::launch_chained(sm90::backward_kernel<kCode>, main, context.stream, p, args);
+        status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }
-    const detail::LaunchShape after{tiles(64), sm90::kRowThreads, 0, true};
-    return detail::launch_chained(sm90::backward_convert_dq<kCode>, after, context.stream, p, args);
+    const detail::LaunchShape after{tiles(64), kRowThreads, 0, true};
+    return detail::launch_chained(backward_convert_dq<kCode>, after, context.stream, p, args);
 }
 
-}  // namespace strobe::cuda
+}  // namespace strobe::sm90

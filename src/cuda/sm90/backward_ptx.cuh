@@ -1,4 +1,4 @@
-// Instructions that only the backward pass needs: vector reductions, matrix stores, bulk copies, dependent launches.
+// Instructions that only the backward pass needs: ragged and bulk copies, vector reductions, dependent launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,13 +35,6 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uin
 
 __device__ __forceinline__ void reduce_add(float* global, float x, float y, float z, float w) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z), "f"(w)
-                 : "memory");
-}
-
-/// Stores four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(uint32_t smem, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 
