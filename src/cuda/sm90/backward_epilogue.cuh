@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_ptx.cuh"
-#include "cuda/sm90/backward_schedule.cuh"
+#include "cuda/sm90/backward_schedule.hpp"
 
 namespace strobe::sm90 {
 
