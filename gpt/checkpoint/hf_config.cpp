@@ -1,5 +1,6 @@
 #include "gpt/checkpoint/hf_config.hpp"
 
+#include <cmath>
 #include <initializer_list>
 
 #include <fmt/format.h>
@@ -36,8 +37,13 @@ public:
     float number_or(const char* name, float otherwise) const {
         const Json* value = find(name);
         if (value == nullptr) return otherwise;
-        if (!value->is_number()) refuse(fmt::format("{} is {}, expected a number", name, shown(*value)));
-        return value->get<float>();
+        return to_number(name, *value);
+    }
+    float to_number(const char* name, const Json& value) const {
+        if (!value.is_number() || !std::isfinite(value.get<float>())) {
+            refuse(fmt::format("{} is {}, expected a number that fp32 can hold", name, shown(value)));
+        }
+        return value.get<float>();
     }
     bool boolean_or(const char* name, bool otherwise) const {
         const Json* value = find(name);
@@ -109,8 +115,7 @@ float read_rope_theta(const ConfigReader& in) {
     }
     const auto theta = parameters->find("rope_theta");
     if (theta == parameters->end()) return in.number_or("rope_theta", 10000.0f);
-    if (!theta->is_number()) in.refuse("rope_theta is not a number");
-    return theta->get<float>();
+    return in.to_number("rope_theta", *theta);
 }
 
 ModelConfig read_llama(const ConfigReader& in) {

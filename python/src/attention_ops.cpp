@@ -3,23 +3,10 @@
 #include <vector>
 
 #include "call.hpp"
+#include "workspace.hpp"
 
 namespace strobe::torch_ops {
 namespace {
-
-/// Memory for one call, from torch's allocator: on CUDA it is safe to drop it as soon as the call is queued.
-Tensor workspace(size_t bytes, Device device) {
-    if (bytes == 0) return {};
-    const int64_t size = static_cast<int64_t>(bytes);
-    return empty({&size, 1}, aoti_torch_dtype_uint8(), device);
-}
-
-strobe_plan new_plan() {
-    strobe_plan plan;
-    plan.struct_size = sizeof plan;
-    plan.workspace_bytes = 0;
-    return plan;
-}
 
 /// (B, Sq, H, Dv) or (Tq, H, Dv): the shape of q with the last extent of v.
 std::vector<int64_t> out_shape(const strobe_attention& a) {
@@ -44,11 +31,10 @@ void run_forward(const strobe_attention& a, const Tensor& out, const Tensor& lse
     f.lse = view("lse", lse);
 
     const Stream stream(a.q);
-    strobe_plan plan = new_plan();
-    check_strobe(strobe_attention_forward_plan(&a, &f, &plan));
-    const Tensor scratch = workspace(plan.workspace_bytes, device);
-    f.workspace = scratch ? scratch.data() : nullptr;
-    f.workspace_bytes = plan.workspace_bytes;
+    const size_t bytes = workspace_bytes(a, f);
+    const Tensor workspace = allocate_workspace(bytes, device);
+    f.workspace = workspace ? workspace.data() : nullptr;
+    f.workspace_bytes = bytes;
     check_strobe(strobe_attention_forward(&a, &f, stream.get()));
 }
 
@@ -114,11 +100,10 @@ void run_backward(const strobe_attention& a, const Saved& saved, const Gradients
     b.dbias = view("dbias", gradients.dbias);
 
     const Stream stream(a.q);
-    strobe_plan plan = new_plan();
-    check_strobe(strobe_attention_backward_plan(&a, &b, &plan));
-    const Tensor scratch = workspace(plan.workspace_bytes, saved.q.device());
-    b.workspace = scratch ? scratch.data() : nullptr;
-    b.workspace_bytes = plan.workspace_bytes;
+    const size_t bytes = workspace_bytes(a, b);
+    const Tensor workspace = allocate_workspace(bytes, saved.q.device());
+    b.workspace = workspace ? workspace.data() : nullptr;
+    b.workspace_bytes = bytes;
     check_strobe(strobe_attention_backward(&a, &b, stream.get()));
 }
 

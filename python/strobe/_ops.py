@@ -35,7 +35,11 @@ BIAS_OPTION = _BIAS - _FIRST_OPTION
 # ---- fake kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _check_ranks(q, k, v):
+def _check_inputs(q, k, v):
+    """What tells wrong calls from right ones while only shapes are known; the kernels check the rest."""
+    for name, x in (("k", k), ("v", v)):
+        torch._check_value(x.device == q.device, lambda: f"{name}: is on {x.device}, but q is on {q.device}")
+        torch._check_value(x.dtype == q.dtype, lambda: f"{name}: dtype is {x.dtype}, but q is {q.dtype}")
     torch._check_value(q.dim() in (3, 4), lambda: f"q: has {q.dim()} dimensions; it must be (B, Sq, H, D) or (Tq, H, D)")
     torch._check_value(k.dim() in (3, 4), lambda: f"k: has {k.dim()} dimensions; it must be (B, Sk, Hk, D) or (Tk, Hk, D)")
     torch._check_value(v.dim() == k.dim(), lambda: f"v: has {v.dim()} dimensions, k has {k.dim()}")
@@ -47,7 +51,7 @@ def lse_shape(q):
 
 @torch.library.register_fake("strobe::attention", lib=_library)
 def _attention_fake(q, k, v, *options):
-    _check_ranks(q, k, v)
+    _check_inputs(q, k, v)
     float32_out = len(options) > NUM_OPTIONS and options[NUM_OPTIONS]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32 if float32_out else q.dtype)
     return out, q.new_empty(lse_shape(q), dtype=torch.float32)

@@ -1,4 +1,4 @@
-// Attention backward, in two or three passes over the workspace. First, per query row: delta and -lse. Then the main pass, one task per
+// Attention backward, in two or three passes over the workspace. First, per query row: delta and the exponents. Then the main pass, one task per
 // block of keys of a key head: dK and dV stay with the task, and each query block's share of dQ is added in ascending key
 // order, so that the result does not depend on timing. With a bias gradient, a third pass sums dS over the broadcast axes.
 #include <sched.h>
@@ -43,50 +43,101 @@ void run_pass(const BackwardParams& p, const BackwardPlan& plan, int64_t tasks) 
                    [](void* context, int worker) { Pass::run(*static_cast<Call*>(context), worker); }, &call);
 }
 
-/// Writes delta and -lse, and the zero rows of dQ that the main pass never visits; resets the turns.
+/// Writes delta and the exponents, and the zero rows of dQ that the main pass never visits; resets the turns.
 template <class T>
-struct RowPass {
-    static void run(Call& call, int) {
-        const BackwardParams& p = call.params;
-        for (int64_t task; (task = call.take()) >= 0;) {
-            const int64_t block = task % call.plan.blocks_q;
-            const int64_t batch = task / call.plan.blocks_q / p.size.num_heads, head = task / call.plan.blocks_q % p.size.num_heads;
-            *call.turn(batch, head, block) = 0;
-            const Sequence s = sequence_of(p, static_cast<int>(batch));
-            const IndexRange rows{block * call.plan.block_q, lesser((block + 1) * call.plan.block_q, s.rows_q)};
-            const bool visited = !s.mask(p.mask).key_range(rows.begin, rows.end).empty();
-            for (int64_t i = rows.begin; i < rows.end; ++i) {
-                if (i < s.seqlen_q) row(call, s, batch, head, i);
-                if ((i < s.seqlen_q && visited) || p.accumulate) continue;
-                with_type(p.grad_dtype, [&]<class G>(G*) { zero_row(row_of<G>(p.dq, batch, s.q_row + i, head), p.size.head_dim); });
+class RowPass {
+public:
+    static void run(Call& call, int worker) {
+        RowPass pass(call, call.scratch(worker));
+        for (int64_t task; (task = call.take()) >= 0;) pass.block(task);
+    }
+
+private:
+    RowPass(Call& call, float* scratch) : call_(call), p_(call.params), plan_(call.plan), panels_(scratch + call.plan.v_panels) {}
+
+    void block(int64_t task) {
+        const int64_t block = task % plan_.blocks_q;
+        batch_ = task / plan_.blocks_q / p_.size.num_heads;
+        head_ = task / plan_.blocks_q % p_.size.num_heads;
+        sequence_ = sequence_of(p_, static_cast<int>(batch_));
+        *call_.turn(batch_, head_, block) = 0;
+        const IndexRange rows{block * plan_.block_q, lesser((block + 1) * plan_.block_q, sequence_.rows_q)};
+        const int64_t end = lesser(rows.end, sequence_.seqlen_q);
+        for (int64_t i = rows.begin; i < end; i += kPanel) {
+            const IndexRange panel{i, lesser(i + kPanel, end)};
+            if (p_.out_dtype == p_.dtype) {
+                deltas<T>(panel);
+            } else {
+                deltas<float>(panel);
             }
+            exponents(panel);
+        }
+        const bool visited = !sequence_.mask(p_.mask).key_range(rows.begin, rows.end).empty();
+        if (p_.accumulate) return;
+        for (int64_t i = visited ? greater(end, rows.begin) : rows.begin; i < rows.end; ++i) {
+            with_type(p_.grad_dtype, [&]<class G>(G*) {
+                zero_row(row_of<G>(p_.dq, batch_, sequence_.q_row + i, head_), p_.size.head_dim);
+            });
         }
     }
 
-    static void row(const Call& call, const Sequence& s, int64_t batch, int64_t head, int64_t i) {
-        const BackwardParams& p = call.params;
-        const int64_t at = row_index(p, s, batch, head, i);
-        const float lse = p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + s.q_row + i];
-        const float dlse = p.dlse ? p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + s.q_row + i] : 0.0f;
-        float sum = 0.0f;
-        with_type(p.out_dtype, [&]<class O>(O*) {
-            sum = dot(row_of<const T>(p.dout, batch, s.q_row + i, head), row_of<const O>(p.out, batch, s.q_row + i, head),
-                      p.size.head_dim_v);
-        });
-        call.shared<float>(call.plan.delta)[at] = sum - dlse;
-        call.shared<float>(call.plan.neg_lse)[at] = lse == -kInfinity ? lse : -lse * kLog2E;
+    /// rowsum(dout * out) - dlse, one row per lane, summed in exactly the order in which the tiles sum dout * v: a row that sees one key
+    /// has out = v, and its dS = dP - delta must come out as 0.
+    template <class O>
+    void deltas(IndexRange rows) const {
+        constexpr bool kSameWords = __is_same(T, O);
+        constexpr bool kPairs = kSameWords && kPairsOf<T>;
+        const T* dout_row[kPanel];
+        const O* out_row[kPanel];
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+            const int64_t i = rows.begin + lane;
+            const bool exists = i < rows.end;
+            dout_row[lane] = exists ? row_of<const T>(p_.dout, batch_, sequence_.q_row + i, head_) : nullptr;
+            out_row[lane] = exists ? row_of<const O>(p_.out, batch_, sequence_.q_row + i, head_) : nullptr;
+        }
+        const int64_t columns = p_.size.head_dim_v, steps = kPairs ? words<T>(columns) : columns;
+        float* const dout = panels_;
+        float* const out = panels_ + columns * kPanel;
+        pack_panel<T, !kPairs>(dout_row, columns, dout);
+        pack_panel<O, !kPairs>(out_row, columns, out);
+        alignas(64) float delta[kPanel];
+        for (int lane = 0; lane < kPanel; lane += kWidth) {
+            Vec total = zero();
+            for (int64_t first = 0; first < steps; first += kScoreSteps) {
+                Vec sum = zero();
+                for (int64_t c = first; c < lesser(first + kScoreSteps, steps); ++c) {
+                    sum = accumulate<kPairs>(load(dout + c * kPanel + lane), load(out + c * kPanel + lane), sum);
+                }
+                total = first == 0 ? sum : total + sum;
+            }
+            store(delta + lane, total);
+        }
+        float* const to = call_.shared<float>(plan_.delta) + row_index(p_, sequence_, batch_, head_, rows.begin);
+        for (int64_t r = 0; r < rows.size(); ++r) to[r] = delta[r] - (p_.dlse ? value(p_.dlse, rows.begin + r) : 0.0f);
     }
 
-    template <class O>
-    static float dot(const T* a, const O* b, int64_t count) {
-        Vec sum = zero();
-        int64_t c = 0;
-        for (; c + kWidth <= count; c += kWidth) sum = fma(load_as_float(a + c), load_as_float(b + c), sum);
-        float total = 0.0f;
-        for (int x = 0; x < kWidth; ++x) total += sum[x];
-        for (; c < count; ++c) total += to_scalar(a[c]) * to_scalar(b[c]);
-        return total;
+    void exponents(IndexRange rows) const {
+        const int64_t at = row_index(p_, sequence_, batch_, head_, rows.begin);
+        for (int64_t r = 0; r < rows.size(); ++r) {
+            const float lse = value(p_.lse, rows.begin + r);
+            const double exact = -static_cast<double>(lse) / kLn2;
+            const float rounded = static_cast<float>(exact);
+            call_.shared<float>(plan_.exponent)[at + r] = lse == -kInfinity ? lse : rounded;
+            call_.shared<float>(plan_.exponent_rest)[at + r] =
+                __builtin_isfinite(lse) ? static_cast<float>(exact - static_cast<double>(rounded)) : 0.0f;
+        }
     }
+
+    float value(const RowRef& ref, int64_t i) const {
+        return ref.data[batch_ * ref.batch_stride + head_ * ref.head_stride + sequence_.q_row + i];
+    }
+
+    Call& call_;
+    const BackwardParams& p_;
+    const BackwardPlan& plan_;
+    float* const panels_;  // two of [head_dim_v][kPanel]
+    int64_t batch_ = 0, head_ = 0;
+    Sequence sequence_;
 };
 
 template <class T>
@@ -173,7 +224,7 @@ private:
         const int64_t keys = lesser<int64_t>(kPanel, tile_.keys().size() - panel * kPanel);
         const int64_t at = rows.begin * plan_.score_stride + panel * kPanel;
         const auto multiply = [&](const float* a, Rows b, int64_t columns, float* sums, int64_t stride) {
-            multiply_columns<Layout::columns, Start::add, kPairsOf<T>>(
+            multiply_columns<Layout::columns, Result::add, kPairsOf<T>>(
                 {.rows = keys, .steps = words<T>(rows.size()), .a = a + at, .a_stride = kPerWord<T> * plan_.score_stride,
                  .b = b.data + rows.begin / kPerWord<T> * b.stride, .b_stride = b.stride, .c = sums + panel * kPanel * stride,
                  .c_stride = stride},
@@ -193,7 +244,7 @@ private:
             while (end < rows && group_keys(end).begin == keys.begin && group_keys(end).end == keys.end) end += kRowGroup;
             end = lesser(end, rows);
             const Rows ds = tile_.ds_rows();
-            multiply_columns<Layout::rows, Start::zero, kPairsOf<T>>(
+            multiply_columns<Layout::rows, Result::set, kPairsOf<T>>(
                 {.rows = end - begin, .steps = words<T>(keys.size()), .a = ds.data + begin * ds.stride + keys.begin / kPerWord<T>,
                  .a_stride = ds.stride, .b = k_.data + keys.begin / kPerWord<T> * k_.stride, .b_stride = k_.stride,
                  .c = area(plan_.dq_tile) + begin * plan_.padded_dim, .c_stride = plan_.padded_dim},

@@ -125,7 +125,7 @@ private:
         const int64_t stride = plan_.score_stride;
         const int64_t at = rows.begin * stride + panel * kPanel;
         const auto multiply = [&](Rows a, size_t panels, int64_t steps, float* c) {
-            multiply_panel<Layout::rows, Start::zero, kPairsOf<T>>(
+            multiply_scores<kPairsOf<T>>(
                 {.rows = rows.size(), .steps = steps, .a = a.data + rows.begin * a.stride, .a_stride = a.stride,
                  .b = scratch_ + panels + panel * kPanel * steps, .b_stride = kPanel, .c = c + at, .c_stride = stride});
         };
@@ -144,9 +144,24 @@ private:
         }
     }
 
-    const float* row_array(size_t offset) const {
-        const float* const base = reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset);
-        return base + row_index(p_, sequence_, batch_, head_, queries_.begin);
+    /// Per query row, from the block's first: what RowPass left in the workspace.
+    struct RowArrays {
+        const float* delta;
+        const float* exponent;
+        const float* exponent_rest;
+    };
+
+    RowArrays row_arrays() const {
+        const int64_t first = row_index(p_, sequence_, batch_, head_, queries_.begin);
+        const auto array = [&](size_t offset) {
+            return reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset) + first;
+        };
+        return {array(plan_.delta), array(plan_.exponent), array(plan_.exponent_rest)};
+    }
+
+    static STROBE_CPU_INLINE Vec probability(Vec score, Vec scale, const RowArrays& row, int64_t r) {
+        const Vec x = fma(score, scale, splat(row.exponent[r])) + splat(row.exponent_rest[r]);
+        return exp2(min(splat(128.0f), x));
     }
 
     /// Lanes of the panel that row i sees.
@@ -188,13 +203,12 @@ private:
     template <bool kMasked>
     void plain_scores(int64_t panel) {
         const int64_t column = keys_.begin + panel * kPanel;
-        const float* const neg_lse = row_array(plan_.neg_lse);
-        const float* const delta = row_array(plan_.delta);
+        const RowArrays row = row_arrays();
         const Vec scale = splat(score_.exponent_scale);
         replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
             const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
-            Vec prob = exp2(min(splat(128.0f), fma(load(p() + at), scale, splat(neg_lse[r]))));
-            Vec grad = prob * (load(ds() + at) - splat(delta[r]));
+            Vec prob = probability(load(p() + at), scale, row, r);
+            Vec grad = prob * (load(ds() + at) - splat(row.delta[r]));
             if constexpr (kMasked) {
                 const IVec visible = visible_lanes(queries_.begin + r, column, lane);
                 prob = select(visible, prob, zero());
@@ -207,8 +221,8 @@ private:
     void general_scores(int64_t panel) {
         const IndexRange rows = rows_[panel];
         const int64_t column = keys_.begin + panel * kPanel;
-        const float* const neg_lse = row_array(plan_.neg_lse);
-        const float* const delta = row_array(plan_.delta);
+        const RowArrays row = row_arrays();
+        const Vec scale = splat(score_.exponent_scale);
         const float slope = p_.score.alibi_slopes ? p_.score.alibi_slopes[batch_ * p_.score.alibi_batch_stride + head_] : 0.0f;
         const float* const factors = p_.dropout.enabled() ? dropout_factors(panel) : nullptr;
         alignas(64) float bias[kWidth] = {};
@@ -218,18 +232,18 @@ private:
             const Vec product = load(p() + at);
             Vec prob, cap_tanh = zero();
             if (score_.plain) {
-                prob = exp2(min(splat(128.0f), fma(product, splat(score_.exponent_scale), splat(neg_lse[r]))));
+                prob = probability(product, scale, row, r);
             } else {
                 const int64_t first = lesser(column + lane, keys_.end);
                 if (p_.score.bias) read_bias(i, {first, lesser(first + kWidth, keys_.end)}, bias);
                 cap_tanh = score_.cap_tanh(product);
                 Vec x = score_.capped(product, cap_tanh) + load(bias);
                 if (p_.score.alibi_slopes) x += alibi(splat(slope), distances(i, column, lane));
-                prob = exp2(min(splat(128.0f), fma(x, splat(score_.exponent_scale), splat(neg_lse[r]))));
+                prob = probability(x, scale, row, r);
             }
             const Vec factor = factors ? load(factors + (r - rows.begin) * kPanel + lane) : splat(1.0f);
             prob = select(visible, prob, zero());
-            const Vec grad = select(visible, prob * (load(ds() + at) * factor - splat(delta[r])), zero());
+            const Vec grad = select(visible, prob * (load(ds() + at) * factor - splat(row.delta[r])), zero());
             if (p_.dbias) store(dbias() + at, grad);
             return Gradient{prob * factor, grad * (splat(1.0f) - cap_tanh * cap_tanh)};
         });

@@ -119,7 +119,7 @@ private:
                 multiply_visible(panel, seen, product);
             } else {
                 if constexpr (kPairsOf<T>) pair_scores(seen.size());
-                multiply_panel<Layout::packed, Start::scale, kPairsOf<T>>(product);
+                multiply_strip<2, Layout::packed, Result::scale, kPairsOf<T>>(product);
             }
         }
     }
@@ -127,7 +127,7 @@ private:
     /// Leaves the exponentials of a panel against the keys in the score tile.
     void scores(int64_t panel, IndexRange keys, Rows k, bool masked) {
         float* const s = scratch_ + plan_.scores;
-        multiply_panel<Layout::rows, Start::zero, kPairsOf<T>>(
+        multiply_scores<kPairsOf<T>>(
             {.rows = keys.size(), .steps = words<T>(p_.size.head_dim), .a = k.data, .a_stride = k.stride, .b = panel_q(panel),
              .b_stride = kPanel, .c = s, .c_stride = kPanel});
         if (!score_.plain) transform_scores(panel, keys, s);

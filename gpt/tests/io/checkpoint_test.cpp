@@ -180,7 +180,8 @@ TEST(HfConfig, RefusesOtherArithmeticAndNonsense) {
     EXPECT_THROW_WITH(llama("hidden_act", "gelu"), FileError, "only \"silu\" is supported");
     EXPECT_THROW_WITH(llama("attention_bias", true), FileError, "attention_bias is true");
     EXPECT_THROW_WITH(llama("rope_parameters", {{"rope_type", "llama3"}}), FileError, "rotary type \"llama3\" is not supported");
-    EXPECT_THROW_WITH(llama("rope_parameters", {{"rope_type", "default"}, {"rope_theta", "x"}}), FileError, "rope_theta is not a number");
+    EXPECT_THROW_WITH(llama("rope_parameters", {{"rope_type", "default"}, {"rope_theta", "x"}}), FileError, "rope_theta is \"x\", expected a number");
+    EXPECT_THROW_WITH(llama("rope_parameters", {{"rope_theta", 1e300}}), FileError, "expected a number that fp32 can hold");
     EXPECT_THROW_WITH(llama("rope_parameters", 3), FileError, "are not an object");
     EXPECT_THROW_WITH(llama("num_key_value_heads", 3), FileError, "must be a multiple of num_heads_k");
     EXPECT_THROW_WITH(llama("num_attention_heads", -4), FileError, "num_attention_heads is -4");
