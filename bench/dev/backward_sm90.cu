@@ -1,6 +1,7 @@
 // Development driver of the Hopper backward kernels: checks dq, dk, dv against an fp64 reference on the GPU by the rule
 // "error <= 2 x error of the naive computation in the working precision", repeats runs to catch races, and times the grid
-// of docs/BASELINES. Usage: backward_sm90 [check] [race] [time] [beyond]
+// of the FlashAttention papers. build_backward_sm90.sh builds it from rows of src/variants.def.
+// Usage: backward_sm90 [check] [race] [time] [beyond] [once] [d64] [d96] ...
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,9 +19,9 @@
 
 using namespace strobe;
 
-namespace strobe::cuda {
+namespace strobe::sm90 {
 template <Variant V>
-cudaError_t launch(const BackwardParams&, const LaunchContext&);
+cudaError_t launch(const BackwardParams&, const cuda::LaunchContext&);
 }
 
 #define CHECK_CUDA(call)                                                                            \
@@ -44,7 +45,7 @@ const Row kRows[] = {
 #define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, W)                                                                 \
     {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W},                            \
      &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W}>},
-#include "variants.inc"
+#include "backward_sm90_rows.inc"
 #undef STROBE_VARIANT
 };
 

@@ -15,7 +15,7 @@
 
 #include "core/variant.hpp"
 #include "cuda/sm90/backward_ptx.cuh"
-#include "cuda/sm90/backward_schedule.cuh"
+#include "cuda/sm90/backward_schedule.hpp"
 #include "cuda/sm90/wgmma.cuh"
 
 namespace strobe::sm90 {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_ptx.cuh"
-#include "cuda/sm90/backward_schedule.cuh"
+#include "cuda/sm90/backward_schedule.hpp"
 
 namespace strobe::sm90 {
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& p, const Te
             const int column = first_column + 8 * (j + at.quad);
             if (row < at.seq.rows_k && column < dim) {
                 uint16_t* const out = static_cast<uint16_t*>(grad.data) + base + row * grad.row_stride + column;
-                *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+                store_global_vector(out, make_uint4(words[0], words[1], words[2], words[3]));
             }
         }
     }

@@ -39,6 +39,7 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     using C = BackwardConfig<V>;
     constexpr uint64_t kCode = cuda::encode_variant(V);
     const ProblemSize& n = p.size;
+    if (n.batch == 0) return cudaSuccess;
     const BackwardWorkspace layout = backward_workspace(V, p);
     char* const workspace = static_cast<char*>(p.workspace);
 
@@ -55,14 +56,16 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     const int64_t batch_k = p.seqlens.cu_seqlens_k ? 1 : n.batch;
     const int64_t rows_q = p.seqlens.cu_seqlens_q ? n.total_q : n.seqlen_q;
     const int64_t rows_k = p.seqlens.cu_seqlens_k ? n.total_k : n.seqlen_k;
-    const cuda::RaggedExtents q{n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q};
-    const cuda::RaggedExtents k{n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k};
-    const cuda::RaggedExtents v{n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k};
-    const cuda::RaggedExtents dout{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
-    cudaError_t status = cuda::make_ragged_tensor_map(args.q, p.q, V.dtype, q, C::kBlockM);
-    if (status == cudaSuccess) status = cuda::make_ragged_tensor_map(args.k, p.k, V.dtype, k, C::kBlockN);
-    if (status == cudaSuccess) status = cuda::make_ragged_tensor_map(args.v, p.v, V.dtype, v, C::kBlockN);
-    if (status == cudaSuccess) status = cuda::make_ragged_tensor_map(args.dout, p.dout, V.dtype, dout, C::kBlockM);
+    const auto map = [&](CUtensorMap& m, const TensorRef& tensor, const cuda::RaggedExtents& extents, int box_rows) {
+        // Of an empty tensor nothing is ever loaded; any valid address will do.
+        TensorRef t = tensor;
+        if (!t) t.data = p.workspace;
+        return cuda::make_ragged_tensor_map(m, t, V.dtype, extents, box_rows);
+    };
+    cudaError_t status = map(args.q, p.q, {n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
     if (status != cudaSuccess) return status;
 
     const auto tiles = [&](int rows) {

@@ -66,8 +66,8 @@ private:
         __syncwarp();
     }
 
-    /// The last query tile first, and all heads of the group at one query tile before the next: CTAs that share a key head
-    /// then move through q, dout and dq side by side, also under a causal mask, and find each other's traffic in L2.
+    /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
+    /// side by side and find each other's traffic in L2.
     __device__ __forceinline__ void load_queries(const BackwardTile& tile, RingPosition& stage, RingPosition& slot_at) {
         const Sequence seq = sequence_of(params, tile.batch);
         const int group = params.size.num_heads / params.size.num_heads_k;
@@ -75,7 +75,7 @@ private:
                              static_cast<int>(seq.q_row + seq.seqlen_q), params.seqlens.cu_seqlens_q ? 0 : tile.batch};
         const int first = static_cast<int>(first_padded_tile(params, seq, tile.batch, C::kBlockM));
         const int tiles = static_cast<int>(launch.tiles);
-        for (int m = tile.m_end - 1; m >= tile.m_begin; --m) {
+        for (int m = tile.m_begin; m < tile.m_end; ++m) {
             QuerySlot slot{0, tile.n_block - tile.mask.first_key(m * C::kBlockM) / C::kBlockN, m * C::kBlockM, 0};
 #pragma unroll
             for (int w = 0; w < C::kKeyUnits; ++w) {

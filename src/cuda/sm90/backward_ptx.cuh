@@ -1,4 +1,4 @@
-// Instructions that only the backward pass needs: vector reductions, matrix stores, bulk copies, dependent launches.
+// Instructions that only the backward pass needs: ragged and bulk copies, vector reductions, dependent launches.
 #pragma once
 
 #include <cuda_bf16.h>

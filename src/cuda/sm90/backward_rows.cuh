@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kRowThreads)
     const int unit = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(unit) * 64;
+    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     if (row0 >= seq.rows_q) return;
-    wait_for_upstream_kernels();
     const int64_t padded_unit =
         (head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM)) * C::kQueryUnits + unit;
     const float4* const acc = reinterpret_cast<const float4*>(launch.dq + padded_unit * (64 * C::kDim));

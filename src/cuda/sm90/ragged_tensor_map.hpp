@@ -29,12 +29,14 @@ inline cudaError_t make_ragged_tensor_map(CUtensorMap& map, const TensorRef& ten
         return static_cast<cuuint64_t>(n > 1 ? elements * kElement : 16);
     };
     const cuuint64_t sizes[5] = {extent(e.dim), extent(e.limit), extent(e.heads), extent(e.total + 1), extent(e.batch)};
-    const cuuint64_t row_bytes = static_cast<cuuint64_t>(tensor.row_stride * kElement);
+    // A single row is never stepped from; its stride need not be one that TMA accepts.
+    const int64_t row_stride = e.limit > 1 || e.total > 1 ? tensor.row_stride : 16 / kElement;
+    const cuuint64_t row_bytes = static_cast<cuuint64_t>(row_stride * kElement);
     const cuuint64_t strides[4] = {row_bytes, stride(tensor.head_stride, e.heads), row_bytes,
                                    stride(tensor.batch_stride, e.batch)};
     const cuuint32_t box[5] = {kBoxCols, static_cast<cuuint32_t>(box_rows), 1, 1, 1};
     const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-    char* const base = static_cast<char*>(tensor.data) - e.limit * tensor.row_stride * kElement;
+    char* const base = static_cast<char*>(tensor.data) - e.limit * row_stride * kElement;
     const CUresult result = encode(&map, detail::data_type(dtype), 5, base, sizes, strides, box, element_strides,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

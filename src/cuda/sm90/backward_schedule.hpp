@@ -1,8 +1,8 @@
 // Which (batch, key head, key tile) a CTA works on next, and which query tiles that takes.
 //
-// Where all tiles take equally long, heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Under a
-// causal mask the key tile is the slow index over all heads, the one with most query tiles first, so that long tiles start
-// early and short ones fill the end; L2 still serves, since the tiles of one key head that run together walk side by side.
+// Heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Inside a group the key tile is the slow
+// index, the one with most query tiles first, so that a causal mask's long tiles start early and its short ones fill the end.
+// Where the query heads of one key head are too much for L2 already, balance is all there is to gain: one group.
 #pragma once
 
 #include <climits>
@@ -24,7 +24,7 @@ struct VisibleQueries {
     int first = INT_MAX;
     uint32_t span = 0;
 
-    __device__ __forceinline__ bool contains(int query) const { return static_cast<uint32_t>(query - first) <= span; }
+    STROBE_HD bool contains(int query) const { return static_cast<uint32_t>(query - first) <= span; }
 };
 
 /// BandMask in 32 bits, seen from the keys: query i sees key j iff j - above <= i <= j + below and j < seqlen_k.
@@ -34,20 +34,20 @@ struct TileMask {
     int below = kFar;
     int seqlen_k = 0;
 
-    __device__ static TileMask of(const BandMask& mask) {
+    STROBE_HD static TileMask of(const BandMask& mask) {
         const auto clamp = [](int64_t x) { return static_cast<int>(x < -kFar ? -kFar : x > kFar ? kFar : x); };
         return {mask.right < 0 ? kFar : clamp(mask.diagonal + mask.right),
                 mask.left < 0 ? kFar : clamp(mask.left - mask.diagonal), static_cast<int>(mask.seqlen_k)};
     }
-    __device__ __forceinline__ VisibleQueries of_key(int key) const {
+    STROBE_HD VisibleQueries of_key(int key) const {
         const int64_t span = static_cast<int64_t>(above) + below;
         if (key >= seqlen_k || span < 0) return {};
         return {key - above, static_cast<uint32_t>(span)};
     }
     /// The first key that a query sees.
-    __device__ __forceinline__ int first_key(int query) const { return query - below > 0 ? query - below : 0; }
+    STROBE_HD int first_key(int query) const { return query - below > 0 ? query - below : 0; }
 
-    __device__ __forceinline__ bool all_visible(int query0, int queries, int key0, int keys) const {
+    STROBE_HD bool all_visible(int query0, int queries, int key0, int keys) const {
         return query0 >= key0 + keys - 1 - above && query0 + queries - 1 <= key0 + below && key0 + keys <= seqlen_k;
     }
 };
@@ -71,18 +71,20 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     const int64_t head_bytes = p.size.seqlen_q * group * v.head_dim * (2 + 2 + 4);
     const int64_t fitting = head_bytes > 0 ? kL2Budget / head_bytes : s.heads;
     const bool uneven = p.mask.window_right >= 0 && p.mask.window_left < 0;
-    s.heads_per_group = static_cast<int>(uneven || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
+    const bool hopeless = fitting < 1 && group > 1;
+    s.heads_per_group = static_cast<int>((uneven && hopeless) || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
     s.work_tiles = s.heads * s.key_tiles;
     return s;
 }
 
 /// False when the sequence has no such key tile.
 template <Variant V>
-__device__ __forceinline__ bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
+STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
     const int per_group = s.heads_per_group * s.key_tiles;
     const int group = index / per_group;
     const int rest = index - group * per_group;
-    const int group_heads = min(s.heads_per_group, s.heads - group * s.heads_per_group);
+    const int heads_left = s.heads - group * s.heads_per_group;
+    const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
     tile.n_block = rest / group_heads;
     const int head = group * s.heads_per_group + rest - tile.n_block * group_heads;
     tile.batch = head / p.size.num_heads_k;
