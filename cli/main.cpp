@@ -35,6 +35,8 @@ int main(int argc, char** argv) {
 #if defined(STROBE_HAS_GPT)
     strobe::gpt::add_train_command(app);
     strobe::gpt::add_generate_command(app);
+    strobe::gpt::add_tokenizer_command(app);
+    strobe::gpt::add_checkpoint_command(app);
 #endif
     try {
         app.parse(argc, argv);

@@ -83,10 +83,9 @@ std::span<const VariantRow> variant_rows() {
     add_library(strobe_cuda_${arch} OBJECT ${sources_${arch}})
     strobe_arch_flags(${arch} flags)
     target_include_directories(strobe_cuda_${arch} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/include)
-    # CMake 3.25 knows no C++20 for this compiler: the flag is given by hand.
-    target_compile_options(strobe_cuda_${arch} PRIVATE -std=c++20 ${flags} --expt-relaxed-constexpr -lineinfo
+    target_compile_options(strobe_cuda_${arch} PRIVATE ${flags} --expt-relaxed-constexpr -lineinfo
       "SHELL:-Xcompiler -Wall" "SHELL:-Xptxas -v" "SHELL:-Xptxas -warn-spills")
-    set_target_properties(strobe_cuda_${arch} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17)
+    set_target_properties(strobe_cuda_${arch} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 20)
   endforeach()
   set(STROBE_CUDA_ROW_ARCHS "${archs}" PARENT_SCOPE)
   set(${table} ${dir}/variant_table.cpp PARENT_SCOPE)

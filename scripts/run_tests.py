@@ -73,8 +73,10 @@ def run_pytest(tree, tally):
     step("Python tests")
     junit = tree / "pytest.xml"
     junit.unlink(missing_ok=True)
-    environment = dict(os.environ, STROBE_BUILD_DIR=str(tree))
-    status = run([sys.executable, "-m", "pytest", "-q", "tests/python", f"--junitxml={junit}"], env=environment)
+    environment = dict(os.environ, STROBE_BUILD_DIR=str(tree), STROBE_LIBRARY_DIR=str(tree / "lib"),
+                       PYTHONPATH=str(ROOT / "python"), HF_HUB_OFFLINE="1")
+    status = run([sys.executable, "-m", "pytest", "-q", "tests/python", "python/tests", f"--junitxml={junit}"],
+                 env=environment)
     if not junit.exists():
         tally.add(failed=1)
         return

@@ -43,6 +43,7 @@ int64_t footprint(const Axes& axes, int64_t period, int64_t element_bytes) {
 }
 
 std::string list_text(const int64_t* values, int count) {
+    if (count < 0 || count > STROBE_MAX_DIMS) return fmt::format("of {} dimensions", count);
     return fmt::format("({})", fmt::join(values, values + count, ", "));
 }
 

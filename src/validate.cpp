@@ -58,6 +58,9 @@ void check_device(const Named& n) {
 /// Extents and strides are sane and the view's span fits 64 bits in bytes.
 void check_geometry(const Named& n, DataPointers pointers) {
     const strobe_tensor& t = n.tensor;
+    if (t.ndim < 1 || t.ndim > STROBE_MAX_DIMS) {
+        refuse(n.name, "has {} dimensions; there can be 1 to {}", t.ndim, STROBE_MAX_DIMS);
+    }
     const auto bytes = static_cast<int64_t>(dtype_bytes(t.dtype));
     int64_t elements = 1, span = bytes;
     bool overflow = false;

@@ -45,48 +45,95 @@ void run_pass(const BackwardParams& p, const BackwardPlan& plan, int64_t tasks) 
 
 /// Writes delta and -lse, and the zero rows of dQ that the main pass never visits; resets the turns.
 template <class T>
-struct RowPass {
-    static void run(Call& call, int) {
-        const BackwardParams& p = call.params;
-        for (int64_t task; (task = call.take()) >= 0;) {
-            const int64_t block = task % call.plan.blocks_q;
-            const int64_t batch = task / call.plan.blocks_q / p.size.num_heads, head = task / call.plan.blocks_q % p.size.num_heads;
-            *call.turn(batch, head, block) = 0;
-            const Sequence s = sequence_of(p, static_cast<int>(batch));
-            const IndexRange rows{block * call.plan.block_q, lesser((block + 1) * call.plan.block_q, s.rows_q)};
-            const bool visited = !s.mask(p.mask).key_range(rows.begin, rows.end).empty();
-            for (int64_t i = rows.begin; i < rows.end; ++i) {
-                if (i < s.seqlen_q) row(call, s, batch, head, i);
-                if ((i < s.seqlen_q && visited) || p.accumulate) continue;
-                with_type(p.grad_dtype, [&]<class G>(G*) { zero_row(row_of<G>(p.dq, batch, s.q_row + i, head), p.size.head_dim); });
+class RowPass {
+public:
+    static void run(Call& call, int worker) {
+        RowPass pass(call, call.scratch(worker));
+        for (int64_t task; (task = call.take()) >= 0;) pass.block(task);
+    }
+
+private:
+    RowPass(Call& call, float* scratch) : call_(call), p_(call.params), plan_(call.plan), panels_(scratch + call.plan.v_panels) {}
+
+    void block(int64_t task) {
+        const int64_t block = task % plan_.blocks_q;
+        batch_ = task / plan_.blocks_q / p_.size.num_heads;
+        head_ = task / plan_.blocks_q % p_.size.num_heads;
+        sequence_ = sequence_of(p_, static_cast<int>(batch_));
+        *call_.turn(batch_, head_, block) = 0;
+        const IndexRange rows{block * plan_.block_q, lesser((block + 1) * plan_.block_q, sequence_.rows_q)};
+        const int64_t end = lesser(rows.end, sequence_.seqlen_q);
+        for (int64_t i = rows.begin; i < end; i += kPanel) {
+            const IndexRange panel{i, lesser(i + kPanel, end)};
+            if (p_.out_dtype == p_.dtype) {
+                deltas<T>(panel);
+            } else {
+                deltas<float>(panel);
             }
+            negate_lse(panel);
+        }
+        const bool visited = !sequence_.mask(p_.mask).key_range(rows.begin, rows.end).empty();
+        if (p_.accumulate) return;
+        for (int64_t i = visited ? greater(end, rows.begin) : rows.begin; i < rows.end; ++i) {
+            with_type(p_.grad_dtype, [&]<class G>(G*) {
+                zero_row(row_of<G>(p_.dq, batch_, sequence_.q_row + i, head_), p_.size.head_dim);
+            });
         }
     }
 
-    static void row(const Call& call, const Sequence& s, int64_t batch, int64_t head, int64_t i) {
-        const BackwardParams& p = call.params;
-        const int64_t at = row_index(p, s, batch, head, i);
-        const float lse = p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + s.q_row + i];
-        const float dlse = p.dlse ? p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + s.q_row + i] : 0.0f;
-        float sum = 0.0f;
-        with_type(p.out_dtype, [&]<class O>(O*) {
-            sum = dot(row_of<const T>(p.dout, batch, s.q_row + i, head), row_of<const O>(p.out, batch, s.q_row + i, head),
-                      p.size.head_dim_v);
-        });
-        call.shared<float>(call.plan.delta)[at] = sum - dlse;
-        call.shared<float>(call.plan.neg_lse)[at] = lse == -kInfinity ? lse : -lse * kLog2E;
+    /// rowsum(dout * out) - dlse, one row per lane, summed in exactly the order in which the tiles sum dout * v: a row that sees one key
+    /// has out = v, and its dS = dP - delta must come out as 0.
+    template <class O>
+    void deltas(IndexRange rows) const {
+        constexpr bool kSameWords = __is_same(T, O);
+        constexpr bool kPairs = kSameWords && kPairsOf<T>;
+        const T* dout_row[kPanel];
+        const O* out_row[kPanel];
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+            const int64_t i = rows.begin + lane;
+            const bool exists = i < rows.end;
+            dout_row[lane] = exists ? row_of<const T>(p_.dout, batch_, sequence_.q_row + i, head_) : nullptr;
+            out_row[lane] = exists ? row_of<const O>(p_.out, batch_, sequence_.q_row + i, head_) : nullptr;
+        }
+        const int64_t columns = p_.size.head_dim_v, steps = kPairs ? words<T>(columns) : columns;
+        float* const dout = panels_;
+        float* const out = panels_ + columns * kPanel;
+        pack_panel<T, !kPairs>(dout_row, columns, dout);
+        pack_panel<O, !kPairs>(out_row, columns, out);
+        alignas(64) float delta[kPanel];
+        for (int lane = 0; lane < kPanel; lane += kWidth) {
+            Vec total = zero();
+            for (int64_t first = 0; first < steps; first += kScoreSteps) {
+                Vec sum = zero();
+                for (int64_t c = first; c < lesser(first + kScoreSteps, steps); ++c) {
+                    sum = accumulate<kPairs>(load(dout + c * kPanel + lane), load(out + c * kPanel + lane), sum);
+                }
+                total = first == 0 ? sum : total + sum;
+            }
+            store(delta + lane, total);
+        }
+        float* const to = call_.shared<float>(plan_.delta) + row_index(p_, sequence_, batch_, head_, rows.begin);
+        for (int64_t r = 0; r < rows.size(); ++r) to[r] = delta[r] - (p_.dlse ? value(p_.dlse, rows.begin + r) : 0.0f);
     }
 
-    template <class O>
-    static float dot(const T* a, const O* b, int64_t count) {
-        Vec sum = zero();
-        int64_t c = 0;
-        for (; c + kWidth <= count; c += kWidth) sum = fma(load_as_float(a + c), load_as_float(b + c), sum);
-        float total = 0.0f;
-        for (int x = 0; x < kWidth; ++x) total += sum[x];
-        for (; c < count; ++c) total += to_scalar(a[c]) * to_scalar(b[c]);
-        return total;
+    void negate_lse(IndexRange rows) const {
+        float* const to = call_.shared<float>(plan_.neg_lse) + row_index(p_, sequence_, batch_, head_, rows.begin);
+        for (int64_t r = 0; r < rows.size(); ++r) {
+            const float lse = value(p_.lse, rows.begin + r);
+            to[r] = lse == -kInfinity ? lse : -lse;
+        }
     }
+
+    float value(const RowRef& ref, int64_t i) const {
+        return ref.data[batch_ * ref.batch_stride + head_ * ref.head_stride + sequence_.q_row + i];
+    }
+
+    Call& call_;
+    const BackwardParams& p_;
+    const BackwardPlan& plan_;
+    float* const panels_;  // two of [head_dim_v][kPanel]
+    int64_t batch_ = 0, head_ = 0;
+    Sequence sequence_;
 };
 
 template <class T>
@@ -142,9 +189,8 @@ private:
     }
 
     void enter_key_rows(IndexRange keys) {
-        const int64_t d = p_.size.head_dim;
-        k_ = read_rows(row_of<const T>(p_.k, batch_, tile_.sequence().k_row + keys.begin, head_k_), p_.k.row_stride, keys.size(), d,
-                       d % kWidth == 0 ? d : plan_.padded_dim, area(plan_.k_rows));
+        k_ = read_rows_down(row_of<const T>(p_.k, batch_, tile_.sequence().k_row + keys.begin, head_k_), p_.k.row_stride, keys.size(),
+                            p_.size.head_dim, plan_.padded_dim, area(plan_.k_rows));
         keys_known_finite_ = false;
         for (int64_t x = 0; x < keys.size() * plan_.padded_dim; x += kWidth) store(area(plan_.dk) + x, zero());
         for (int64_t x = 0; x < keys.size() * plan_.padded_dim_v; x += kWidth) store(area(plan_.dv) + x, zero());
@@ -162,9 +208,9 @@ private:
 
     /// Hidden elements enter the products as zeros, which NaN and inf would defeat.
     bool finite() {
-        if (!keys_known_finite_) keys_known_finite_ = all_finite(k_, tile_.keys().size(), p_.size.head_dim);
-        return keys_known_finite_ && all_finite(tile_.q(), tile_.queries().size(), p_.size.head_dim) &&
-               all_finite(tile_.dout(), tile_.queries().size(), p_.size.head_dim_v);
+        const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v, rows = words<T>(tile_.queries().size());
+        if (!keys_known_finite_) keys_known_finite_ = all_finite<T>(k_, words<T>(tile_.keys().size()), d);
+        return keys_known_finite_ && all_finite<T>(tile_.q_down(), rows, d) && all_finite<T>(tile_.dout_down(), rows, dv);
     }
 
     /// dV += P^T dO and dK += dS^T Q for the keys of a panel.
@@ -173,16 +219,15 @@ private:
         if (rows.empty()) return;
         const int64_t keys = lesser<int64_t>(kPanel, tile_.keys().size() - panel * kPanel);
         const int64_t at = rows.begin * plan_.score_stride + panel * kPanel;
-        Product product{.rows = keys, .steps = rows.size(), .a = tile_.p() + at, .a_stride = plan_.score_stride,
-                        .b = tile_.dout().data + rows.begin * tile_.dout().stride, .b_stride = tile_.dout().stride,
-                        .c = area(plan_.dv) + panel * kPanel * plan_.padded_dim_v, .c_stride = plan_.padded_dim_v};
-        multiply_columns<Layout::columns, Start::add>(product, round_up(p_.size.head_dim_v, kWidth));
-        product.a = tile_.ds() + at;
-        product.b = tile_.q().data + rows.begin * tile_.q().stride;
-        product.b_stride = tile_.q().stride;
-        product.c = area(plan_.dk) + panel * kPanel * plan_.padded_dim;
-        product.c_stride = plan_.padded_dim;
-        multiply_columns<Layout::columns, Start::add>(product, round_up(p_.size.head_dim, kWidth));
+        const auto multiply = [&](const float* a, Rows b, int64_t columns, float* sums, int64_t stride) {
+            multiply_columns<Layout::columns, Result::add, kPairsOf<T>>(
+                {.rows = keys, .steps = words<T>(rows.size()), .a = a + at, .a_stride = kPerWord<T> * plan_.score_stride,
+                 .b = b.data + rows.begin / kPerWord<T> * b.stride, .b_stride = b.stride, .c = sums + panel * kPanel * stride,
+                 .c_stride = stride},
+                round_up(columns, kWidth));
+        };
+        multiply(tile_.p(), tile_.dout_down(), p_.size.head_dim_v, area(plan_.dv), plan_.padded_dim_v);
+        multiply(tile_.ds(), tile_.q_down(), p_.size.head_dim, area(plan_.dk), plan_.padded_dim);
     }
 
     /// The tile's dQ = dS K, over the panels that hold the scores of a group of rows; neighbouring groups with the same
@@ -194,12 +239,12 @@ private:
             end = begin + kRowGroup;
             while (end < rows && group_keys(end).begin == keys.begin && group_keys(end).end == keys.end) end += kRowGroup;
             end = lesser(end, rows);
-            multiply_columns<Layout::rows, Start::zero>({.rows = end - begin, .steps = keys.size(),
-                                                         .a = tile_.ds() + begin * plan_.score_stride + keys.begin,
-                                                         .a_stride = plan_.score_stride, .b = k_.data + keys.begin * k_.stride,
-                                                         .b_stride = k_.stride, .c = area(plan_.dq_tile) + begin * plan_.padded_dim,
-                                                         .c_stride = plan_.padded_dim},
-                                                        round_up(p_.size.head_dim, kWidth));
+            const Rows ds = tile_.ds_rows();
+            multiply_columns<Layout::rows, Result::set, kPairsOf<T>>(
+                {.rows = end - begin, .steps = words<T>(keys.size()), .a = ds.data + begin * ds.stride + keys.begin / kPerWord<T>,
+                 .a_stride = ds.stride, .b = k_.data + keys.begin / kPerWord<T> * k_.stride, .b_stride = k_.stride,
+                 .c = area(plan_.dq_tile) + begin * plan_.padded_dim, .c_stride = plan_.padded_dim},
+                round_up(p_.size.head_dim, kWidth));
         }
     }
 
@@ -224,16 +269,18 @@ private:
             const IndexRange seen = intersection(keys, tile_.mask().key_range(queries.begin + r, queries.begin + r + 1));
             for (int64_t j = seen.begin; j < seen.end; ++j) {
                 const int64_t key = j - keys.begin;
-                const float p = tile_.p()[r * plan_.score_stride + key], ds = tile_.ds()[r * plan_.score_stride + key];
-                add_scaled(tile_.dout().data + r * tile_.dout().stride, p, dv, area(plan_.dv) + key * plan_.padded_dim_v);
-                add_scaled(tile_.q().data + r * tile_.q().stride, ds, d, area(plan_.dk) + key * plan_.padded_dim);
-                add_scaled(k_.data + key * k_.stride, ds, d, area(plan_.dq_tile) + r * plan_.padded_dim);
+                const int64_t at = r / kPerWord<T> * kPerWord<T> * plan_.score_stride + key;
+                const float prob = item<T>(tile_.p() + at, r), ds = item<T>(tile_.ds() + at, r);
+                add_scaled(tile_.dout_down(), r, prob, dv, area(plan_.dv) + key * plan_.padded_dim_v);
+                add_scaled(tile_.q_down(), r, ds, d, area(plan_.dk) + key * plan_.padded_dim);
+                add_scaled(k_, key, ds, d, area(plan_.dq_tile) + r * plan_.padded_dim);
             }
         }
     }
 
-    static void add_scaled(const float* src, float factor, int64_t count, float* dst) {
-        for (int64_t c = 0; c < count; ++c) dst[c] += factor * src[c];
+    static void add_scaled(Rows rows, int64_t row, float factor, int64_t count, float* dst) {
+        const float* const src = rows.data + row / kPerWord<T> * rows.stride;
+        for (int64_t c = 0; c < count; ++c) dst[c] += factor * item<T>(src + c, row);
     }
 
     /// Adds the tile to its block of dQ when all key blocks before this one have. They belong to tasks that were started

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/micro_kernel.hpp"
+#include "cpu/operands.hpp"
 #include "cpu/plan.hpp"
 #include "cpu/score.hpp"
 #include "cpu/tile_io.hpp"
@@ -52,9 +53,16 @@ public:
         if (intersection(queries_, mask_.query_range(keys_.begin, keys_.end)).empty()) return false;
         const int64_t row = sequence_.q_row + queries_.begin;
         const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v;
-        q_ = read_padded(row_of<const T>(p_.q, batch_, row, head), p_.q.row_stride, d, plan_.padded_dim, scratch_ + plan_.q_rows);
-        dout_ = read_padded(row_of<const T>(p_.dout, batch_, row, head), p_.dout.row_stride, dv, plan_.padded_dim_v,
-                            scratch_ + plan_.dout_rows);
+        const T* const q = row_of<const T>(p_.q, batch_, row, head);
+        const T* const dout = row_of<const T>(p_.dout, batch_, row, head);
+        q_down_ = read_rows_down(q, p_.q.row_stride, queries_.size(), d, plan_.padded_dim, scratch_ + plan_.q_down);
+        dout_down_ = read_rows_down(dout, p_.dout.row_stride, queries_.size(), dv, plan_.padded_dim_v, scratch_ + plan_.dout_down);
+        q_rows_ = q_down_;
+        dout_rows_ = dout_down_;
+        if constexpr (kPairsOf<T>) {
+            q_rows_ = read_rows(q, p_.q.row_stride, queries_.size(), d, scratch_ + plan_.q_rows);
+            dout_rows_ = read_rows(dout, p_.dout.row_stride, queries_.size(), dv, scratch_ + plan_.dout_rows);
+        }
         masked_ = false;
         for (int64_t panel = 0; panel < panels_; ++panel) {
             rows_[panel] = panel_rows(panel);
@@ -70,12 +78,19 @@ public:
     int64_t panels() const { return panels_; }
     /// Rows, counted from the block's first, for which the panel's scores were computed.
     IndexRange rows(int64_t panel) const { return rows_[panel]; }
-    Rows q() const { return q_; }
-    Rows dout() const { return dout_; }
+    /// The queries and output gradients as operands that are summed down their rows.
+    Rows q_down() const { return q_down_; }
+    Rows dout_down() const { return dout_down_; }
     /// Whether some element of the tile had to be hidden.
     bool masked() const { return masked_; }
+    /// P times the dropout factors, and dS: word of (row r, key j) at r / kPerWord * kPerWord * score_stride + j.
     float* p() const { return scratch_ + plan_.p; }
     float* ds() const { return scratch_ + plan_.ds; }
+    /// dS again, as words along the keys.
+    Rows ds_rows() const {
+        if constexpr (kPairsOf<T>) return {scratch_ + plan_.ds_rows, plan_.score_stride / kPerWord<T>};
+        return {ds(), plan_.score_stride};
+    }
     /// dS before the derivative of the softcap: the gradient of the bias.
     float* dbias() const { return scratch_ + plan_.dbias; }
 
@@ -87,13 +102,8 @@ private:
                 const int64_t j = keys_.begin + panel * kPanel + lane;
                 rows[lane] = j < keys_.end ? row_of<const T>(tensor, batch_, sequence_.k_row + j, head_k) : nullptr;
             }
-            pack_panel(rows, columns, panels + panel * kPanel * columns);
+            pack_panel(rows, columns, panels + panel * kPanel * words<T>(columns));
         }
-    }
-
-    Rows read_padded(const T* src, int64_t stride, int64_t columns, int64_t scratch_stride, float* scratch) const {
-        if (columns % kWidth == 0) return read_rows(src, stride, queries_.size(), columns, columns, scratch);
-        return read_rows(src, stride, queries_.size(), columns, scratch_stride, scratch);
     }
 
     IndexRange panel_keys(int64_t panel) const {
@@ -112,14 +122,15 @@ private:
     void score_panel(int64_t panel) {
         const IndexRange rows = rows_[panel];
         const int64_t first = queries_.begin + rows.begin, column = keys_.begin + panel * kPanel;
-        const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v, stride = plan_.score_stride;
+        const int64_t stride = plan_.score_stride;
         const int64_t at = rows.begin * stride + panel * kPanel;
-        multiply_panel<Layout::rows, Start::zero>({.rows = rows.size(), .steps = d, .a = q_.data + rows.begin * q_.stride,
-                                                   .a_stride = q_.stride, .b = scratch_ + plan_.k_panels + panel * kPanel * d,
-                                                   .b_stride = kPanel, .c = p() + at, .c_stride = stride});
-        multiply_panel<Layout::rows, Start::zero>({.rows = rows.size(), .steps = dv, .a = dout_.data + rows.begin * dout_.stride,
-                                                   .a_stride = dout_.stride, .b = scratch_ + plan_.v_panels + panel * kPanel * dv,
-                                                   .b_stride = kPanel, .c = ds() + at, .c_stride = stride});
+        const auto multiply = [&](Rows a, size_t panels, int64_t steps, float* c) {
+            multiply_scores<kPairsOf<T>>(
+                {.rows = rows.size(), .steps = steps, .a = a.data + rows.begin * a.stride, .a_stride = a.stride,
+                 .b = scratch_ + panels + panel * kPanel * steps, .b_stride = kPanel, .c = c + at, .c_stride = stride});
+        };
+        multiply(q_rows_, plan_.k_panels, words<T>(p_.size.head_dim), p());
+        multiply(dout_rows_, plan_.v_panels, words<T>(p_.size.head_dim_v), ds());
         const bool masked = !mask_.all_visible(first, first + rows.size(), column, column + kPanel);
         masked_ |= masked;
         if (score_.plain && !p_.dropout.enabled()) {
@@ -133,9 +144,24 @@ private:
         }
     }
 
-    const float* row_array(size_t offset) const {
-        const float* const base = reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset);
-        return base + row_index(p_, sequence_, batch_, head_, queries_.begin);
+    /// Per query row, from the block's first: what RowPass left in the workspace.
+    struct RowArrays {
+        const float* delta;
+        const float* neg_lse;
+    };
+
+    RowArrays row_arrays() const {
+        const int64_t first = row_index(p_, sequence_, batch_, head_, queries_.begin);
+        const auto array = [&](size_t offset) {
+            return reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset) + first;
+        };
+        return {array(plan_.delta), array(plan_.neg_lse)};
+    }
+
+    /// Subtracted first and then brought to base 2: the other way round, two numbers of the size of the score would each be
+    /// rounded before they cancel.
+    static STROBE_CPU_INLINE Vec probability(Vec score, Vec scale, const RowArrays& row, int64_t r) {
+        return exp2(min(splat(128.0f), fma(score, scale, splat(row.neg_lse[r])) * splat(kLog2E)));
     }
 
     /// Lanes of the panel that row i sees.
@@ -147,69 +173,91 @@ private:
         return (key >= saturate(seen.begin - column)) & (key < saturate(seen.end - column));
     }
 
-    template <bool kMasked>
-    void plain_scores(int64_t panel) {
+    /// Replaces the scores of a panel and the dP beside them. compute(row, lane) gives P and dS of one vector.
+    template <class Compute>
+    STROBE_CPU_INLINE void replace_scores(int64_t panel, Compute compute) {
         const IndexRange rows = rows_[panel];
-        const int64_t column = keys_.begin + panel * kPanel;
-        const float* const neg_lse = row_array(plan_.neg_lse);
-        const float* const delta = row_array(plan_.delta);
-        const Vec scale = splat(score_.exponent_scale);
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
+        for (int64_t r = rows.begin; r < rows.end; r += kPerWord<T>) {
             for (int lane = 0; lane < kPanel; lane += kWidth) {
                 const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
-                Vec prob = exp2(min(splat(128.0f), fma(load(p() + at), scale, splat(neg_lse[r]))));
-                Vec grad = prob * (load(ds() + at) - splat(delta[r]));
-                if constexpr (kMasked) {
-                    const IVec visible = visible_lanes(queries_.begin + r, column, lane);
-                    prob = select(visible, prob, zero());
-                    grad = select(visible, grad, zero());
+                const Gradient low = compute(r, lane);
+                if constexpr (kPairsOf<T>) {
+                    const Gradient high = r + 1 < rows.end ? compute(r + 1, lane) : Gradient{zero(), zero()};
+                    store(p() + at, bfloat_pairs(low.p, high.p));
+                    store(ds() + at, bfloat_pairs(low.ds, high.ds));
+                    BFloat16* const row = reinterpret_cast<BFloat16*>(scratch_ + plan_.ds_rows) + r * plan_.score_stride + panel * kPanel + lane;
+                    store_float_as(row, low.ds);
+                    if (r + 1 < rows.end) store_float_as(row + plan_.score_stride, high.ds);
+                } else {
+                    store(p() + at, low.p);
+                    store(ds() + at, low.ds);
                 }
-                store(p() + at, prob);
-                store(ds() + at, grad);
             }
         }
+    }
+
+    struct Gradient {
+        Vec p, ds;
+    };
+
+    template <bool kMasked>
+    void plain_scores(int64_t panel) {
+        const int64_t column = keys_.begin + panel * kPanel;
+        const RowArrays row = row_arrays();
+        const Vec scale = splat(score_.final_scale);
+        replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
+            const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
+            Vec prob = probability(load(p() + at), scale, row, r);
+            Vec grad = prob * (load(ds() + at) - splat(row.delta[r]));
+            if constexpr (kMasked) {
+                const IVec visible = visible_lanes(queries_.begin + r, column, lane);
+                prob = select(visible, prob, zero());
+                grad = select(visible, grad, zero());
+            }
+            return Gradient{prob, grad};
+        });
     }
 
     void general_scores(int64_t panel) {
         const IndexRange rows = rows_[panel];
         const int64_t column = keys_.begin + panel * kPanel;
-        const float* const neg_lse = row_array(plan_.neg_lse);
-        const float* const delta = row_array(plan_.delta);
+        const RowArrays row = row_arrays();
+        const Vec scale = splat(score_.final_scale);
         const float slope = p_.score.alibi_slopes ? p_.score.alibi_slopes[batch_ * p_.score.alibi_batch_stride + head_] : 0.0f;
-        const float* factors = nullptr;
-        if (p_.dropout.enabled()) {
-            const bool placed = p_.mask.has_positions;
-            const int64_t row = (placed ? p_.mask.q_position : 0) + queries_.begin + rows.begin;
-            const int64_t key = (placed ? p_.mask.k_position : 0) + column;
-            dropout_factors_by_key(p_.dropout, static_cast<uint32_t>(batch_ * p_.size.num_heads + head_), static_cast<uint32_t>(row),
-                                   rows.size(), static_cast<uint32_t>(key), scratch_ + plan_.factors);
-            factors = scratch_ + plan_.factors;
-        }
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
-            const int64_t i = queries_.begin + r;
-            alignas(64) float bias[kPanel] = {};
-            if (p_.score.bias) read_bias(i, panel_keys(panel), bias);
-            for (int lane = 0; lane < kPanel; lane += kWidth) {
-                const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
-                const IVec visible = visible_lanes(i, column, lane);
-                const Vec product = load(p() + at);
-                Vec prob, cap_tanh = zero();
-                if (score_.plain) {
-                    prob = exp2(min(splat(128.0f), fma(product, splat(score_.exponent_scale), splat(neg_lse[r]))));
-                } else {
-                    cap_tanh = score_.cap_tanh(product);
-                    Vec x = score_.capped(product, cap_tanh) + load(bias + lane);
-                    if (p_.score.alibi_slopes) x += alibi(splat(slope), distances(i, column, lane));
-                    prob = exp2(min(splat(128.0f), fma(x, splat(score_.exponent_scale), splat(neg_lse[r]))));
-                }
-                const Vec factor = factors ? load(factors + (r - rows.begin) * kPanel + lane) : splat(1.0f);
-                prob = select(visible, prob, zero());
-                const Vec grad = select(visible, prob * (load(ds() + at) * factor - splat(delta[r])), zero());
-                store(p() + at, prob * factor);
-                if (p_.dbias) store(dbias() + at, grad);
-                store(ds() + at, grad * (splat(1.0f) - cap_tanh * cap_tanh));
+        const float* const factors = p_.dropout.enabled() ? dropout_factors(panel) : nullptr;
+        alignas(64) float bias[kWidth] = {};
+        replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
+            const int64_t i = queries_.begin + r, at = r * plan_.score_stride + panel * kPanel + lane;
+            const IVec visible = visible_lanes(i, column, lane);
+            const Vec product = load(p() + at);
+            Vec prob, cap_tanh = zero();
+            if (score_.plain) {
+                prob = probability(product, scale, row, r);
+            } else {
+                const int64_t first = lesser(column + lane, keys_.end);
+                if (p_.score.bias) read_bias(i, {first, lesser(first + kWidth, keys_.end)}, bias);
+                cap_tanh = score_.cap_tanh(product);
+                Vec x = score_.capped(product, cap_tanh) + load(bias);
+                if (p_.score.alibi_slopes) x += alibi(splat(slope), distances(i, column, lane));
+                prob = probability(x, scale, row, r);
             }
-        }
+            const Vec factor = factors ? load(factors + (r - rows.begin) * kPanel + lane) : splat(1.0f);
+            prob = select(visible, prob, zero());
+            const Vec grad = select(visible, prob * (load(ds() + at) * factor - splat(row.delta[r])), zero());
+            if (p_.dbias) store(dbias() + at, grad);
+            return Gradient{prob * factor, grad * (splat(1.0f) - cap_tanh * cap_tanh)};
+        });
+    }
+
+    const float* dropout_factors(int64_t panel) const {
+        const IndexRange rows = rows_[panel];
+        const bool placed = p_.mask.has_positions;
+        const int64_t row = (placed ? p_.mask.q_position : 0) + queries_.begin + rows.begin;
+        const int64_t key = (placed ? p_.mask.k_position : 0) + keys_.begin + panel * kPanel;
+        float* const factors = scratch_ + plan_.factors;
+        dropout_factors_by_key(p_.dropout, static_cast<uint32_t>(batch_ * p_.size.num_heads + head_), static_cast<uint32_t>(row),
+                               rows.size(), static_cast<uint32_t>(key), factors);
+        return factors;
     }
 
     /// i + diagonal - j for the lanes' keys j.
@@ -224,7 +272,7 @@ private:
             const BiasRef& ref = p_.score.bias;
             const B* const row = bias_row<B>(ref, batch_, head_, i) + keys.begin * ref.col_stride;
             if (ref.col_stride == 1) {
-                read_row(row, keys.size(), bias, kPanel);
+                read_row(row, keys.size(), bias, kWidth);
             } else {
                 for (int64_t t = 0; t < keys.size(); ++t) bias[t] = to_scalar(row[t * ref.col_stride]);
             }
@@ -240,7 +288,7 @@ private:
     Sequence sequence_;
     BandMask mask_;
     IndexRange keys_, queries_;
-    Rows q_, dout_;
+    Rows q_rows_, dout_rows_, q_down_, dout_down_;
     bool masked_ = false;
     IndexRange rows_[kMaxBlockKeys / kMinPanel];
 };

@@ -1,5 +1,9 @@
 #include "cpu/cpu_backend.hpp"
 
+#if defined(STROBE_CPU_X86)
+#include <cpuid.h>
+#endif
+
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -18,16 +22,24 @@ struct IsaList {
     void add(Isa isa) { isas[count++] = isa; }
 };
 
+#if defined(STROBE_CPU_X86)
+/// CPUID leaf 7, subleaf 1: a feature that __builtin_cpu_supports of older compilers has no name for.
+bool has_avx512_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1u) != 0;
+}
+#endif
+
 IsaList detect() {
     IsaList list;
     list.add(Isa::portable);
 #if defined(STROBE_CPU_X86)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every such processor has f16c
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) list.add(Isa::avx2);
     if (avx512) list.add(Isa::avx512);
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) list.add(Isa::avx512_bf16);
+    if (avx512 && has_avx512_bf16()) list.add(Isa::avx512_bf16);
 #endif
     return list;
 }

@@ -4,6 +4,7 @@
 #include "core/params.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/micro_kernel.hpp"
+#include "cpu/operands.hpp"
 #include "cpu/score.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cpu/tile_io.hpp"
@@ -94,39 +95,55 @@ private:
 
     void tile(IndexRange keys) {
         const int64_t row = sequence_.k_row + keys.begin;
-        const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v;
-        const Rows k = read_rows(row_of<const T>(p_.k, batch_, row, head_k_), p_.k.row_stride, keys.size(), d, d,
+        const int64_t dv = p_.size.head_dim_v, pitch = words<T>(keys.size());
+        const Rows k = read_rows(row_of<const T>(p_.k, batch_, row, head_k_), p_.k.row_stride, keys.size(), p_.size.head_dim,
                                  scratch_ + plan_.k);
-        const Rows v = read_rows(row_of<const T>(p_.v, batch_, row, head_k_), p_.v.row_stride, keys.size(), dv, dv,
-                                 scratch_ + plan_.v);
+        float* const v = scratch_ + plan_.v;
+        pack_column_blocks(row_of<const T>(p_.v, batch_, row, head_k_), p_.v.row_stride, keys.size(), dv, v);
         bool known_finite = false;
         for (int64_t panel = 0; panel < panels_; ++panel) {
             const PanelRange& range = ranges_[panel];
-            const IndexRange seen{greater(keys.begin, range.some.begin), lesser(keys.end, range.some.end)};
+            IndexRange seen{greater(keys.begin, range.some.begin), lesser(keys.end, range.some.end)};
             if (seen.empty()) continue;
+            seen.begin -= (seen.begin - keys.begin) % kPerWord<T>;
             const bool masked = seen.begin < range.all.begin || seen.end > range.all.end;
-            const Rows panel_k{k.data + (seen.begin - keys.begin) * k.stride, k.stride};
-            const Rows panel_v{v.data + (seen.begin - keys.begin) * v.stride, v.stride};
-            if (masked && !known_finite) known_finite = all_finite(v, keys.size(), dv);
-            panel_tile(panel, seen, panel_k, panel_v, masked, masked && !known_finite);
+            // Hidden values enter the product times zero, which NaN and inf would defeat.
+            const bool hidden = masked || seen.size() % kPerWord<T> != 0;
+            if (hidden && !known_finite) known_finite = all_finite<T>(v, pitch * dv);
+            const int64_t first = (seen.begin - keys.begin) / kPerWord<T>;
+            scores(panel, seen, {k.data + (seen.begin - keys.begin) * k.stride, k.stride}, masked);
+            const Product product{.rows = dv, .steps = words<T>(seen.size()), .a = v, .a_stride = pitch, .a_first = first,
+                                  .b = scratch_ + plan_.scores, .b_stride = kPerWord<T> * kPanel, .c = panel_o(panel),
+                                  .c_stride = kPanel, .factor = correction_};
+            if (hidden && !known_finite) {
+                multiply_visible(panel, seen, product);
+            } else {
+                if constexpr (kPairsOf<T>) pair_scores(seen.size());
+                multiply_strip<2, Layout::packed, Result::scale, kPairsOf<T>>(product);
+            }
         }
     }
 
-    void panel_tile(int64_t panel, IndexRange keys, Rows k, Rows v, bool masked, bool guard_values) {
+    /// Leaves the exponentials of a panel against the keys in the score tile.
+    void scores(int64_t panel, IndexRange keys, Rows k, bool masked) {
         float* const s = scratch_ + plan_.scores;
-        multiply_panel<Layout::rows, Start::zero>({.rows = keys.size(), .steps = p_.size.head_dim, .a = k.data, .a_stride = k.stride,
-                                                   .b = panel_q(panel), .b_stride = kPanel, .c = s, .c_stride = kPanel});
+        multiply_scores<kPairsOf<T>>(
+            {.rows = keys.size(), .steps = words<T>(p_.size.head_dim), .a = k.data, .a_stride = k.stride, .b = panel_q(panel),
+             .b_stride = kPanel, .c = s, .c_stride = kPanel});
         if (!score_.plain) transform_scores(panel, keys, s);
         if (masked) mask_scores(panel, keys, s);
-        alignas(64) float correction[kPanel];
-        softmax(panel, keys.size(), s, correction);
+        softmax(panel, keys.size(), s);
         if (p_.dropout.enabled()) drop(panel, keys, s);
-        const Product product{.rows = p_.size.head_dim_v, .steps = keys.size(), .a = v.data, .a_stride = v.stride, .b = s, .b_stride = kPanel,
-                              .c = panel_o(panel), .c_stride = kPanel, .factor = correction};
-        if (guard_values) {
-            multiply_visible(panel, keys, product);
-        } else {
-            multiply_panel<Layout::columns, Start::scale>(product);
+    }
+
+    /// Rows 2t and 2t + 1 of the score tile become the words of row 2t.
+    void pair_scores(int64_t count) const {
+        float* const s = scratch_ + plan_.scores;
+        for (int64_t t = 0; t < count; t += 2) {
+            for (int lane = 0; lane < kPanel; lane += kWidth) {
+                float* const at = s + t * kPanel + lane;
+                store(at, bfloat_pairs(load(at), t + 1 < count ? load(at + kPanel) : zero()));
+            }
         }
     }
 
@@ -188,7 +205,7 @@ private:
                 rows[lane] = counts(at) ? bias_row<B>(ref, batch_, head_of(at), query_of(at)) + keys.begin * ref.col_stride : nullptr;
             }
             if (ref.col_stride == 1) {
-                pack_panel(rows, keys.size(), bias);
+                pack_panel<B, true>(rows, keys.size(), bias);
                 return;
             }
             for (int64_t t = 0; t < keys.size(); ++t) {
@@ -199,12 +216,12 @@ private:
         });
     }
 
-    /// Scores become exponentials relative to the new row maximum; `correction` is what the sums so far must be multiplied by. A row
-    /// that has seen no key yet keeps the maximum -inf, and its exponentials are taken relative to 0: all are 0.
-    void softmax(int64_t panel, int64_t count, float* s, float* correction) {
+    /// Scores become exponentials relative to the new row maximum; correction_ is what the sums so far must be multiplied
+    /// by. A row that has seen no key yet keeps the maximum -inf, and its exponentials are taken relative to 0: all are 0.
+    void softmax(int64_t panel, int64_t count, float* s) {
         float* const row_max = row_max_ + panel * kPanel;
         float* const row_sum = row_sum_ + panel * kPanel;
-        const Vec scale = splat(score_.exponent_scale);
+        const Vec scale = splat(score_.final_scale * kLog2E);
         Vec max0 = load(row_max), max1 = load(row_max + kWidth);
         {
             Vec other0 = max0, other1 = max1;
@@ -223,14 +240,15 @@ private:
             max1 = max(other1, max1);
         }
         const Vec none = splat(-kInfinity);
-        const Vec base0 = select(max0 == none, zero(), max0 * scale);
-        const Vec base1 = select(max1 == none, zero(), max1 * scale);
-        const Vec correction0 = exp2(load(row_max) * scale - base0);
-        const Vec correction1 = exp2(load(row_max + kWidth) * scale - base1);
+        const Vec base0 = select(max0 == none, zero(), max0);
+        const Vec base1 = select(max1 == none, zero(), max1);
+        // The difference is scaled, not the other way round: the largest exponential is exactly 1.
+        const Vec correction0 = exp2((load(row_max) - base0) * scale);
+        const Vec correction1 = exp2((load(row_max + kWidth) - base1) * scale);
         Vec sum0 = zero(), sum1 = zero();
         for (int64_t t = 0; t < count; ++t) {
-            const Vec p0 = exp2(fma(load(s + t * kPanel), scale, -base0));
-            const Vec p1 = exp2(fma(load(s + t * kPanel + kWidth), scale, -base1));
+            const Vec p0 = exp2((load(s + t * kPanel) - base0) * scale);
+            const Vec p1 = exp2((load(s + t * kPanel + kWidth) - base1) * scale);
             sum0 += p0;
             sum1 += p1;
             store(s + t * kPanel, p0);
@@ -240,8 +258,8 @@ private:
         store(row_max + kWidth, max1);
         store(row_sum, fma(load(row_sum), correction0, sum0));
         store(row_sum + kWidth, fma(load(row_sum + kWidth), correction1, sum1));
-        store(correction, correction0);
-        store(correction + kWidth, correction1);
+        store(correction_, correction0);
+        store(correction_ + kWidth, correction1);
     }
 
     void drop(int64_t panel, IndexRange keys, float* s) const {
@@ -261,18 +279,24 @@ private:
 
     /// The product with a value tile that holds NaN or inf: hidden keys are skipped and not multiplied by 0.
     void multiply_visible(int64_t panel, IndexRange keys, const Product& product) const {
+        const EvenBlocks blocks(product.rows);
         for (int lane = 0; lane < kPanel; lane += kWidth) {
             IVec begin, end;
             visible_span(panel, lane, keys, begin, end);
-            for (int64_t c = 0; c < product.rows; ++c) {
-                float* const at = product.c + c * kPanel + lane;
-                Vec sum = load(at) * load(product.factor + lane);
-                for (int64_t t = 0; t < keys.size(); ++t) {
-                    const IVec key = splat(static_cast<int32_t>(t));
-                    const Vec next = fma(splat(product.a[t * product.a_stride + c]), load(product.b + t * kPanel + lane), sum);
-                    sum = select((key >= begin) & (key < end), next, sum);
+            for (int64_t block = 0, first = 0; block < blocks.count; first += blocks.size(block++)) {
+                const int64_t size = blocks.size(block);
+                for (int64_t c = 0; c < size; ++c) {
+                    float* const at = product.c + (first + c) * kPanel + lane;
+                    Vec sum = load(at) * load(product.factor + lane);
+                    for (int64_t t = 0; t < keys.size(); ++t) {
+                        const float* const word = product.a + first * product.a_stride +
+                                                  (product.a_first + t / kPerWord<T>) * size + c;
+                        const IVec key = splat(static_cast<int32_t>(t));
+                        const Vec next = fma(splat(item<T>(word, t)), load(product.b + t * kPanel + lane), sum);
+                        sum = select((key >= begin) & (key < end), next, sum);
+                    }
+                    store(at, sum);
                 }
-                store(at, sum);
             }
         }
     }
@@ -295,13 +319,8 @@ private:
         return p_.lse.data[batch_ * p_.lse.batch_stride + head_of(lane) * p_.lse.head_stride + sequence_.q_row + query_of(lane)];
     }
 
-    /// The exponentials are relative to fl(max * exponent_scale): the sum is brought back with that very number, and what the rounding
-    /// of the scale itself lost is added.
     float log_sum(float max, float sum) const {
-        const double scale = score_.plain ? static_cast<double>(score_.scale) : 1.0;
-        const float base = max * score_.exponent_scale;
-        const double lost = static_cast<double>(max) * (scale - static_cast<double>(score_.exponent_scale) * kLn2);
-        return static_cast<float>(static_cast<double>(base) * kLn2 + __builtin_log(static_cast<double>(sum)) + lost);
+        return static_cast<float>(static_cast<double>(max) * static_cast<double>(score_.final_scale) + __builtin_log(static_cast<double>(sum)));
     }
 
     void write_output(int64_t panel, const float* inverse) {
@@ -338,6 +357,7 @@ private:
     int64_t begin_[kMaxBlockQ], end_[kMaxBlockQ];
     alignas(64) float row_max_[kMaxBlockQ];
     alignas(64) float row_sum_[kMaxBlockQ];
+    alignas(64) float correction_[kPanel];
 };
 
 struct Call {

@@ -8,6 +8,10 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
 
+/// Floats between rows that are read column by column: whole vectors, and an odd number of cache lines, or the rows would
+/// crowd a few sets of the first-level cache.
+constexpr int64_t padded_row(int64_t columns) { return (round_up(columns, 16) / 16 | 1) * 16; }
+
 /// Hands out consecutive areas on cache-line boundaries.
 class Layout {
 public:
@@ -37,10 +41,12 @@ ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
     const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
     const int dim = std::max(s.head_dim, s.head_dim_v);
 
-    // A block's queries and outputs stay in the second-level cache beside one tile of keys and values.
-    plan.block_q = dim <= 128 ? kMaxBlockQ : dim <= 256 ? 64 : 32;
+    // A block's queries and outputs stay in the second-level cache beside one tile of keys and values; large blocks spread
+    // the cost of packing the tile, small ones the work over the threads.
+    plan.block_q = dim <= 128 ? kMaxBlockQ : dim <= 256 ? kMaxBlockQ / 2 : kMaxBlockQ / 4;
     plan.block_k = dim <= 128 ? 128 : 64;
-    while (plan.block_q > kMaxPanel && heads * ceil_div(rows, plan.block_q) < 4 * plan.threads) plan.block_q /= 2;
+    const auto too_few = [&] { return heads * ceil_div(rows, plan.block_q) < (plan.block_q > 64 ? 4 : 2) * plan.threads; };
+    while (plan.block_q > kMaxPanel && too_few()) plan.block_q /= 2;
     plan.blocks = ceil_div(rows, plan.block_q);
     plan.tasks = plan.blocks * heads;
     plan.threads = static_cast<int>(std::clamp<int64_t>(plan.threads, 1, std::max<int64_t>(plan.tasks, 1)));
@@ -66,9 +72,9 @@ BackwardPlan plan_backward(const BackwardParams& p, int num_threads) {
     plan.block_k = dim <= 128 && s.seqlen_k > 1024 ? 128 : 64;
     plan.blocks_q = ceil_div(s.seqlen_q, plan.block_q);
     plan.blocks_k = ceil_div(s.seqlen_k, plan.block_k);
-    plan.padded_dim = round_up(s.head_dim, kMaxPanel / 2);
-    plan.padded_dim_v = round_up(s.head_dim_v, kMaxPanel / 2);
-    plan.score_stride = plan.block_k + 16;
+    plan.padded_dim = padded_row(s.head_dim);
+    plan.padded_dim_v = padded_row(s.head_dim_v);
+    plan.score_stride = padded_row(plan.block_k);
     plan.dq_in_place = p.grad_dtype == DType::f32;
 
     Layout bytes(1);
@@ -85,11 +91,14 @@ BackwardPlan plan_backward(const BackwardParams& p, int num_threads) {
     plan.k_rows = floats.take(plan.block_k * plan.padded_dim);
     plan.dk = floats.take(plan.block_k * plan.padded_dim);
     plan.dv = floats.take(plan.block_k * plan.padded_dim_v);
-    plan.q_rows = floats.take(plan.block_q * plan.padded_dim);
-    plan.dout_rows = floats.take(plan.block_q * plan.padded_dim_v);
+    plan.q_rows = floats.take(plan.block_q * s.head_dim);
+    plan.dout_rows = floats.take(plan.block_q * s.head_dim_v);
+    plan.q_down = floats.take(plan.block_q * plan.padded_dim);
+    plan.dout_down = floats.take(plan.block_q * plan.padded_dim_v);
     plan.dq_tile = floats.take(plan.block_q * plan.padded_dim);
     plan.p = floats.take(plan.block_q * plan.score_stride);
     plan.ds = floats.take(plan.block_q * plan.score_stride);
+    plan.ds_rows = floats.take(p.dtype == DType::bf16 ? plan.block_q * plan.score_stride : 0);
     plan.dbias = floats.take(p.dbias ? plan.block_q * plan.score_stride : 0);
     plan.bias_sums = floats.take(p.dbias ? plan.block_q * plan.block_k : 0);
     plan.factors = floats.take(p.dropout.enabled() ? plan.block_q * kMaxPanel : 0);

@@ -13,7 +13,7 @@ namespace strobe::cpu {
 /// room for the other.
 inline constexpr int kMaxPanel = 32;
 inline constexpr int kMinPanel = 8;
-inline constexpr int kMaxBlockQ = 128;
+inline constexpr int kMaxBlockQ = 256;
 
 /// A forward task takes block_q rows of one key head: row r is query r / group of query head r % group of the head's
 /// group, so that every loaded key serves all heads of the group.
@@ -29,7 +29,7 @@ struct ForwardPlan {
     size_t q = 0;        // [block_q / panel][head_dim][panel]
     size_t o = 0;        // [block_q / panel][head_dim_v][panel], not yet divided by the row sum
     size_t k = 0;        // [block_k][head_dim]
-    size_t v = 0;        // [block_k][head_dim_v]
+    size_t v = 0;        // [block_k][head_dim_v] in column blocks
     size_t scores = 0;   // [block_k][panel]
     size_t extra = 0;    // [block_k][panel]: bias, later the dropout factors
     size_t floats_per_thread = 0;
@@ -50,12 +50,12 @@ struct BackwardPlan {
     int64_t blocks_k = 0;
     int64_t padded_dim = 0;
     int64_t padded_dim_v = 0;
-    int64_t score_stride = 0;  // floats between the rows of a score tile; not a power of two, which would crowd cache sets
+    int64_t score_stride = 0;
     bool dq_in_place = false;  // dq is fp32 and takes the sums itself
 
     // Shared by all threads, offsets in bytes.
     size_t delta = 0;      // (num_heads, total_q) fp32: rowsum(dout * out) - dlse
-    size_t neg_lse = 0;    // (num_heads, total_q) fp32: -lse in base 2; -inf where lse is -inf
+    size_t neg_lse = 0;    // (num_heads, total_q) fp32: -lse; -inf where lse is -inf
     size_t turns = 0;      // (batch, num_heads, blocks_q) int32: key blocks that have been added to this block of dQ
     size_t dq = 0;         // (num_heads, total_q, head_dim) fp32 unless dq_in_place
     size_t scratch = 0;
@@ -66,11 +66,14 @@ struct BackwardPlan {
     size_t k_rows = 0;     // [block_k][padded_dim]
     size_t dk = 0;         // [block_k][padded_dim]
     size_t dv = 0;         // [block_k][padded_dim_v]
-    size_t q_rows = 0;     // [block_q][padded_dim]
-    size_t dout_rows = 0;  // [block_q][padded_dim_v]
+    size_t q_rows = 0;     // [block_q][head_dim]
+    size_t dout_rows = 0;  // [block_q][head_dim_v]
+    size_t q_down = 0;     // [block_q][padded_dim], with bfloat16 pairs [block_q / 2]
+    size_t dout_down = 0;  // [block_q][padded_dim_v], likewise
     size_t dq_tile = 0;    // [block_q][padded_dim]
     size_t p = 0;          // [block_q][score_stride]
     size_t ds = 0;         // [block_q][score_stride]
+    size_t ds_rows = 0;    // [block_q][score_stride] bfloat16, where pairs are multiplied
     size_t dbias = 0;      // [block_q][score_stride], only with dbias
     size_t bias_sums = 0;  // [block_q][block_k], only with dbias
     size_t factors = 0;    // [block_q][panel], only with dropout

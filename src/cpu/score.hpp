@@ -8,7 +8,6 @@
 namespace strobe::cpu::STROBE_CPU_ISA {
 
 inline constexpr float kLog2E = 1.44269504088896341f;
-inline constexpr double kLn2 = 0.693147180559945309;
 inline constexpr float kInfinity = __builtin_inff();
 
 /// A score is `plain` when only the scale stands between q.k and the exponent; then the scale is folded into the
@@ -19,14 +18,14 @@ struct ScoreFunction {
     float softcap;
     float inverse_softcap;
     bool plain;
-    float exponent_scale;  // of a score as it enters the softmax: score * exponent_scale is its base-2 exponent
+    float final_scale;  // of a score as it enters the softmax: score * final_scale is the exponent
 
     explicit STROBE_CPU_INLINE ScoreFunction(const ScoreParams& p)
         : scale(p.softmax_scale),
           softcap(p.softcap),
           inverse_softcap(p.softcap > 0 ? 1.0f / p.softcap : 0.0f),
           plain(!(p.softcap > 0) && !p.alibi_slopes && !p.bias && p.softmax_scale > 0),
-          exponent_scale(plain ? p.softmax_scale * kLog2E : kLog2E) {}
+          final_scale(plain ? p.softmax_scale : 1.0f) {}
 
     /// The tanh of the softcap; without one, 0, so that 1 - tanh^2 is the derivative in both cases.
     STROBE_CPU_INLINE Vec cap_tanh(Vec product) const {

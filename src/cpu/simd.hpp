@@ -202,11 +202,38 @@ STROBE_CPU_INLINE void transpose_8x8(const float* src, int64_t src_stride, float
 #endif
 }
 
+/// Two bfloat16 numbers in each 32-bit lane, `low` in the low half: what a step of the paired products reads.
+STROBE_CPU_INLINE Vec bfloat_pairs(Vec low, Vec high) {
 #if defined(__AVX512BF16__)
-/// Accumulates the products of W pairs of bfloat16: a and b hold two of them in each 32-bit lane.
-STROBE_CPU_INLINE Vec dot_bfloat_pairs(Vec a, Vec b, Vec c) {
-    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    const UVec l = reinterpret_cast<UVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low))));
+    const UVec h = reinterpret_cast<UVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high))));
+    return reinterpret_cast<Vec>(l | (h << 16));
+#else
+    return reinterpret_cast<Vec>(bfloat_bits(low) | (bfloat_bits(high) << 16));
+#endif
 }
+
+/// c + a * b, or, where operands are bfloat16 pairs, c + a.low * b.low + a.high * b.high.
+template <bool kPairs>
+STROBE_CPU_INLINE Vec accumulate(Vec a, Vec b, Vec c) {
+    if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+        const UVec x = reinterpret_cast<UVec>(a), y = reinterpret_cast<UVec>(b);
+        c = fma(reinterpret_cast<Vec>(x << 16), reinterpret_cast<Vec>(y << 16), c);
+        return fma(reinterpret_cast<Vec>(x & 0xFFFF0000u), reinterpret_cast<Vec>(y & 0xFFFF0000u), c);
+#endif
+    } else {
+        return fma(a, b, c);
+    }
+}
+
+/// Whether bfloat16 tensors are multiplied as pairs, and not widened to fp32 first.
+#if defined(__AVX512BF16__) || defined(STROBE_CPU_EMULATE_PAIRS)
+inline constexpr bool kHasPairs = true;
+#else
+inline constexpr bool kHasPairs = false;
 #endif
 
 }  // namespace strobe::cpu::STROBE_CPU_ISA

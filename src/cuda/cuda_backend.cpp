@@ -9,6 +9,7 @@
 #include "cuda/sm80/backward_workspace.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm90/backward_workspace.hpp"
+#include "cuda/sm90/forward_workspace.hpp"
 #include "cuda/variant_table.hpp"
 #include "error.hpp"
 #include "registry.hpp"
@@ -60,7 +61,10 @@ std::string describe(const Params& params, const Execution& e) {
     return to_string(row_for<kArch>(params, e).variant);
 }
 
-size_t no_workspace(const ForwardParams&, const Execution&) { return 0; }
+template <Arch kArch>
+size_t forward_workspace(const ForwardParams& p, const Execution&) {
+    return kArch == Arch::sm90 ? sm90::forward_workspace_bytes(p) : 0;
+}
 
 template <Arch kArch>
 size_t backward_workspace(const BackwardParams& p, const Execution& e) {
@@ -100,7 +104,7 @@ Implementation implementation(const char* name) {
         .backward_refusal = refusal<kArch, BackwardParams>,
         .describe_forward = describe<kArch, ForwardParams>,
         .describe_backward = describe<kArch, BackwardParams>,
-        .forward_workspace = no_workspace,
+        .forward_workspace = forward_workspace<kArch>,
         .backward_workspace = backward_workspace<kArch>,
         .forward = forward<kArch>,
         .backward = backward<kArch>,

@@ -26,14 +26,27 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
-    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled();
+    // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
+    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled() ||
+                !(p.score.softmax_scale > 0);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
     return r;
 }
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
+
+/// Of two sm90 forward rows that differ in their tile alone, the larger is faster once its loop is long enough to pay for the
+/// coarser grid and, in some, the second query buffer that it has no room for.
+bool suits_better(const Variant& v, const Variant& best, const Request& request) {
+    constexpr int64_t kLongSequence = 2048;
+    const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.mask, x.features); };
+    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
+    return served(v) == served(best) && v.arch == Arch::sm90 && v.direction == Direction::forward &&
+           (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
+}
 
 }  // namespace
 
@@ -59,13 +72,18 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
         return nullptr;
     }
+    // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
+    const bool general = request.general || !request.tma_layout;
     const Variant* best = nullptr;
     const auto rank = [](const Variant& v) { return std::tuple(v.head_dim, v.mask, v.features); };
     for (const Variant& v : rows) {
         const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
-                            (v.features == Features::general || !request.general) && smem_bytes(v) <= device.smem_per_cta;
+                            (v.features == Features::general || !general) && smem_bytes(v) <= device.smem_per_cta;
         if (serves && (!best || rank(v) < rank(*best))) best = &v;
+    }
+    for (const Variant& v : rows) {
+        if (best && suits_better(v, *best, request)) best = &v;
     }
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",

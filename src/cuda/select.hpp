@@ -22,9 +22,10 @@ struct Request {
     Direction direction = Direction::forward;
     DType dtype = DType::bf16;
     int head_dim = 0;        // the larger of head_dim and head_dim_v
+    int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window
-    bool general = false;    // softcap, ALiBi, bias or dropout
-    bool tma_layout = false; // every tensor is laid out as the tensor memory accelerator wants it
+    bool general = false;    // softcap, ALiBi, bias, dropout, or a scale that is not positive
+    bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
 };
 
 Request request_of(const ForwardParams& params);

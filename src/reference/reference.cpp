@@ -42,16 +42,19 @@ struct Arithmetic {
 template <class Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
-/// Eight partial sums, as any vectorised dot product keeps them.
+/// In float one term after another, as a matrix product keeps each of its sums in a register; in double, where the order
+/// does not matter, in eight lanes for speed.
 template <class Real>
 Real dot(const Real* a, const Real* b, int n) {
-    std::array<Real, 8> sum{};
+    constexpr int kLanes = std::is_same_v<Real, float> ? 1 : 8;
+    std::array<Real, kLanes> sum{};
     int d = 0;
-    for (; d + 8 <= n; d += 8) {
-        for (int lane = 0; lane < 8; ++lane) sum[lane] += a[d + lane] * b[d + lane];
+    for (; d + kLanes <= n; d += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) sum[lane] += a[d + lane] * b[d + lane];
     }
-    for (; d < n; ++d) sum[d % 8] += a[d] * b[d];
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    for (; d < n; ++d) sum[d % kLanes] += a[d] * b[d];
+    for (int lane = 1; lane < kLanes; ++lane) sum[0] += sum[lane];
+    return sum[0];
 }
 
 /// y += a * x

@@ -95,6 +95,9 @@ std::vector<Case> option_cases(const Case& base);
 /// The speed list: dtype x head_dim x mask x sequence length x heads.
 std::vector<Case> bench_cases();
 
+/// The same for GPUs, the grid of the FlashAttention papers: bf16, 16k tokens per call, hidden size 2048.
+std::vector<Case> device_bench_cases();
+
 /// Comma-separated terms: a case matches when any term matches its name and no term with a leading '!' does. A term is a
 /// piece of the name; '*' and '?' stand for any run and any one character.
 bool matches(std::string_view name, std::string_view filter);

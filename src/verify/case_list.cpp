@@ -232,4 +232,23 @@ std::vector<Case> bench_cases() {
     return list.take();
 }
 
+std::vector<Case> device_bench_cases() {
+    constexpr int64_t kTokens = 16384;
+    constexpr int kHidden = 2048;
+    List list;
+    for (int head_dim : {64, 128, 256}) {
+        for (Window window : {kFull, kCausal}) {
+            for (int64_t seqlen = 512; seqlen <= kTokens; seqlen *= 2) {
+                Case c{.dtype = DType::bf16, .batch = static_cast<int>(kTokens / seqlen)};
+                c.num_heads = c.num_heads_k = kHidden / head_dim;
+                c.seqlen_q = c.seqlen_k = seqlen;
+                c.head_dim = head_dim;
+                c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
+    return list.take();
+}
+
 }  // namespace strobe::verify

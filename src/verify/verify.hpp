@@ -2,7 +2,8 @@
 //
 // Three runs of one case: the truth (fp64, nothing rounded), the naive run (an eager implementation in the working dtype) and
 // the subject. A result passes when
-//     max |subject - truth| <= 2 max |naive - truth| + kRoundings * 2^-24 * max(1, max |truth|),
+//     max |subject - truth| <= 2 max |naive - truth| + floor,
+// floor being 1e-5 for gradients and eight roundings of fp32, 2^-21 max(1, max |truth|), for out and lse,
 // where truth is infinite or NaN the subject is the same, and no byte outside the outputs has changed. Outputs start as NaN,
 // so does the workspace, and so do all input elements that nobody may look at.
 #pragma once

@@ -1,0 +1,13 @@
+// The trainer's subcommands of `strobe`.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace strobe::gpt {
+
+void add_train_command(CLI::App& app);
+void add_generate_command(CLI::App& app);
+void add_tokenizer_command(CLI::App& app);
+void add_checkpoint_command(CLI::App& app);
+
+}  // namespace strobe::gpt

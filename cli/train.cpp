@@ -1,0 +1,165 @@
+// strobe train: a GPT from text.
+#include <csignal>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include <fmt/format.h>
+
+#include "commands.hpp"
+#include "gpt/train/trainer.hpp"
+#include "gpt_commands.hpp"
+
+namespace strobe::gpt {
+
+namespace {
+
+constexpr int kExitInterrupted = 128 + SIGINT;
+
+struct Arguments {
+    TrainOptions options;
+    std::string architecture = "llama";
+    std::string recompute = "none";
+    int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
+    bool across_documents = false, untied = false, plan = false, json = false;
+};
+
+/// Fills what follows from other options.
+TrainOptions complete(const Arguments& a) {
+    TrainOptions o = a.options;
+    ModelConfig& m = o.model;
+    const ModelConfig asked = m;
+    m = architecture_from_string(a.architecture) == Architecture::gpt2
+            ? gpt2_config(asked.num_layers, asked.hidden_size, asked.num_heads, asked.context_length, asked.vocab_size)
+            : llama_config(asked.num_layers, asked.hidden_size, asked.num_heads,
+                           a.num_heads_k > 0 ? a.num_heads_k : asked.num_heads, asked.context_length, asked.vocab_size);
+    if (a.num_heads_k > 0) m.num_heads_k = a.num_heads_k;
+    if (a.head_dim > 0) m.head_dim = a.head_dim;
+    if (a.ffn_size > 0) m.ffn_size = a.ffn_size;
+    m.rope_theta = asked.rope_theta;
+    m.init_std = asked.init_std;
+    m.tied_head = !a.untied;
+    o.recompute = recompute_from_string(a.recompute);
+    o.split_documents = !a.across_documents;
+    return o;
+}
+
+nlohmann::ordered_json to_json(const TrainResult& r) {
+    nlohmann::ordered_json out{{"steps", r.steps},
+                               {"interrupted", r.interrupted},
+                               {"parameters", r.parameters},
+                               {"seconds", r.seconds},
+                               {"tokens_per_second", r.tokens_per_second},
+                               {"flops_per_second", r.flops_per_second},
+                               {"peak_flops_per_second", r.peak_flops_per_second}};
+    if (r.held_out_loss) out["held_out_loss"] = *r.held_out_loss;
+    if (r.held_out_loss_per_byte) out["held_out_loss_per_byte"] = *r.held_out_loss_per_byte;
+    out["checkpoint"] = r.checkpoint.string();
+    out["log"] = r.log.string();
+    out["loss_curve"] = r.plot.string();
+    out["operators"] = r.operators;
+    return out;
+}
+
+void print_summary(const TrainResult& r) {
+    fmt::print("{} after {} steps; {:.1f} s in steps, {:.0f} tokens/s, {:.1f} GFLOP/s, {:.0f} % of the measured peak\n",
+               r.interrupted ? "stopped" : "done", r.steps, r.seconds, r.tokens_per_second, r.flops_per_second * 1e-9,
+               100.0 * r.flops_per_second / r.peak_flops_per_second);
+    for (const auto& [name, row] : r.operators.items())
+        fmt::print("  {:<14} {:5.1f} %{}\n", name, 100.0 * row["share"].get<double>(),
+                   row.contains("flops_per_second") ? fmt::format("  {:8.1f} GFLOP/s", row["flops_per_second"].get<double>() * 1e-9) : "");
+    if (r.held_out_loss) fmt::print("held-out loss  {:.4f} nats per token", *r.held_out_loss);
+    if (r.held_out_loss_per_byte) fmt::print(", {:.4f} nats per byte", *r.held_out_loss_per_byte);
+    if (r.held_out_loss) fmt::print("\n");
+    fmt::print("checkpoint     {}\nlog            {}\nloss curve     {}\n", r.checkpoint.string(), r.log.string(), r.plot.string());
+    if (r.interrupted) fmt::print("go on with     strobe train --resume --out {}\n", r.checkpoint.parent_path().string());
+}
+
+void run_train(const Arguments& a) {
+    TrainOptions options = complete(a);
+    if (a.plan) {
+        options.validate();
+        fmt::print("{}\n", describe(options).dump(2));
+        return;
+    }
+    options.quiet |= a.json;
+    const TrainResult result = train(options);
+    if (a.json)
+        fmt::print("{}\n", to_json(result).dump(2));
+    else
+        print_summary(result);
+    std::fflush(stdout);
+    if (result.interrupted) throw cli::Exit{kExitInterrupted, ""};
+}
+
+void add_model_options(CLI::App& command, Arguments& a) {
+    ModelConfig& m = a.options.model;
+    command.add_option("--arch", a.architecture, "gpt2 or llama")->check(CLI::IsMember({"gpt2", "llama"}))->capture_default_str()->group("Model");
+    command.add_option("--layers", m.num_layers)->capture_default_str()->group("Model");
+    command.add_option("--hidden", m.hidden_size, "Width of the residual stream")->capture_default_str()->group("Model");
+    command.add_option("--heads", m.num_heads)->capture_default_str()->group("Model");
+    command.add_option("--kv-heads", a.num_heads_k, "llama: key and value heads (default: as many as heads)")->group("Model");
+    command.add_option("--head-dim", a.head_dim, "llama: default hidden / heads")->group("Model");
+    command.add_option("--ffn", a.ffn_size, "Default: 4 hidden (gpt2), 8/3 hidden (llama)")->group("Model");
+    command.add_option("--context", m.context_length, "Longest sequence")->capture_default_str()->group("Model");
+    command.add_option("--rope-theta", m.rope_theta)->capture_default_str()->group("Model");
+    command.add_option("--init-std", m.init_std, "Of fresh weights")->capture_default_str()->group("Model");
+    command.add_flag("--untied", a.untied, "llama: the head has a weight of its own")->group("Model");
+    command.add_option("--init", a.options.init, "Start from this checkpoint's weights (and its model, and tokenizer)")->group("Model");
+}
+
+void add_step_options(CLI::App& command, Arguments& a) {
+    TrainOptions& o = a.options;
+    OptimizerOptions& p = o.optimizer;
+    command.add_option("--steps", o.steps)->capture_default_str()->group("Training");
+    command.add_option("--batch", o.batch_size, "Rows in one pass")->capture_default_str()->group("Training");
+    command.add_option("--seqlen", o.seqlen, "Tokens of a row (default: the context)")->group("Training");
+    command.add_option("--accumulate", o.accumulate, "Passes per step")->capture_default_str()->group("Training");
+    command.add_option("--lr", p.learning_rate, "Peak learning rate")->capture_default_str()->group("Training");
+    command.add_option("--final-lr", p.final_fraction, "At the end, as a fraction of the peak")->capture_default_str()->group("Training");
+    command.add_option("--warmup", p.warmup_steps, "Steps")->capture_default_str()->group("Training");
+    command.add_option("--weight-decay", p.weight_decay)->capture_default_str()->group("Training");
+    command.add_option("--beta1", p.beta1)->capture_default_str()->group("Training");
+    command.add_option("--beta2", p.beta2)->capture_default_str()->group("Training");
+    command.add_option("--clip", p.clip_norm, "Largest gradient norm; 0: no limit")->capture_default_str()->group("Training");
+    command.add_option("--seed", o.seed)->capture_default_str()->group("Training");
+    command.add_option("--recompute", a.recompute, "What the backward computes again to save memory: none, pointwise or block")
+        ->check(CLI::IsMember({"none", "pointwise", "block"}))->capture_default_str()->group("Training");
+}
+
+void add_data_options(CLI::App& command, Arguments& a) {
+    TrainOptions& o = a.options;
+    command.add_option("--data", o.data, "A text file, a folder of text files, or token shards")->group("Data");
+    command.add_option("--tokenizer", o.tokenizer, "bytes, or a vocabulary (folder, vocab.json, tokenizer.json, .tiktoken)")->capture_default_str()->group("Data");
+    command.add_option("--held-out", o.held_out, "Share of the text for evaluation")->capture_default_str()->group("Data");
+    command.add_flag("--across-documents", a.across_documents, "Let attention cross document borders")->group("Data");
+}
+
+void add_run_options(CLI::App& command, Arguments& a) {
+    TrainOptions& o = a.options;
+    command.add_option("--out", o.out, "Folder of checkpoints, log and loss curve")->capture_default_str();
+    command.add_flag("--resume", o.resume, "Go on from the newest checkpoint in --out, with the options it was started with; start if there is none");
+    command.add_flag("--overwrite", o.overwrite, "Start anew although --out holds a run");
+    command.add_option("--eval-every", o.eval_every, "Steps; 0: only at the end")->capture_default_str();
+    command.add_option("--eval-rows", o.eval_rows, "Rows of an evaluation on the way; the last takes all")->capture_default_str();
+    command.add_option("--save-every", o.save_every, "Steps; 0: only at the end")->capture_default_str();
+    command.add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
+    command.add_flag("--plan", a.plan, "Print sizes and memory of the run, and leave");
+    command.add_flag("--json", a.json, "One JSON object on standard output instead of progress and summary");
+    command.add_flag("--quiet", o.quiet, "No progress");
+}
+
+}  // namespace
+
+void add_train_command(CLI::App& app) {
+    CLI::App* command = app.add_subcommand("train", "Train a GPT on text");
+    command->option_defaults()->take_last();
+    const auto arguments = std::make_shared<Arguments>();
+    add_run_options(*command, *arguments);
+    add_data_options(*command, *arguments);
+    add_model_options(*command, *arguments);
+    add_step_options(*command, *arguments);
+    command->callback([arguments] { run_train(*arguments); });
+}
+
+}  // namespace strobe::gpt

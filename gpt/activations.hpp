@@ -1,0 +1,59 @@
+// Where every activation of a training pass lies. Computed from sizes before anything is allocated.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "gpt/arena.hpp"
+#include "gpt/config.hpp"
+#include "gpt/device.hpp"
+
+namespace strobe::gpt {
+
+/// What the backward computes again instead of remembering.
+/// none: nothing;  pointwise: outputs of norms and of the MLP's nonlinearity;  block: everything but each block's input.
+enum class Recompute { none, pointwise, block };
+
+std::string_view to_string(Recompute recompute);
+/// Throws std::invalid_argument naming the choices.
+Recompute recompute_from_string(std::string_view name);
+
+/// What a block's forward leaves for its backward. T rows.
+struct BlockActivations {
+    Buffer x;      // (T, hidden) the residual stream on entry
+    Buffer norm1;  // (T, hidden)
+    Buffer qkv;    // (T, qkv_size), after rotary positions
+    Buffer attn;   // (T, q_size)
+    Buffer mid;    // (T, hidden) the residual stream between attention and MLP
+    Buffer norm2;  // (T, hidden)
+    Buffer up;     // (T, ffn) or (T, 2 ffn)
+    Buffer act;    // (T, ffn)
+    float *mean1, *rstd1, *mean2, *rstd2;  // (T)
+    float* lse;                            // (num_heads, T)
+};
+
+struct Activations {
+    std::vector<BlockActivations> blocks;
+    Buffer branch;        // (T, hidden) what attention or MLP adds to the stream
+    Buffer final_x;       // (T, hidden)
+    Buffer final_norm;    // (T, hidden)
+    float *final_mean, *final_rstd;
+    float* losses;        // (T)
+    Buffer logits;        // (head_chunk, vocab)
+
+    // Gradients in flight.
+    Buffer dstream;       // (T, hidden) of the residual stream
+    Buffer dnorm;         // (T, hidden) of a norm's output
+    Buffer dact;          // (T, ffn)
+    Buffer dqkv;          // (T, qkv_size)
+    Buffer dattn;         // (T, q_size)
+
+    int64_t head_chunk = 0;  // rows of logits that exist at a time
+};
+
+/// Lays out a pass over at most `rows` tokens. With a null base the pointers mean nothing and only the size counts.
+/// `with_gradients` false leaves out what only the backward needs.
+Activations lay_out(const ModelConfig& config, int64_t rows, Recompute recompute, bool with_gradients, std::byte* base,
+                    size_t* total_bytes);
+
+}  // namespace strobe::gpt

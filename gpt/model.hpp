@@ -1,0 +1,83 @@
+// Forward and backward of the whole model, over packed sequences. Both architectures are one sequence of operators; the
+// config chooses among them.
+#pragma once
+
+#include <span>
+
+#include "gpt/activations.hpp"
+#include "gpt/backend.hpp"
+#include "gpt/batch.hpp"
+#include "gpt/weights.hpp"
+
+namespace strobe::gpt {
+
+struct ModelOptions {
+    int64_t max_rows = 0;  // tokens of the largest batch
+    Recompute recompute = Recompute::none;
+    bool training = true;  // false: no gradients, activations of one block only
+};
+
+/// Bytes by purpose, known before the first allocation.
+struct MemoryPlan {
+    size_t values = 0, gradients = 0, moments = 0, activations = 0;
+    size_t total() const { return values + gradients + moments + activations; }
+};
+MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options);
+
+class Model {
+public:
+    Model(const Weights& weights, Backend& backend, const ModelOptions& options);
+
+    /// Sum of the losses (nats) over the batch's targets.
+    double loss(const Batch& batch);
+
+    /// The same, and adds gradient_scale * d loss / d parameter to gradients().
+    double forward_backward(const Batch& batch, float gradient_scale);
+
+    /// (rows, vocab) of every token of the batch.
+    void logits(const Batch& batch, std::span<float> out);
+
+    const ParameterArena& gradients() const { return gradients_; }
+    void clear_gradients();
+
+    const Weights& weights() const { return weights_; }
+    Backend& backend() { return backend_; }
+
+private:
+    void load(const Batch& batch);
+    void forward_stream();
+    void forward_block(int64_t layer, bool again);
+    void head(bool gradient_too, float gradient_scale);
+    void backward_stream();
+    void backward_block(int64_t layer);
+    void recompute_pointwise(const BlockActivations& a, const BlockParameters& p);
+    NormForward norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const;
+    NormBackward norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const;
+    LinearForward linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const;
+    LinearBackward linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const;
+    AttentionForward attention(const BlockActivations& a) const;
+    AttentionBackward attention_backward(const BlockActivations& a) const;
+    Rope rope(Buffer qkv, bool inverse) const;
+    double sum_losses() const;
+    float* gradient(int index) const;
+
+    const Weights& weights_;
+    const ModelConfig& config_;
+    Backend& backend_;
+    Exec& exec_;
+    ModelOptions options_;
+    NormKind norm_kind_;
+    ActivationKind activation_kind_;
+    Arena arena_;
+    Activations act_;
+    ParameterArena gradients_;
+    std::vector<float> rope_table_;
+
+    // Of the batch at hand.
+    const Batch* batch_ = nullptr;
+    int64_t rows_ = 0;
+    int64_t max_seqlen_ = 0;
+    std::vector<int32_t> positions_;
+};
+
+}  // namespace strobe::gpt

@@ -1,0 +1,42 @@
+// Causal attention over packed sequences, by strobe. q, k and v are column ranges of one packed projection, or k and v are
+// a cache; nothing is permuted or copied. Sequence b has queries cu_seqlens_q[b] .. and keys cu_seqlens_k[b] ..; with more
+// keys than queries the queries are the last ones.
+#pragma once
+
+#include "gpt/ops/exec.hpp"
+
+namespace strobe::gpt {
+
+struct AttentionShape {
+    int64_t batch;                // sequences
+    int64_t num_heads, num_heads_k, head_dim;
+    int64_t total_q, total_k;     // rows
+    int64_t max_seqlen_q, max_seqlen_k;
+    const int32_t* cu_seqlens_q;  // (batch + 1)
+    const int32_t* cu_seqlens_k;  // (batch + 1)
+};
+
+struct AttentionForward {
+    AttentionShape shape;
+    int64_t q_stride, k_stride, v_stride, out_stride;  // elements from row to row
+    Buffer q;    // (total_q, num_heads, head_dim)
+    Buffer k;    // (total_k, num_heads_k, head_dim)
+    Buffer v;    // (total_k, num_heads_k, head_dim)
+    Buffer out;  // (total_q, num_heads, head_dim)
+    float* lse;  // (num_heads, total_q), or null: no backward will follow
+};
+
+struct AttentionBackward {
+    AttentionForward forward;
+    int64_t dout_stride, dqkv_stride;
+    Buffer dout;     // (total_q, num_heads, head_dim)
+    Buffer dq;       // (total_q, num_heads, head_dim)   dq, dk and dv are columns of one packed gradient
+    Buffer dk;       // (total_k, num_heads_k, head_dim)
+    Buffer dv;       // (total_k, num_heads_k, head_dim)
+};
+
+/// What strobe needs of Exec::scratch for such a call. Pointers are not looked at.
+size_t attention_workspace_bytes(const AttentionForward& attention, int threads);
+size_t attention_workspace_bytes(const AttentionBackward& attention, int threads);
+
+}  // namespace strobe::gpt

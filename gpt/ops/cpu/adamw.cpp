@@ -1,0 +1,74 @@
+#include <algorithm>
+#include <cmath>
+
+#include "gpt/ops/cpu/kernels.hpp"
+
+namespace strobe::gpt::cpu::STROBE_GPT_ISA {
+
+namespace {
+
+constexpr int64_t kGrain = 4096;
+
+struct Rates {
+    float beta1, beta2, eps, grad_scale;
+    float keep;              // 1 - lr * decay
+    float step_size;         // lr / (1 - beta1^t)
+    float inv_sqrt_bias2;    // 1 / sqrt(1 - beta2^t)
+};
+
+void update(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
+            const Rates& rates) {
+    const Rates k = rates;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * k.grad_scale;
+        m[i] = k.beta1 * m[i] + (1.0f - k.beta1) * grad;
+        v[i] = k.beta2 * v[i] + (1.0f - k.beta2) * grad * grad;
+        w[i] = k.keep * w[i] - k.step_size * m[i] / (std::sqrt(v[i]) * k.inv_sqrt_bias2 + k.eps);
+    }
+}
+
+}  // namespace
+
+void adamw(Exec& e, const AdamW& a) {
+    const double bias1 = 1.0 - std::pow(static_cast<double>(a.beta1), static_cast<double>(a.step));
+    const double bias2 = 1.0 - std::pow(static_cast<double>(a.beta2), static_cast<double>(a.step));
+    Rates rates{a.beta1, a.beta2, a.eps, a.grad_scale, 1.0f, static_cast<float>(a.learning_rate / bias1),
+                static_cast<float>(1.0 / std::sqrt(bias2))};
+    int64_t end_of_all = 0;
+    for (const AdamWSegment& s : a.segments) end_of_all = std::max(end_of_all, s.offset + s.size);
+    e.team->ranges(end_of_all, kGrain, [&](int64_t begin, int64_t end, int) {
+        Rates mine = rates;
+        for (const AdamWSegment& s : a.segments) {
+            const int64_t from = std::max(begin, s.offset), to = std::min(end, s.offset + s.size);
+            if (from >= to) continue;
+            mine.keep = s.decay ? 1.0f - a.learning_rate * a.weight_decay : 1.0f;
+            update(a.values + from, a.grads + from, a.m + from, a.v + from, to - from, mine);
+        }
+    });
+}
+
+void squared_norm(Exec& e, const SquaredNorm& a) {
+    // At most this many blocks, each summed by one thread; the sums are added in order.
+    constexpr int64_t kMaxBlocks = 16;
+    double sums[kMaxBlocks] = {};
+    const int64_t block = (a.size + kMaxBlocks - 1) / kMaxBlocks;
+    e.team->ranges(kMaxBlocks, 1, [&](int64_t first, int64_t last, int) {
+        for (int64_t b = first; b < last; ++b) {
+            const int64_t end = std::min(a.size, (b + 1) * block);
+            double total = 0.0;
+            for (int64_t i = b * block; i < end; i += kGrain) {
+                const int64_t stop = std::min(end, i + kGrain);
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = i; j < stop; ++j) sum += a.values[j] * a.values[j];
+                total += static_cast<double>(sum);
+            }
+            sums[b] = total;
+        }
+    });
+    *a.result = 0.0;
+    for (const double sum : sums) *a.result += sum;
+}
+
+}  // namespace strobe::gpt::cpu::STROBE_GPT_ISA

@@ -1,0 +1,74 @@
+// Matrix products by OpenBLAS, one single-threaded call per thread of the team: the split is by sizes alone and the
+// contraction is never split, so results do not depend on timing.
+#include <cblas.h>
+
+#include <algorithm>
+
+#include "gpt/ops/cpu/kernels.hpp"
+
+namespace strobe::gpt::cpu {
+
+namespace {
+
+constexpr int64_t kRowGrain = 8;      // rows of a GEMM tile
+constexpr int64_t kVectorRows = 4;    // up to here a product is bound by reading the weight: one pass of gemv per row
+
+blasint as_int(int64_t n) { return static_cast<blasint>(n); }
+
+void fill_rows(float* y, const float* bias, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(bias, columns, y + r * columns);
+}
+
+void sum_rows(Exec& e, const float* dy, int64_t rows, int64_t columns, float* dbias) {
+    e.team->ranges(columns, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = begin; c < end; ++c) dbias[c] += dy[r * columns + c];
+    });
+}
+
+}  // namespace
+
+void linear_forward(Exec& e, const LinearForward& a) {
+    const float* x = a.x.f32();
+    const float* weight = a.weight.f32();
+    const float* bias = a.bias ? a.bias.f32() : nullptr;
+    float* y = a.y.f32();
+    const float beta = bias ? 1.0f : 0.0f;
+    if (a.rows <= kVectorRows) {
+        e.team->ranges(a.out, 16, [&](int64_t begin, int64_t end, int) {
+            for (int64_t r = 0; r < a.rows; ++r) {
+                float* out = y + r * a.out + begin;
+                if (bias) std::copy_n(bias + begin, end - begin, out);
+                cblas_sgemv(CblasRowMajor, CblasNoTrans, as_int(end - begin), as_int(a.in), 1.0f, weight + begin * a.in,
+                            as_int(a.in), x + r * a.in, 1, beta, out, 1);
+            }
+        });
+        return;
+    }
+    e.team->ranges(a.rows, kRowGrain, [&](int64_t begin, int64_t end, int) {
+        float* out = y + begin * a.out;
+        if (bias) fill_rows(out, bias, end - begin, a.out);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, as_int(end - begin), as_int(a.out), as_int(a.in), 1.0f,
+                    x + begin * a.in, as_int(a.in), weight, as_int(a.in), beta, out, as_int(a.out));
+    });
+}
+
+void linear_backward(Exec& e, const LinearBackward& a) {
+    const float* dy = a.dy.f32();
+    if (a.dx) {
+        const float* weight = a.weight.f32();
+        float* dx = a.dx.f32();
+        e.team->ranges(a.rows, kRowGrain, [&](int64_t begin, int64_t end, int) {
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.out), 1.0f,
+                        dy + begin * a.out, as_int(a.out), weight, as_int(a.in), 0.0f, dx + begin * a.in, as_int(a.in));
+        });
+    }
+    const float* x = a.x.f32();
+    e.team->ranges(a.out, kRowGrain, [&](int64_t begin, int64_t end, int) {
+        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.rows), 1.0f,
+                    dy + begin, as_int(a.out), x, as_int(a.in), 1.0f, a.dweight + begin * a.in, as_int(a.in));
+    });
+    if (a.dbias) sum_rows(e, dy, a.rows, a.out, a.dbias);
+}
+
+}  // namespace strobe::gpt::cpu

@@ -1,0 +1,45 @@
+// Residual addition and normalisation in one pass: sum = x + branch, out = norm(sum).
+//   LayerNorm  out = (sum - mean) * rstd * weight + bias   (Ba, Kiros, Hinton 2016)
+//   RMSNorm    out = sum * rstd * weight                   (Zhang, Sennrich 2019); `bias` and `mean` are null
+#pragma once
+
+#include "gpt/ops/exec.hpp"
+
+namespace strobe::gpt {
+
+enum class NormKind { layernorm, rmsnorm };
+
+struct NormForward {
+    NormKind kind;
+    int64_t rows, hidden;
+    float eps;
+    Buffer x;       // (rows, hidden)
+    Buffer branch;  // (rows, hidden) or null: sum is x
+    Buffer sum;     // (rows, hidden); unused without branch; may be x
+    Buffer weight;  // (hidden)
+    Buffer bias;    // (hidden)
+    Buffer out;     // (rows, hidden)
+    float* mean;    // (rows)
+    float* rstd;    // (rows)
+};
+
+/// dx += d norm / d x; dweight and dbias are added to.
+struct NormBackward {
+    NormKind kind;
+    int64_t rows, hidden;
+    Buffer x;        // (rows, hidden), the normalised sum
+    Buffer weight;   // (hidden)
+    const float* mean;
+    const float* rstd;
+    Buffer dout;     // (rows, hidden)
+    Buffer dx;       // (rows, hidden)
+    float* dweight;  // (hidden)
+    float* dbias;    // (hidden) or null
+};
+
+/// What norm_backward needs of Exec::scratch.
+inline size_t norm_scratch_bytes(int threads, int64_t hidden) {
+    return static_cast<size_t>(2 * hidden * threads) * sizeof(float);
+}
+
+}  // namespace strobe::gpt

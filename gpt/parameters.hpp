@@ -1,0 +1,95 @@
+// The named parameters of a model, and arenas that hold one fp32 number per parameter: values, gradients and the
+// optimizer's moments all share one layout, so the optimizer and the checkpoint writer walk them alike.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gpt/arena.hpp"
+#include "gpt/config.hpp"
+
+namespace strobe::gpt {
+
+/// How a fresh parameter is filled.
+enum class Init { normal, normal_residual, ones, zeros };  // residual: std divided by sqrt(2 * num_layers)
+
+struct Parameter {
+    std::string name;                       // as in a Hugging Face checkpoint of the architecture
+    std::vector<int64_t> shape;             // in memory; a linear weight is (out, in)
+    bool transposed_in_checkpoint = false;  // gpt2's Conv1D weights lie as (in, out) in checkpoints
+    bool decay = false;                     // weight decay applies: matrices and embeddings, not norms and biases
+    Init init = Init::normal;
+    int64_t offset = 0;                     // in elements, into any arena of this layout
+    int64_t size = 0;
+};
+
+/// The parameters of one transformer block as indices into the layout; -1 where the architecture has none.
+struct BlockParameters {
+    int norm1_weight = -1, norm1_bias = -1;
+    int qkv_weight = -1;  // (qkv_size, hidden): one parameter (gpt2) or the first of q, k, v, which lie behind one another
+    int qkv_bias = -1;
+    int proj_weight = -1, proj_bias = -1;  // (hidden, q_size)
+    int norm2_weight = -1, norm2_bias = -1;
+    int up_weight = -1;                    // gpt2 (ffn, hidden); llama: gate, the first of gate and up, (2 ffn, hidden) in memory
+    int up_bias = -1;
+    int down_weight = -1, down_bias = -1;  // (hidden, ffn)
+};
+
+class ParameterLayout {
+public:
+    explicit ParameterLayout(const ModelConfig& config);
+
+    const std::vector<Parameter>& list() const { return parameters_; }
+    const Parameter& operator[](int index) const { return parameters_[static_cast<size_t>(index)]; }
+    /// Null when there is no such parameter.
+    const Parameter* find(std::string_view name) const;
+
+    const BlockParameters& block(int64_t layer) const { return blocks_[static_cast<size_t>(layer)]; }
+    int embedding() const { return embedding_; }
+    int positions() const { return positions_; }
+    int final_norm_weight() const { return final_norm_weight_; }
+    int final_norm_bias() const { return final_norm_bias_; }
+    /// The embedding when tied.
+    int head() const { return head_; }
+
+    /// Trainable numbers.
+    int64_t num_elements() const { return num_elements_; }
+    /// Length of an arena in floats; padding between parameters is zero and stays zero.
+    int64_t arena_elements() const { return arena_elements_; }
+
+private:
+    int add(std::string name, std::vector<int64_t> shape, Init init, bool transposed = false, bool joined = false);
+
+    std::vector<Parameter> parameters_;
+    std::vector<BlockParameters> blocks_;
+    int embedding_ = -1, positions_ = -1, final_norm_weight_ = -1, final_norm_bias_ = -1, head_ = -1;
+    int64_t num_elements_ = 0;
+    int64_t arena_elements_ = 0;
+};
+
+/// One fp32 number for each parameter, zero at first.
+class ParameterArena {
+public:
+    ParameterArena() = default;
+    explicit ParameterArena(const ParameterLayout& layout)
+        : arena_(static_cast<size_t>(layout.arena_elements()) * sizeof(float)), size_(layout.arena_elements()) {}
+
+    float* data() const { return arena_.at<float>(0); }
+    int64_t size() const { return size_; }
+    std::span<float> all() const { return {data(), static_cast<size_t>(size_)}; }
+    std::span<float> operator[](const Parameter& p) const {
+        return {data() + p.offset, static_cast<size_t>(p.size)};
+    }
+
+private:
+    Arena arena_;
+    int64_t size_ = 0;
+};
+
+/// Fills `values` by each parameter's Init; a pure function of layout, config and seed.
+void initialize(const ParameterLayout& layout, const ModelConfig& config, uint64_t seed, const ParameterArena& values);
+
+}  // namespace strobe::gpt

@@ -1,0 +1,67 @@
+#include "gpt/train/optimizer.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <stdexcept>
+
+#include <fmt/format.h>
+
+namespace strobe::gpt {
+
+namespace {
+
+std::vector<AdamWSegment> segments_of(const ParameterLayout& layout) {
+    std::vector<AdamWSegment> segments;
+    for (const Parameter& p : layout.list()) {
+        if (!segments.empty() && segments.back().decay == p.decay)
+            segments.back().size = p.offset + p.size - segments.back().offset;
+        else
+            segments.push_back({p.offset, p.size, p.decay});
+    }
+    return segments;
+}
+
+}  // namespace
+
+void OptimizerOptions::validate() const {
+    const auto require = [](bool good, const char* field, double value, const char* range) {
+        if (!good) throw std::invalid_argument(fmt::format("{} is {}, must be {}", field, value, range));
+    };
+    require(learning_rate > 0.0f && learning_rate < 10.0f, "learning rate", learning_rate, "above 0 and below 10");
+    require(final_fraction >= 0.0f && final_fraction <= 1.0f, "final learning rate fraction", final_fraction, "between 0 and 1");
+    require(warmup_steps >= 0, "warm-up", static_cast<double>(warmup_steps), "0 or more steps");
+    require(beta1 >= 0.0f && beta1 < 1.0f, "beta1", beta1, "at least 0 and below 1");
+    require(beta2 >= 0.0f && beta2 < 1.0f, "beta2", beta2, "at least 0 and below 1");
+    require(eps > 0.0f, "eps", eps, "above 0");
+    require(weight_decay >= 0.0f && weight_decay <= 10.0f, "weight decay", weight_decay, "between 0 and 10");
+    require(clip_norm >= 0.0f, "clip norm", clip_norm, "0 (off) or more");
+}
+
+float learning_rate_at(const OptimizerOptions& o, int64_t step, int64_t total_steps) {
+    if (step <= o.warmup_steps) return o.learning_rate * static_cast<float>(step) / static_cast<float>(o.warmup_steps);
+    const double length = static_cast<double>(std::max<int64_t>(1, total_steps - o.warmup_steps));
+    const double progress = std::min(1.0, static_cast<double>(step - o.warmup_steps) / length);
+    const double cosine = 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
+    return static_cast<float>(o.learning_rate * (o.final_fraction + (1.0 - o.final_fraction) * cosine));
+}
+
+Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& options)
+    : options_(options), segments_(segments_of(layout)), m_(layout), v_(layout) {
+    options.validate();
+}
+
+double Optimizer::apply(Exec& exec, const ParameterArena& values, const ParameterArena& gradients, int64_t step,
+                        float learning_rate) {
+    double square = 0.0;
+    run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.data(), .result = &square});
+    const double norm = std::sqrt(square);
+    float scale = 1.0f;
+    if (options_.clip_norm > 0.0f && norm > options_.clip_norm) scale = static_cast<float>(options_.clip_norm / (norm + 1e-6));
+    run(exec, AdamW{.segments = segments_, .values = values.data(), .grads = gradients.data(), .m = m_.data(), .v = v_.data(),
+                    .learning_rate = learning_rate, .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
+                    .weight_decay = options_.weight_decay, .step = step, .grad_scale = scale});
+    return norm;
+}
+
+}  // namespace strobe::gpt

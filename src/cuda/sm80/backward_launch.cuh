@@ -1,0 +1,65 @@
+// One backward call on the stream: row statistics, the main kernel, then dQ (conversion or its own pass) and the bias
+// gradient.
+#pragma once
+
+#include "cuda/common/launch.hpp"
+#include "cuda/sm80/backward_bias.cuh"
+#include "cuda/sm80/backward_kernel.cuh"
+#include "cuda/sm80/backward_query.cuh"
+
+namespace strobe::sm80 {
+
+template <Variant V>
+cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
+    constexpr uint64_t kCode = cuda::encode_variant(V);
+    constexpr BackwardConfig kConfig(V);
+    constexpr QueryGradientConfig kDq(V);
+    constexpr BiasGradientConfig kBias(V);
+    const cudaStream_t stream = context.stream;
+    const BackwardWorkspace ws = BackwardWorkspace::make(p, V);
+    const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads;
+    const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
+    const int64_t head_y = heads < 32768 ? heads : 32768;
+    const dim3 row_grid(static_cast<unsigned>(blocks(p.size.seqlen_q, V.block_m)), static_cast<unsigned>(head_y),
+                        static_cast<unsigned>(head_y > 0 ? blocks(heads, head_y) : 0));
+    const bool has_queries = heads > 0 && p.size.seqlen_q > 0;
+
+    if (has_queries) {
+        backward_row_statistics<kCode><<<row_grid, kRowThreads, 0, stream>>>(p, ws);
+    }
+
+    const int64_t stream_bytes = p.size.seqlen_q * V.head_dim * (2 + 2 + 4) * p.size.num_heads / p.size.num_heads_k;
+    const TileOrder key_order =
+        TileOrder::make(static_cast<int64_t>(p.size.batch) * p.size.num_heads_k, blocks(p.size.seqlen_k, V.block_n),
+                        stream_bytes, p.mask.is_band(), false);
+    if (key_order.size() > 0) {
+        const auto kernel = backward_kernel<kCode>;
+        if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
+        kernel<<<static_cast<unsigned>(key_order.size()), kConfig.threads, kConfig.smem_bytes, stream>>>(p, key_order, ws);
+    }
+
+    if (has_queries && ws.dq) {
+        backward_convert_dq<kCode><<<row_grid, kConfig.threads, 0, stream>>>(p, ws);
+    } else if (has_queries) {
+        const int64_t head_bytes = 2 * p.size.seqlen_k * V.head_dim * 2 * p.size.num_heads_k / p.size.num_heads;
+        const TileOrder order =
+            TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, p.mask.is_band(), true);
+        const auto kernel = backward_query_gradient<kCode>;
+        if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kDq.smem_bytes); e != cudaSuccess) return e;
+        kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
+    }
+
+    if constexpr (V.features == Features::general) {
+        if (p.dbias && p.size.seqlen_q > 0 && p.size.seqlen_k > 0) {
+            const BiasGradientGrid grid = BiasGradientGrid::make(p);
+            const auto kernel = backward_bias_gradient<kCode>;
+            if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kBias.smem_bytes); e != cudaSuccess) return e;
+            const dim3 size(static_cast<unsigned>(static_cast<int64_t>(grid.q_tiles) * grid.k_tiles),
+                            static_cast<unsigned>(grid.heads), static_cast<unsigned>(grid.batches));
+            kernel<<<size, kBias.kWarps * kWarpSize, kBias.smem_bytes, stream>>>(p, grid, ws);
+        }
+    }
+    return cudaGetLastError();
+}
+
+}  // namespace strobe::sm80

@@ -1,0 +1,57 @@
+// The backward's workspace: per query tile, in the order the kernels touch it, the statistics of its rows and the fp32
+// accumulator of dQ. Shared by the kernels and by the planner.
+#pragma once
+
+#include "core/variant.hpp"
+
+namespace strobe::sm80 {
+
+struct BackwardWorkspace {
+    int64_t head_tiles = 0;   // tiles of one head (varlen: of one head of all sequences)
+    float* lse_log2 = nullptr;  // (tiles, block_m): lse * log2(e); +inf where the row sees nothing or does not exist
+    float* delta = nullptr;     // (tiles, block_m): rowsum(dout * out) - dlse
+    float* dq = nullptr;        // (tiles, block_m * head_dim) in fragment order; null when dQ has its own pass
+
+    static constexpr int64_t kAlign = 256;
+
+    STROBE_HD static constexpr int64_t tiles_of_head(const ProblemSize& size, bool varlen, int block_m) {
+        return varlen ? size.total_q / block_m + size.batch : (size.seqlen_q + block_m - 1) / block_m;
+    }
+    STROBE_HD static constexpr int64_t total_tiles(const ProblemSize& size, bool varlen, int block_m) {
+        return tiles_of_head(size, varlen, block_m) * size.num_heads * (varlen ? 1 : size.batch);
+    }
+    STROBE_HD static constexpr int64_t stat_bytes(int64_t tiles, int block_m) {
+        return (tiles * block_m * 4 + kAlign - 1) / kAlign * kAlign;
+    }
+
+    /// The first tile of one (sequence, head). Varlen: a sequence starts at tile row / block_m + its number, which leaves
+    /// every sequence room for its last, partial tile.
+    template <int kBlockM>
+    STROBE_HD int64_t first_tile(const AttentionParams& p, const Sequence& seq, int batch, int head) const {
+        if (p.seqlens.cu_seqlens_q) return head * head_tiles + seq.q_row / kBlockM + batch;
+        return (static_cast<int64_t>(batch) * p.size.num_heads + head) * head_tiles;
+    }
+
+    static BackwardWorkspace make(const BackwardParams& p, const Variant& v) {
+        BackwardWorkspace w;
+        const bool varlen = p.seqlens.cu_seqlens_q != nullptr;
+        w.head_tiles = tiles_of_head(p.size, varlen, v.block_m);
+        const int64_t tiles = total_tiles(p.size, varlen, v.block_m);
+        char* at = static_cast<char*>(p.workspace);
+        w.lse_log2 = reinterpret_cast<float*>(at);
+        w.delta = reinterpret_cast<float*>(at + stat_bytes(tiles, v.block_m));
+        if (!p.deterministic) w.dq = reinterpret_cast<float*>(at + 2 * stat_bytes(tiles, v.block_m));
+        return w;
+    }
+};
+
+inline int64_t backward_dq_bytes(const ProblemSize& size, bool varlen, const Variant& v) {
+    return BackwardWorkspace::total_tiles(size, varlen, v.block_m) * v.block_m * v.head_dim * 4;
+}
+
+inline int64_t backward_workspace_bytes(const ProblemSize& size, bool varlen, bool deterministic, const Variant& v) {
+    const int64_t tiles = BackwardWorkspace::total_tiles(size, varlen, v.block_m);
+    return 2 * BackwardWorkspace::stat_bytes(tiles, v.block_m) + (deterministic ? 0 : backward_dq_bytes(size, varlen, v));
+}
+
+}  // namespace strobe::sm80

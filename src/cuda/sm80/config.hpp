@@ -1,0 +1,132 @@
+// What follows from a variant row: how warps split the tiles, how much shared memory a CTA takes, how many CTAs should
+// share an SM. Pure constexpr, shared by the kernels and by the planner (and its tests), without CUDA headers.
+#pragma once
+
+#include "core/variant.hpp"
+
+namespace strobe::sm80 {
+
+constexpr int kWarpSize = 32;
+constexpr int kRegistersPerSm = 65536;
+
+STROBE_HD constexpr int ctas_for_registers(int threads, int registers_per_thread) {
+    const int ctas = kRegistersPerSm / (threads * registers_per_thread);
+    return ctas < 1 ? 1 : ctas;
+}
+
+/// Forward: every warp owns `rows` query rows and sees all keys of a tile. K and V are streamed through `stages` buffers.
+struct ForwardConfig {
+    int threads, rows, m_atoms, n_atoms, d_atoms;
+    int q_bytes, kv_bytes, smem_bytes;
+    int ctas_per_sm;
+
+    STROBE_HD constexpr explicit ForwardConfig(const Variant& v)
+        : threads(v.warps * kWarpSize),
+          rows(v.block_m / v.warps),
+          m_atoms(rows / 16),
+          n_atoms(v.block_n / 8),
+          d_atoms(v.head_dim / 8),
+          q_bytes(v.block_m * v.head_dim * 2),
+          kv_bytes(v.block_n * v.head_dim * 2),
+          smem_bytes(q_bytes + 2 * v.stages * kv_bytes),
+          // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
+          // kernels address bias and dropout bits besides.
+          ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
+                                                      (v.features == Features::general ? 72 : 40))) {}
+};
+
+/// Backward, one CTA per key tile. Scores are computed transposed (keys x queries). When a warp's keys meet all queries
+/// of the step (warps_m == 1), P and dS stay in registers for dV and dK; otherwise they pass through shared memory.
+/// dS passes through shared memory for dQ in any case.
+struct BackwardConfig {
+    int threads;
+    int score_warps_n, score_warps_m;  // S^T and dP^T, (block_n x step_m)
+    int step_m;                        // queries whose scores are held at once
+    int out_warps_n, out_warps_d;      // dK and dV, (block_n x head_dim)
+    int dq_warps_m, dq_warps_d;        // dQ, (block_m x head_dim)
+    bool p_in_registers;
+    int kv_bytes, q_bytes, score_bytes, stat_bytes, smem_bytes;
+    int ctas_per_sm;
+
+    STROBE_HD constexpr explicit BackwardConfig(const Variant& v)
+        : threads(v.warps * kWarpSize),
+          score_warps_n(0),
+          score_warps_m(1),
+          step_m(v.block_m),
+          out_warps_n(0),
+          out_warps_d(1),
+          dq_warps_m(v.block_m / 32),
+          dq_warps_d(1),
+          p_in_registers(v.head_dim <= 64),
+          kv_bytes(v.block_n * v.head_dim * 2),
+          q_bytes(v.block_m * v.head_dim * 2),
+          score_bytes(v.block_n * v.block_m * 2),
+          stat_bytes(v.block_m * 4),
+          smem_bytes(0),
+          ctas_per_sm(1) {
+        if (p_in_registers) {
+            score_warps_n = out_warps_n = v.warps;
+            // 32 keys x 64 queries of S and dP would not fit beside dK and dV.
+            if (v.block_n / v.warps == 32 && v.block_m > 32) step_m = 32;
+        } else {
+            out_warps_n = v.block_n / 32;
+            out_warps_d = v.warps / out_warps_n;
+            score_warps_n = v.block_n / 32;
+            if (v.block_m / (v.warps / score_warps_n) < 16) score_warps_n = v.block_n / 16;
+            score_warps_m = v.warps / score_warps_n;
+        }
+        dq_warps_d = v.warps / dq_warps_m;
+        while ((v.head_dim / dq_warps_d) % 16 != 0 || dq_warps_m * dq_warps_d < v.warps) {
+            dq_warps_m *= 2;
+            dq_warps_d = v.warps / dq_warps_m;
+        }
+        smem_bytes = 2 * kv_bytes + v.stages * 2 * (q_bytes + stat_bytes) + (p_in_registers ? 1 : 2) * score_bytes;
+        const int out_registers = 2 * (v.block_n / out_warps_n) * (v.head_dim / out_warps_d) / kWarpSize;
+        const int score_registers = 2 * (v.block_n / score_warps_n) * (step_m / score_warps_m) / kWarpSize;
+        const int dq_registers = v.block_m / dq_warps_m * (v.head_dim / dq_warps_d) / kWarpSize;
+        const int live = out_registers + (score_registers > dq_registers ? score_registers : dq_registers);
+        ctas_per_sm = ctas_for_registers(threads, live + 48);
+    }
+};
+
+/// The deterministic dQ pass, one CTA per query tile: structured like the forward, with dP beside S.
+struct QueryGradientConfig {
+    static constexpr int kWarps = 4;
+    int block_m, block_n, rows, stages;
+    int q_bytes, kv_bytes, smem_bytes;
+    int ctas_per_sm;
+
+    STROBE_HD constexpr explicit QueryGradientConfig(const Variant& v)
+        : block_m(v.head_dim <= 128 ? 128 : 64),
+          block_n(32),
+          rows(block_m / kWarps),
+          stages(v.head_dim <= 96 ? 2 : 1),
+          q_bytes(block_m * v.head_dim * 2),
+          kv_bytes(block_n * v.head_dim * 2),
+          smem_bytes(2 * q_bytes + 2 * stages * kv_bytes),
+          ctas_per_sm(ctas_for_registers(kWarps * kWarpSize, rows * (v.head_dim + 2 * block_n) / kWarpSize + 48)) {}
+};
+
+/// The bias gradient pass, one CTA per 64 x 32 tile of the gradient.
+struct BiasGradientConfig {
+    static constexpr int kWarps = 4;
+    static constexpr int kBlockM = 64;
+    static constexpr int kBlockN = 32;
+    int q_bytes, kv_bytes, smem_bytes;
+
+    STROBE_HD constexpr explicit BiasGradientConfig(const Variant& v)
+        : q_bytes(kBlockM * v.head_dim * 2),
+          kv_bytes(kBlockN * v.head_dim * 2),
+          smem_bytes(2 * q_bytes + 2 * kv_bytes) {}
+};
+
+/// Dynamic shared memory of the row's largest kernel.
+STROBE_HD constexpr int smem_bytes(const Variant& v) {
+    if (v.direction == Direction::forward) return ForwardConfig(v).smem_bytes;
+    int bytes = BackwardConfig(v).smem_bytes;
+    if (const int dq = QueryGradientConfig(v).smem_bytes; dq > bytes) bytes = dq;
+    if (const int db = BiasGradientConfig(v).smem_bytes; v.features == Features::general && db > bytes) bytes = db;
+    return bytes;
+}
+
+}  // namespace strobe::sm80

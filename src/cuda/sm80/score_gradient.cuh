@@ -1,0 +1,94 @@
+// From scores to P and dS, on the accumulator fragments of one warp: what every backward pass does between its products.
+#pragma once
+
+#include "cuda/sm80/score.cuh"
+
+namespace strobe::sm80 {
+
+/// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the softcap
+/// was given (softmax_scale * q.k), else of what it returned.
+template <DType kType, bool kTransposed, bool kGeneral, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
+struct ScoreGradient {
+    uint32_t probability[kMAtoms][kNAtoms][2];  // as multiplied with v in the forward: dropped elements are zero
+    uint32_t slope_of_cap[kMAtoms][kNAtoms][2];
+
+    /// s: q.k in, scores out. All that branches is here, so that `probabilities`, which does not (in a plain kernel), can
+    /// share its basic block with the product dp = dout.v and run under it.
+    __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const MaybeScoreFunction<kGeneral>& score,
+                                           const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked) {
+        if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin);
+        if (masked) apply_mask(s, band, origin, -INFINITY);
+    }
+
+    /// s becomes P times the softcap's slope, the factor of dS. lse(i, j, h) gives the base-2 LSE of the queries of elements
+    /// 2h and 2h + 1 of an atom; delta likewise.
+    template <typename Lse>
+    __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
+                                                  uint32_t batch_head, const FragmentOrigin<kTransposed>& origin, Lse lse) {
+        const float scale_log2 = kGeneral ? 1.0f : p.score.softmax_scale * kLog2e;
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float2 l = lse(i, j, h);
+                    s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
+                    s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
+                }
+        if constexpr (kGeneral) {
+            if (p.dropout.enabled()) {
+                // A dropped element keeps its P (dS needs it) with the sign bit set.
+                for_each_kept(s, p.dropout, p.mask, batch_head, origin, [](float& x, bool kept) { x = kept ? x : -x; });
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float x = s[i][j][2 * h], y = s[i][j][2 * h + 1];
+                    probability[i][j][h] =
+                        kGeneral ? pack<kType>(signbit(x) ? 0.0f : x, signbit(y) ? 0.0f : y) : pack<kType>(x, y);
+                }
+        if constexpr (kGeneral && kThroughSoftcap) {
+            if (p.score.softcap > 0.0f) {
+#pragma unroll
+                for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+                    for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const float2 slope = unpack2<kType>(slope_of_cap[i][j][h]);
+                            s[i][j][2 * h] *= slope.x;
+                            s[i][j][2 * h + 1] *= slope.y;
+                        }
+            }
+        }
+    }
+
+    /// dp becomes dS / softmax_scale.
+    template <typename Delta>
+    __device__ __forceinline__ static void finish(float (&dp)[kMAtoms][kNAtoms][4], const float (&s)[kMAtoms][kNAtoms][4],
+                                                  const Dropout& dropout, Delta delta) {
+        const bool drops = kGeneral && dropout.enabled();
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float2 d = delta(i, j, h);
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) {
+                        float gradient = dp[i][j][e];
+                        if (drops) gradient = signbit(s[i][j][e]) ? 0.0f : gradient * dropout.rescale;
+                        const float factor = kGeneral ? fabsf(s[i][j][e]) : s[i][j][e];
+                        dp[i][j][e] = factor * (gradient - (e & 1 ? d.y : d.x));
+                    }
+                }
+    }
+};
+
+}  // namespace strobe::sm80

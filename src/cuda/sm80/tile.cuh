@@ -1,0 +1,240 @@
+// Tiles of 16-bit elements in shared memory: their swizzle, how they are filled from global memory, how warps read them
+// as mma operands, and the one matrix product loop that every kernel of this path uses.
+#pragma once
+
+#include "cuda/sm80/ptx.cuh"
+
+namespace strobe::sm80 {
+
+/// Row-major rows x kCols; the 16-byte chunks of a row are XOR-permuted so that eight consecutive rows of one chunk
+/// column cover all 32 banks (ldmatrix and the fragment stores are then conflict-free).
+template <int kCols>
+struct TileLayout {
+    static_assert(kCols % 32 == 0);
+    static constexpr int kRowBytes = kCols * 2;
+    static constexpr bool kWideRows = kCols % 64 == 0;  // else two rows share a 128-byte line's parity
+    static constexpr int kGroupChunks = kWideRows ? 8 : 4;
+    static constexpr int kXorMask = kWideRows ? 6 : 2;
+
+    __device__ static int phase(int row) { return kWideRows ? row & 7 : row >> 1 & 3; }
+    __device__ static uint32_t offset(int row, int chunk) { return row * kRowBytes + ((chunk ^ phase(row)) << 4); }
+};
+
+/// Where a lane points ldmatrix at inside a tile, from (row0, col0) on. `at(row, col)` with multiples of 16 costs one XOR
+/// at most. row0 is a multiple of 16; col0 is one too and shares no bit with the columns later given to `at`.
+template <int kCols>
+struct FragmentAddress {
+    using Layout = TileLayout<kCols>;
+    uint32_t base;
+    uint32_t beyond = 0;  // bytes added behind the XOR: tiles a constant apart share their XORed bases
+
+    /// Matrices ordered (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1):
+    /// a row-major A operand, or with .trans a B operand stored k x n.
+    __device__ static FragmentAddress rows_first(uint32_t tile, int lane, int row0 = 0, int col0 = 0) {
+        return {tile + Layout::offset(row0 + (lane & 15), (col0 >> 3) + (lane >> 4))};
+    }
+    /// Matrices ordered (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (rows 8-15, chunk 1):
+    /// a B operand stored n x k, or with .trans an A operand stored k x m.
+    __device__ static FragmentAddress chunks_first(uint32_t tile, int lane, int row0 = 0, int col0 = 0) {
+        return {tile + Layout::offset(row0 + ((lane & 7) | (lane >> 4 << 3)), (col0 >> 3) + (lane >> 3 & 1))};
+    }
+    /// This lane's first element of an accumulator fragment whose atom (0, 0) lies at (row0, col0).
+    __device__ static FragmentAddress accumulator(uint32_t tile, int lane, int row0, int col0) {
+        return {tile + Layout::offset(row0 + (lane >> 2), col0 >> 3) + 4 * (lane & 3)};
+    }
+    __device__ uint32_t at(int row, int col) const {
+        const int chunk = col >> 3;
+        return (base ^ ((chunk & Layout::kXorMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) +
+               beyond;
+    }
+    /// Two columns of an accumulator fragment: `at` for odd chunks too.
+    __device__ uint32_t at_chunk(int row, int chunk) const {
+        constexpr int kMask = Layout::kGroupChunks - 1;
+        return (base ^ ((chunk & kMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~kMask) << 4)) + beyond;
+    }
+    __device__ FragmentAddress operator+(uint32_t bytes) const { return {base, beyond + bytes}; }
+    __device__ FragmentAddress moved(uint32_t bytes) const { return {base + bytes, beyond}; }
+    __device__ FragmentAddress moved_chunks(int chunk) const { return {at_chunk(0, chunk) - beyond, beyond}; }
+};
+
+/// Eight elements one by one, for rows that are not 16-byte aligned or end inside a chunk.
+__device__ __forceinline__ uint4 gather_chunk(const uint16_t* src, int valid) {
+    uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (i < valid) w[i >> 1] |= static_cast<uint32_t>(src[i]) << (16 * (i & 1));
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
+/// Fills kRows x kCols from `src` (row 0 of the tile); rows >= rows_valid and columns >= cols_valid become zero.
+/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time.
+template <int kRows, int kCols, int kThreads, bool kAligned>
+__device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, int64_t row_stride, int rows_valid,
+                                          int cols_valid, bool aligned, int thread) {
+    using Layout = TileLayout<kCols>;
+    constexpr int kLanes = Layout::kGroupChunks;
+    constexpr int kRowStep = kThreads / kLanes;
+    static_assert(kRowStep % 8 == 0);
+    const int row0 = thread / kLanes;
+    const int chunk0 = thread % kLanes;
+    const uint32_t dst = tile + Layout::offset(row0, chunk0);
+    const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
+    if (kAligned && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+#pragma unroll
+        for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
+            if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
+#pragma unroll
+            for (int c = 0; c < kCols / 8; c += kLanes) {
+                cp_async_16(dst + r * kRowStep * Layout::kRowBytes + c * 16, row_ptr + c * 8);
+            }
+            row_ptr += kRowStep * row_stride;
+        }
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
+        const int row = row0 + r * kRowStep;
+        if (kRows % kRowStep != 0 && row >= kRows) break;
+#pragma unroll
+        for (int c = 0; c < kCols / 8; c += kLanes) {
+            const int col = (chunk0 + c) * 8;
+            const uint32_t to = dst + r * kRowStep * Layout::kRowBytes + c * 16;
+            if (kAligned || aligned) {
+                const bool valid = row < rows_valid && col < cols_valid;
+                cp_async_16(to, valid ? row_ptr + c * 8 : src, valid);
+            } else {
+                store_shared(to, gather_chunk(row_ptr + c * 8, row < rows_valid ? cols_valid - col : 0));
+            }
+        }
+        row_ptr += kRowStep * row_stride;
+    }
+}
+
+/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
+template <int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
+    using Layout = TileLayout<kCols>;
+    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
+    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
+    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
+}
+
+/// What `multiply` does besides after each step of k: nothing.
+struct NoSideWork {
+    __device__ void operator()(int) const {}
+};
+
+/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments, one
+/// step of k ahead of their use; load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1, as far ahead as it takes to hide
+/// ldmatrix behind mma: one pair feeds 2 * kMAtoms of them. side_work(k) is spread between the steps.
+template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB,
+          typename SideWork = NoSideWork>
+__device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b,
+                                         SideWork side_work = {}) {
+    static_assert(kNAtoms % 2 == 0);
+    constexpr int kPairs = kNAtoms / 2, kTotal = kSteps * kPairs;
+    constexpr int kAhead = kMAtoms == 1 ? 4 : kPairs == 1 ? 1 : 2;
+    uint32_t a[2][kMAtoms][4];
+    uint32_t b[kAhead + 1][4];
+    load_a(0, a[0]);
+#pragma unroll
+    for (int n = 0; n < kAhead && n < kTotal; ++n) load_b(n / kPairs, n % kPairs, b[n]);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        if (k + 1 < kSteps) load_a(k + 1, a[(k + 1) & 1]);
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+            const int now = k * kPairs + j, next = now + kAhead;
+            if (next < kTotal) load_b(next / kPairs, next % kPairs, b[next % (kAhead + 1)]);
+            const uint32_t(&pair)[4] = b[now % (kAhead + 1)];
+#pragma unroll
+            for (int i = 0; i < kMAtoms; ++i) {
+                if (kFresh && k == 0) {
+                    mma<kType, true>(acc[i][2 * j], a[k & 1][i], pair[0], pair[1]);
+                    mma<kType, true>(acc[i][2 * j + 1], a[k & 1][i], pair[2], pair[3]);
+                } else {
+                    mma<kType, false>(acc[i][2 * j], a[k & 1][i], pair[0], pair[1]);
+                    mma<kType, false>(acc[i][2 * j + 1], a[k & 1][i], pair[2], pair[3]);
+                }
+            }
+        }
+        side_work(k);
+    }
+}
+
+/// Operand fetchers for `multiply`; `from` points at the warp's part of the stored tile.
+template <int kMAtoms, int kCols>
+__device__ __forceinline__ auto a_rows(FragmentAddress<kCols> from) {  // A[m][k] stored m x k: rows_first
+    return [from](int k, uint32_t (&a)[kMAtoms][4]) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i) ldmatrix(a[i], from.at(16 * i, 16 * k));
+    };
+}
+
+template <int kMAtoms, int kCols>
+__device__ __forceinline__ auto a_columns(FragmentAddress<kCols> from) {  // A[m][k] stored k x m: chunks_first
+    return [from](int k, uint32_t (&a)[kMAtoms][4]) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i) ldmatrix_transposed(a[i], from.at(16 * k, 16 * i));
+    };
+}
+
+template <int kCols>
+__device__ __forceinline__ auto b_rows(FragmentAddress<kCols> from) {  // B[k][n] stored n x k: chunks_first
+    return [from](int k, int j, uint32_t (&b)[4]) { ldmatrix(b, from.at(16 * j, 16 * k)); };
+}
+
+/// B[k][n] stored k x n: rows_first. The pairs of n-atoms lie kStride * 16 columns apart.
+template <int kStride, int kCols>
+__device__ __forceinline__ auto b_columns(FragmentAddress<kCols> from) {
+    return [from](int k, int j, uint32_t (&b)[4]) { ldmatrix_transposed(b, from.at(16 * k, 16 * kStride * j)); };
+}
+
+/// A held in registers as packed accumulators: packed[i][j][h] are columns 8j + 2t, 2t + 1 of row g + 8h of atom i.
+template <int kMAtoms, int kNAtoms>
+__device__ __forceinline__ auto a_registers(const uint32_t (&packed)[kMAtoms][kNAtoms][2]) {
+    return [&packed](int k, uint32_t (&a)[kMAtoms][4]) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i) {
+            a[i][0] = packed[i][2 * k][0];
+            a[i][1] = packed[i][2 * k][1];
+            a[i][2] = packed[i][2 * k + 1][0];
+            a[i][3] = packed[i][2 * k + 1][1];
+        }
+    };
+}
+
+/// Accumulators as the packed A operand of the next product.
+template <DType kType, int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAtoms][2],
+                                               const float (&s)[kMAtoms][kNAtoms][4]) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j) {
+            packed[i][j][0] = pack<kType>(s[i][j][0], s[i][j][1]);
+            packed[i][j][1] = pack<kType>(s[i][j][2], s[i][j][3]);
+        }
+}
+
+template <int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void clear(float (&acc)[kMAtoms][kNAtoms][4]) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
+}
+
+template <int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void clear(uint32_t (&packed)[kMAtoms][kNAtoms][2]) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j) packed[i][j][0] = packed[i][j][1] = 0;
+}
+
+}  // namespace strobe::sm80

@@ -1,0 +1,141 @@
+// The shape of the backward kernel: tiles, shared memory, barriers, registers.
+//
+// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
+// registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes dq = dS K from
+// the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from its registers. One warp
+// of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores are fed by one warpgroup while
+// another works on exponentials.
+//
+// head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
+// head_dim > 128: a tile has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
+// P and dV, the other dS and dK, and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
+#pragma once
+
+#include <cuda.h>
+
+#include "core/variant.hpp"
+#include "cuda/sm90/backward_ptx.cuh"
+#include "cuda/sm90/backward_schedule.hpp"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace strobe::sm90 {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+template <Variant V>
+struct BackwardConfig {
+    static constexpr int kDim = V.head_dim;
+    static constexpr int kChunks = (kDim + 63) / 64;  // a chunk: 64 columns, 128 bytes a row, swizzled as TMA writes it
+    static constexpr int kBlockM = V.block_m;
+    static constexpr int kBlockN = V.block_n;
+    static constexpr int kStages = V.stages;          // of q, dout and the row statistics
+    static constexpr int kDsStages = 2;
+    static constexpr int kSlots = 8;                  // of QuerySlot
+    static constexpr bool kSplit = kDim > 128;        // by product instead of by key
+    static constexpr int kKeyWarpgroups = 2;
+    static constexpr int kKeyUnits = kBlockN / 64;
+    static constexpr int kThreads = V.warps * 32;
+    static constexpr int kKeyRegisters = kDim == 96 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 96 ? 88 : 72;
+    static constexpr int kLoadRegisters = 24;
+    static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
+
+    static constexpr int kRowBytes = 128;
+    static constexpr int kKeyChunkBytes = kBlockN * kRowBytes;
+    static constexpr int kQueryChunkBytes = kBlockM * kRowBytes;
+    static constexpr int kKeyTileBytes = kChunks * kKeyChunkBytes;
+    static constexpr int kQueryTileBytes = kChunks * kQueryChunkBytes;
+    static constexpr int kDsUnitBytes = kBlockN * kRowBytes;  // (keys, 64 queries)
+    static constexpr int kStatsBytes = 2 * kBlockM * 4;
+
+    static_assert(kStages + kDsStages < kSlots);
+    static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
+    static_assert(kBlockN == (kSplit ? 64 : 128) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
+    static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
+    static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
+    
+};
+
+/// What the load warp tells the others about the tiles to come.
+struct TileRing {
+    static constexpr int kEntries = 4;
+    BackwardTile entry[kEntries];
+};
+
+/// Position in a ring of buffers and the parity of the current trip round it.
+struct RingPosition {
+    int index = 0;
+    uint32_t phase = 0;
+
+    template <int kCount>
+    __device__ __forceinline__ void advance() {
+        if (++index == kCount) {
+            index = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+/// What belongs to one query tile, written by the load warp along with its copies. The n-th tile of a CTA has slot
+/// n % kSlots: the dq warpgroup may read it kDsStages tiles behind the key warps, who free its stage.
+struct alignas(16) QuerySlot {
+    int padded;       // index of the tile in the dq accumulator, all heads together
+    int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
+    int query0;       // first row
+    int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
+};
+
+template <Variant V>
+struct BackwardSmem {
+    using C = BackwardConfig<V>;
+    alignas(1024) uint8_t k[C::kKeyTileBytes];
+    alignas(1024) uint8_t v[C::kKeyTileBytes];
+    alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
+    alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
+    alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
+    alignas(128) float stats[C::kStages][2][C::kBlockM];
+    QuerySlot slot[C::kSlots];
+    TileRing tiles;
+    Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
+    Barrier kv_free;                  // every warp is done with the key tile
+    Barrier q_full[C::kStages];       // q and the row statistics
+    Barrier dout_full[C::kStages];
+    Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
+    Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
+    Barrier ds_full[C::kDsStages];    // dS is complete
+    Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it
+};
+
+/// Kernel arguments beside BackwardParams, made by the host for one launch.
+struct BackwardLaunch {
+    CUtensorMap q, k, v, dout;
+    BackwardSchedule schedule;
+    float scale_log2 = 1.0f;      // softmax_scale * log2(e)
+    float* stats = nullptr;       // see BackwardWorkspace
+    float* dq = nullptr;
+    int32_t* semaphore = nullptr;
+    int32_t* counter = nullptr;
+    int64_t tiles = 0;
+};
+
+// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major, where
+// the leading offset leads to the next chunk and the stride offset to the next 8 rows.
+__device__ __forceinline__ uint64_t k_major(uint32_t address) { return smem_descriptor<128>(address, 16, 1024); }
+__device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) {
+    return smem_descriptor<128>(address, chunk_bytes, 1024);
+}
+
+/// d = A B^T over kDim columns, both operands K-major in chunks.
+template <DType kType, int N, int kDim>
+__device__ __forceinline__ void multiply_over_dim(float (&d)[N / 2], uint64_t a, int a_chunk_bytes, uint64_t b,
+                                                  int b_chunk_bytes) {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+        const int chunk = k / 4;
+        const int within = k % 4 * 2;  // 16 columns = 32 bytes
+        Wgmma<N>::template ss<kType, 0, 0>(d, a + (chunk * a_chunk_bytes >> 4) + within,
+                                           b + (chunk * b_chunk_bytes >> 4) + within, k != 0);
+    }
+}
+
+}  // namespace strobe::sm90

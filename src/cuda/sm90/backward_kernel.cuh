@@ -1,0 +1,60 @@
+// The backward kernel. See backward_config.cuh for how the work is divided.
+#pragma once
+
+#include "cuda/common/kernel_variant.hpp"
+#include "cuda/sm90/backward_config.cuh"
+#include "cuda/sm90/backward_dq_worker.cuh"
+#include "cuda/sm90/backward_key_worker.cuh"
+#include "cuda/sm90/backward_load_worker.cuh"
+#include "cuda/sm90/backward_split_worker.cuh"
+
+namespace strobe::sm90 {
+
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32, 1)
+    backward_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardLaunch launch) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    using C = BackwardConfig<V>;
+    extern __shared__ __align__(1024) uint8_t smem_bytes[];
+    BackwardSmem<V>& smem = *reinterpret_cast<BackwardSmem<V>*>(smem_bytes);
+    release_downstream_kernel();
+    if (threadIdx.x == 0) {
+        constexpr int kKeyWarps = 4 * C::kKeyWarpgroups;
+        smem.k_full.init(1);
+        smem.v_full.init(1);
+        smem.kv_free.init(kKeyWarps + 4);
+        for (int s = 0; s < C::kStages; ++s) {
+            smem.q_full[s].init(1);
+            smem.dout_full[s].init(1);
+            smem.stage_free[s].init(kKeyWarps);
+        }
+        for (int s = 0; s < C::kDsStages; ++s) {
+            smem.p_full[s].init(4);
+            smem.ds_full[s].init(C::kSplit ? 4 : kKeyWarps);
+            smem.ds_free[s].init(4);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    const int thread = threadIdx.x % 128;
+    if (warpgroup == C::kKeyWarpgroups + 1) {
+        register_limit_lower<C::kLoadRegisters>();
+        if (__shfl_sync(0xFFFFFFFFu, thread / 32, 0) == 0) LoadWorker<V>{smem, params, launch, thread}.run();
+    } else if (warpgroup == C::kKeyWarpgroups) {
+        register_limit_lower<C::kDqRegisters>();
+        DqWorker<V>{smem, params, launch, thread}.run();
+    } else {
+        register_limit_raise<C::kKeyRegisters>();
+        if constexpr (!C::kSplit) {
+            KeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+        } else if (warpgroup == 0) {
+            ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
+        } else {
+            KeyGradWorker<V>{smem, params, thread}.run();
+        }
+    }
+}
+
+}  // namespace strobe::sm90

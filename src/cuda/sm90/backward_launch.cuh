@@ -1,0 +1,93 @@
+// Host side of the Hopper backward pass: row statistics, main kernel, conversion of dq, in one chain of dependent launches.
+#pragma once
+
+#include "cuda/common/launch.hpp"
+#include "cuda/sm90/backward_kernel.cuh"
+#include "cuda/sm90/backward_rows.cuh"
+#include "cuda/sm90/ragged_tensor_map.hpp"
+
+namespace strobe::sm90 {
+
+namespace detail {
+
+struct LaunchShape {
+    dim3 grid;
+    int threads = 0;
+    int smem_bytes = 0;
+    bool overlaps_upstream = false;  // may start before the kernel in front has finished; waits for it itself
+};
+
+template <typename... Args>
+cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cudaStream_t stream, const Args&... args) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = shape.overlaps_upstream ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace detail
+
+template <Variant V>
+cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
+    using C = BackwardConfig<V>;
+    constexpr uint64_t kCode = cuda::encode_variant(V);
+    const ProblemSize& n = p.size;
+    if (n.batch == 0) return cudaSuccess;
+    const BackwardWorkspace layout = backward_workspace(V, p);
+    char* const workspace = static_cast<char*>(p.workspace);
+
+    BackwardLaunch args;
+    args.schedule = backward_schedule(V, p);
+    args.scale_log2 = p.score.softmax_scale * kLog2E;
+    args.stats = reinterpret_cast<float*>(workspace + layout.stats_offset);
+    args.dq = reinterpret_cast<float*>(workspace + layout.dq_offset);
+    args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);
+    args.counter = reinterpret_cast<int32_t*>(workspace + layout.counter_offset);
+    args.tiles = layout.tiles;
+
+    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 1 : n.batch;
+    const int64_t batch_k = p.seqlens.cu_seqlens_k ? 1 : n.batch;
+    const int64_t rows_q = p.seqlens.cu_seqlens_q ? n.total_q : n.seqlen_q;
+    const int64_t rows_k = p.seqlens.cu_seqlens_k ? n.total_k : n.seqlen_k;
+    const auto map = [&](CUtensorMap& m, const TensorRef& tensor, const cuda::RaggedExtents& extents, int box_rows) {
+        // Of an empty tensor nothing is ever loaded; any valid address will do.
+        TensorRef t = tensor;
+        if (!t) t.data = p.workspace;
+        return cuda::make_ragged_tensor_map(m, t, V.dtype, extents, box_rows);
+    };
+    cudaError_t status = map(args.q, p.q, {n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    if (status != cudaSuccess) return status;
+
+    const auto tiles = [&](int rows) {
+        const int64_t count = ceil_div(n.seqlen_q, rows);
+        return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),
+                    static_cast<unsigned>(n.batch));
+    };
+    const detail::LaunchShape before{tiles(C::kBlockM), kRowThreads, 0, false};
+    status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
+    if (status != cudaSuccess) return status;
+
+    if (args.schedule.work_tiles > 0) {
+        constexpr int kSmemBytes = sizeof(BackwardSmem<V>);
+        status = cuda::allow_dynamic_smem(backward_kernel<kCode>, kSmemBytes);
+        if (status != cudaSuccess) return status;
+        const int ctas = args.schedule.work_tiles < context.num_sms ? args.schedule.work_tiles : context.num_sms;
+        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true};
+        status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
+        if (status != cudaSuccess) return status;
+    }
+    const detail::LaunchShape after{tiles(64), kRowThreads, 0, true};
+    return detail::launch_chained(backward_convert_dq<kCode>, after, context.stream, p, args);
+}
+
+}  // namespace strobe::sm90

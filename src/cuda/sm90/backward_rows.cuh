@@ -1,0 +1,157 @@
+// The two memory-bound kernels around the backward pass: row statistics before it, conversion of dq behind it.
+#pragma once
+
+#include "cuda/common/kernel_variant.hpp"
+#include "cuda/sm90/backward_config.cuh"
+
+namespace strobe::sm90 {
+
+inline constexpr int kRowThreads = 256;
+
+/// Eight consecutive elements of a row as fp32.
+template <DType kType>
+__device__ __forceinline__ void load_eight(const void* row, int column, float (&x)[8]) {
+    if constexpr (kType == DType::f32) {
+        const float4* const p = reinterpret_cast<const float4*>(static_cast<const float*>(row) + column);
+        const float4 a = p[0], b = p[1];
+        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    } else {
+        const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + column);
+        const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack_pair<kType>(words[i]);
+            x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+        }
+    }
+}
+
+__device__ __forceinline__ const void* element(const TensorRef& t, DType type, int64_t index) {
+    return static_cast<const char*>(t.data) + index * (type == DType::f32 ? 4 : 2);
+}
+
+/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
+/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter.
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    using C = BackwardConfig<V>;
+    constexpr int kLanes = C::kDim <= 64 ? 8 : C::kDim <= 128 ? 16 : 32;  // threads of one row, 16 bytes each
+    constexpr int kRowsAtOnce = kRowThreads / kLanes;
+    release_downstream_kernel();
+    const int m = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) *launch.counter = 0;
+    const Sequence seq = sequence_of(p, batch);
+    if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
+    const int64_t padded = head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM) + m;
+    if (threadIdx.x == 0) launch.semaphore[padded] = 0;
+
+    float4* const dq = reinterpret_cast<float4*>(launch.dq + padded * (C::kBlockM * C::kDim));
+#pragma unroll
+    for (int i = threadIdx.x; i < C::kBlockM * C::kDim / 4; i += kRowThreads) dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+
+    const int column = threadIdx.x % kLanes * 8;
+    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
+    const int64_t out0 = batch_q * p.out.batch_stride + head * p.out.head_stride;
+    const int64_t dout0 = batch_q * p.dout.batch_stride + head * p.dout.head_stride;
+#pragma unroll
+    for (int pass = 0; pass < C::kBlockM / kRowsAtOnce; ++pass) {
+        const int row = pass * kRowsAtOnce + threadIdx.x / kLanes;
+        const int64_t query = static_cast<int64_t>(m) * C::kBlockM + row;
+        float sum = 0.0f;
+        if (query < seq.seqlen_q && column < p.size.head_dim_v) {
+            float o[8], g[8];
+            const int64_t at = seq.q_row + query;
+            load_eight<V.dtype>(element(p.dout, V.dtype, dout0 + at * p.dout.row_stride), column, g);
+            const void* const out_row = element(p.out, p.out_dtype, out0 + at * p.out.row_stride);
+            if (p.out_dtype == DType::f32) {
+                load_eight<DType::f32>(out_row, column, o);
+            } else {
+                load_eight<V.dtype>(out_row, column, o);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += o[i] * g[i];
+        }
+#pragma unroll
+        for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+        if (threadIdx.x % kLanes == 0) {
+            float minus_lse = -INFINITY;
+            float delta = 0.0f;
+            if (query < seq.seqlen_q) {
+                const int64_t at = batch_q * p.lse.batch_stride + head * p.lse.head_stride + seq.q_row + query;
+                const float lse = p.lse.data[at];
+                if (lse != -INFINITY) {
+                    minus_lse = -lse * kLog2E;
+                    const int64_t at_dlse = batch_q * p.dlse.batch_stride + head * p.dlse.head_stride + seq.q_row + query;
+                    delta = p.dlse ? sum - p.dlse.data[at_dlse] : sum;
+                }
+            }
+            float* const stats = launch.stats + padded * 2 * C::kBlockM;
+            stats[row] = minus_lse;
+            stats[C::kBlockM + row] = -delta;
+        }
+    }
+}
+
+/// Writes eight columns of a dq row.
+template <DType kType>
+__device__ __forceinline__ void store_eight(const BackwardParams& p, int64_t index, const float (&x)[8]) {
+    if (p.grad_dtype == DType::f32) {
+        float4* const out = reinterpret_cast<float4*>(static_cast<float*>(p.dq.data) + index);
+        float4 lo = make_float4(x[0], x[1], x[2], x[3]), hi = make_float4(x[4], x[5], x[6], x[7]);
+        if (p.accumulate) {
+            const float4 a = out[0], b = out[1];
+            lo = make_float4(lo.x + a.x, lo.y + a.y, lo.z + a.z, lo.w + a.w);
+            hi = make_float4(hi.x + b.x, hi.y + b.y, hi.z + b.z, hi.w + b.w);
+        }
+        out[0] = lo;
+        out[1] = hi;
+    } else {
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.dq.data) + index) =
+            make_uint4(pack_pair<kType>(x[0], x[1]), pack_pair<kType>(x[2], x[3]), pack_pair<kType>(x[4], x[5]),
+                       pack_pair<kType>(x[6], x[7]));
+    }
+}
+
+/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
+/// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_convert_dq(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    using C = BackwardConfig<V>;
+    constexpr int kColumns = C::kDim / 8;
+    constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
+    const int unit = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    const Sequence seq = sequence_of(p, batch);
+    const int64_t row0 = static_cast<int64_t>(unit) * 64;
+    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
+    if (row0 >= seq.rows_q) return;
+    const int64_t padded_unit =
+        (head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM)) * C::kQueryUnits + unit;
+    const float4* const acc = reinterpret_cast<const float4*>(launch.dq + padded_unit * (64 * C::kDim));
+    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
+    const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
+    const float scale = p.score.softmax_scale;
+#pragma unroll
+    for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
+        const int j = item % kColumns;
+        const int row = item / kColumns;  // warp * 8 + row of eight
+        float upper[8] = {}, lower[8] = {};
+        if (row0 < seq.seqlen_q) {
+#pragma unroll
+            for (int quad = 0; quad < 4; ++quad) {
+                const float4 a = acc[j * 128 + row * 4 + quad];
+                upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
+                lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
+            }
+        }
+        if (j * 8 >= p.size.head_dim) continue;
+        const int64_t first = row0 + row / 8 * 16 + row % 8;
+        if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
+        if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
+    }
+}
+
+}  // namespace strobe::sm90

@@ -1,0 +1,108 @@
+// Which (batch, key head, key tile) a CTA works on next, and which query tiles that takes.
+//
+// Heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Inside a group the key tile is the slow
+// index, the one with most query tiles first, so that a causal mask's long tiles start early and its short ones fill the end.
+// Where the query heads of one key head are too much for L2 already, balance is all there is to gain: one group.
+#pragma once
+
+#include <climits>
+
+#include "core/params.hpp"
+#include "cuda/sm90/backward_workspace.hpp"
+
+namespace strobe::sm90 {
+
+struct BackwardSchedule {
+    int key_tiles = 0;        // of the longest sequence
+    int heads = 0;            // batch * num_heads_k
+    int heads_per_group = 1;
+    int work_tiles = 0;       // heads * key_tiles
+};
+
+/// The queries that see one key: [first, first + span]. Tested with one unsigned comparison.
+struct VisibleQueries {
+    int first = INT_MAX;
+    uint32_t span = 0;
+
+    STROBE_HD bool contains(int query) const { return static_cast<uint32_t>(query - first) <= span; }
+};
+
+/// BandMask in 32 bits, seen from the keys: query i sees key j iff j - above <= i <= j + below and j < seqlen_k.
+struct TileMask {
+    static constexpr int kFar = 1 << 30;
+    int above = kFar;
+    int below = kFar;
+    int seqlen_k = 0;
+
+    STROBE_HD static TileMask of(const BandMask& mask) {
+        const auto clamp = [](int64_t x) { return static_cast<int>(x < -kFar ? -kFar : x > kFar ? kFar : x); };
+        return {mask.right < 0 ? kFar : clamp(mask.diagonal + mask.right),
+                mask.left < 0 ? kFar : clamp(mask.left - mask.diagonal), static_cast<int>(mask.seqlen_k)};
+    }
+    STROBE_HD VisibleQueries of_key(int key) const {
+        const int64_t span = static_cast<int64_t>(above) + below;
+        if (key >= seqlen_k || span < 0) return {};
+        return {key - above, static_cast<uint32_t>(span)};
+    }
+    /// The first key that a query sees.
+    STROBE_HD int first_key(int query) const { return query - below > 0 ? query - below : 0; }
+
+    STROBE_HD bool all_visible(int query0, int queries, int key0, int keys) const {
+        return query0 >= key0 + keys - 1 - above && query0 + queries - 1 <= key0 + below && key0 + keys <= seqlen_k;
+    }
+};
+
+/// One work tile: a key tile of one key head, against query tiles [m_begin, m_end) of every query head of the group.
+struct BackwardTile {
+    int batch = -1;  // -1: no more work
+    int head_k = 0;
+    int n_block = 0;
+    int m_begin = 0;
+    int m_end = 0;
+    TileMask mask;
+};
+
+inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
+    constexpr int64_t kL2Budget = 24 << 20;
+    BackwardSchedule s;
+    s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
+    s.heads = p.size.batch * p.size.num_heads_k;
+    const int64_t group = p.size.num_heads / p.size.num_heads_k;
+    const int64_t head_bytes = p.size.seqlen_q * group * v.head_dim * (2 + 2 + 4);
+    const int64_t fitting = head_bytes > 0 ? kL2Budget / head_bytes : s.heads;
+    const bool uneven = p.mask.window_right >= 0 && p.mask.window_left < 0;
+    const bool hopeless = fitting < 1 && group > 1;
+    s.heads_per_group = static_cast<int>((uneven && hopeless) || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
+    s.work_tiles = s.heads * s.key_tiles;
+    return s;
+}
+
+/// False when the sequence has no such key tile.
+template <Variant V>
+STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
+    const int per_group = s.heads_per_group * s.key_tiles;
+    const int group = index / per_group;
+    const int rest = index - group * per_group;
+    const int heads_left = s.heads - group * s.heads_per_group;
+    const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
+    tile.n_block = rest / group_heads;
+    const int head = group * s.heads_per_group + rest - tile.n_block * group_heads;
+    tile.batch = head / p.size.num_heads_k;
+    tile.head_k = head - tile.batch * p.size.num_heads_k;
+
+    const Sequence seq = sequence_of(p, tile.batch);
+    const int64_t key0 = static_cast<int64_t>(tile.n_block) * V.block_n;
+    if (key0 >= seq.rows_k) return false;
+    IndexRange rows{0, key0 < seq.seqlen_k ? seq.seqlen_q : 0};
+    tile.mask.seqlen_k = static_cast<int>(seq.seqlen_k);
+    if constexpr (V.mask == MaskClass::band) {
+        const BandMask mask = seq.mask(p.mask);
+        rows = mask.query_range(key0, key0 + V.block_n);
+        tile.mask = TileMask::of(mask);
+    }
+    tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
+    tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
+    return true;
+}
+
+}  // namespace strobe::sm90

@@ -1,0 +1,164 @@
+// The two key warpgroups for head_dim > 128: the same 64 keys, one for P and dV, the other for dS and dK. Thread t of both
+// owns the same elements, so that P travels through the dS buffer without bank conflicts and each warp waits for one warp's
+// worth of data only.
+#pragma once
+
+#include "cuda/sm90/backward_epilogue.cuh"
+#include "cuda/sm90/backward_fragments.cuh"
+
+namespace strobe::sm90 {
+
+/// Loads what store_matrices stored.
+__device__ __forceinline__ void load_matrices(uint32_t smem, uint32_t (&r)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+/// S, P and dV.
+template <Variant V>
+struct ValueWorker {
+    using C = BackwardConfig<V>;
+    using F = Fragments<V>;
+
+    BackwardSmem<V>& smem;
+    const BackwardParams& params;
+    const float scale_log2;
+    const int thread;
+
+    __device__ __forceinline__ void run() {
+        const int lane = thread % 32;
+        const DsAddress<V> ds_address(smem, 0, thread);
+        RingPosition stage, ds_stage, slot_at;
+        for (int t = 0;; ++t) {
+            smem.k_full.wait(t & 1);
+            const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
+            if (tile.batch < 0) return;
+            typename F::Gradient dv;
+#pragma unroll
+            for (int i = 0; i < C::kDim / 2; ++i) dv[i] = 0.0f;
+
+            const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
+#pragma unroll 1
+            for (int i = iterations; i > 0; --i) {
+                const uint32_t q = smem_address(smem.q) + stage.index * C::kQueryTileBytes;
+                const uint32_t dout = smem_address(smem.dout) + stage.index * C::kQueryTileBytes;
+                smem.q_full[stage.index].wait(stage.phase);
+                typename F::Accumulator s;
+                wgmma_fence();
+                F::multiply_over_dim(s, smem_address(smem.k), q);
+                wgmma_commit();
+                typename F::Statistic minus_lse;
+                F::load(minus_lse, smem.stats[stage.index][0], lane);
+                wgmma_wait<0>();
+                fence_registers(s);
+
+                typename F::Weights p;
+                F::probabilities(p, s, minus_lse, scale_log2);
+                const QuerySlot& slot = smem.slot[slot_at.index];
+                if (slot.masked & 1) {
+                    F::hide(p, tile.mask, tile.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, slot.query0, lane);
+                }
+                smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
+#pragma unroll
+                for (int k = 0; k < C::kBlockM / 16; ++k) store_matrices(ds_address.at(ds_stage.index, k), p[k]);
+                __syncwarp();
+                if (lane == 0) smem.p_full[ds_stage.index].arrive();
+
+                smem.dout_full[stage.index].wait(stage.phase);
+                wgmma_fence();
+                F::multiply_over_queries(dv, p, dout);
+                wgmma_commit();
+                wgmma_wait<0>();
+                fence_registers(dv);
+                __syncwarp();
+                if (lane == 0) smem.stage_free[stage.index].arrive();
+                stage.template advance<C::kStages>();
+                ds_stage.template advance<C::kDsStages>();
+                slot_at.template advance<C::kSlots>();
+            }
+            const BackwardTile last = tile;
+            __syncwarp();
+            if (lane == 0) smem.kv_free.arrive();
+            const Sequence seq = sequence_of(params, last.batch);
+            const GradRows rows{last, seq, last.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, lane % 4};
+            store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
+        }
+    }
+};
+
+/// dP, dS and dK.
+template <Variant V>
+struct KeyGradWorker {
+    using C = BackwardConfig<V>;
+    using F = Fragments<V>;
+
+    BackwardSmem<V>& smem;
+    const BackwardParams& params;
+    const int thread;
+
+    __device__ __forceinline__ void run() {
+        const int lane = thread % 32;
+        const DsAddress<V> ds_address(smem, 0, thread);
+        RingPosition stage, ds_stage;
+        for (int t = 0;; ++t) {
+            smem.k_full.wait(t & 1);
+            const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
+            if (tile.batch < 0) return;
+            smem.v_full.wait(t & 1);
+            typename F::Gradient dk;
+#pragma unroll
+            for (int i = 0; i < C::kDim / 2; ++i) dk[i] = 0.0f;
+
+            const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
+#pragma unroll 1
+            for (int i = iterations; i > 0; --i) {
+                const uint32_t q = smem_address(smem.q) + stage.index * C::kQueryTileBytes;
+                const uint32_t dout = smem_address(smem.dout) + stage.index * C::kQueryTileBytes;
+                smem.q_full[stage.index].wait(stage.phase);  // brings the statistics
+                smem.dout_full[stage.index].wait(stage.phase);
+                typename F::Accumulator dp;
+                wgmma_fence();
+                F::multiply_over_dim(dp, smem_address(smem.v), dout);
+                wgmma_commit();
+                typename F::Statistic minus_delta;
+                F::load(minus_delta, smem.stats[stage.index][1], lane);
+
+                smem.p_full[ds_stage.index].wait(ds_stage.phase);
+                typename F::Weights p, ds;
+#pragma unroll
+                for (int k = 0; k < C::kBlockM / 16; ++k) load_matrices(ds_address.at(ds_stage.index, k), p[k]);
+                wgmma_wait<0>();
+                fence_registers(dp);
+                __syncwarp();
+#pragma unroll
+                for (int k = 0; k < C::kBlockM / 16; ++k) {
+                    F::score_gradients(ds[k], p[k], dp, minus_delta, k);
+                    store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
+                }
+                fence_async_proxy();
+                __syncwarp();
+                if (lane == 0) smem.ds_full[ds_stage.index].arrive();
+
+                wgmma_fence();
+                F::multiply_over_queries(dk, ds, q);
+                wgmma_commit();
+                wgmma_wait<0>();
+                fence_registers(dk);
+                __syncwarp();
+                if (lane == 0) smem.stage_free[stage.index].arrive();
+                stage.template advance<C::kStages>();
+                ds_stage.template advance<C::kDsStages>();
+            }
+            const BackwardTile last = tile;
+            __syncwarp();
+            if (lane == 0) smem.kv_free.arrive();
+            const Sequence seq = sequence_of(params, last.batch);
+            const GradRows rows{last, seq, last.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, lane % 4};
+            store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+        }
+    }
+};
+
+}  // namespace strobe::sm90

@@ -1,0 +1,45 @@
+// Scratch memory of the backward pass: what lies where. The caller owns it and need not clear it.
+//
+// Rows of q are cut into tiles of block_m rows that never straddle two sequences; the tiles of a head lie behind one another
+// ("padded tiles"), so that kernels read and add without any bounds check.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.hpp"
+#include "core/variant.hpp"
+
+namespace strobe::sm90 {
+
+/// Byte offsets from BackwardParams::workspace.
+struct BackwardWorkspace {
+    int64_t tiles = 0;             // padded query tiles of one head, over the whole batch
+    int64_t stats_offset = 0;      // (num_heads, tiles, 2, block_m) fp32: -lse * log2(e), then -delta
+    int64_t dq_offset = 0;         // (num_heads, tiles, block_m * bucket) fp32, in the order of the accumulator registers
+    int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
+    int64_t counter_offset = 0;    // one int32: the next work tile
+    int64_t bytes = 0;
+};
+
+STROBE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardParams& p) {
+    const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 1024) * 1024; };
+    BackwardWorkspace w;
+    w.tiles = p.seqlens.cu_seqlens_q ? p.size.total_q / v.block_m + p.size.batch
+                                     : p.size.batch * ceil_div(p.size.seqlen_q, v.block_m);
+    const int64_t all_tiles = w.tiles * p.size.num_heads;
+    w.dq_offset = aligned(all_tiles * 2 * v.block_m * 4);
+    w.semaphore_offset = w.dq_offset + aligned(all_tiles * v.block_m * v.head_dim * 4);
+    w.counter_offset = w.semaphore_offset + aligned(all_tiles * 4);
+    w.bytes = w.counter_offset + 1024;
+    return w;
+}
+
+/// First padded tile of a sequence. Varlen: sum of ceil(rows_i / block_m) over earlier sequences <= q_row / block_m + index.
+STROBE_HD int64_t first_padded_tile(const BackwardParams& p, const Sequence& seq, int batch_index, int block_m) {
+    return p.seqlens.cu_seqlens_q ? seq.q_row / block_m + batch_index
+                                  : batch_index * ceil_div(p.size.seqlen_q, block_m);
+}
+
+}  // namespace strobe::sm90

@@ -1,0 +1,151 @@
+"""Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without cache."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+BUILD = pathlib.Path(os.environ.get("STROBE_BUILD_DIR", "build"))
+STROBE = BUILD / "bin" / "strobe"
+KILLS = int(os.environ.get("STROBE_KILLS", "4"))
+STEPS = 60
+
+OPTIONS = ["--layers", "2", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "4",
+           "--steps", str(STEPS), "--warmup", "5", "--lr", "5e-3", "--accumulate", "2", "--eval-every", "20", "--save-every", "4",
+           "--threads", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Sentences with enough regularity to learn something from in a few steps."""
+    folder = tmp_path_factory.mktemp("text")
+    words = random.Random(3)
+    lines = []
+    for _ in range(2000):
+        lines.append(" ".join(words.choice(["strobe", "lights", "the", "room", "and", "stops", "a", "wheel"]) for _ in range(8)))
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder / "text.txt"
+
+
+def command(text, out, *more):
+    return [STROBE, "train", "--data", text, "--out", out, *OPTIONS, *more]
+
+
+def environment(tmp_path_factory_or_folder):
+    return dict(os.environ, STROBE_CACHE=str(tmp_path_factory_or_folder))
+
+
+def train(text, out, *more):
+    done = subprocess.run(command(text, out, "--json", *more), check=True, capture_output=True, text=True,
+                          env=environment(text.parent / "cache"))
+    return json.loads(done.stdout)
+
+
+def weights(out):
+    return (out / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    return out, train(text, out)
+
+
+def test_learns_and_reports(finished):
+    out, result = finished
+    assert result["steps"] == STEPS and not result["interrupted"]
+    assert result["held_out_loss_per_byte"] < 2.6 < 5.5  # of 5.55 at the start
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [20, 40, 60]
+    svg = (out / "loss.svg").read_text()
+    assert svg.startswith("<svg") and svg.count("<polyline") == 3
+
+
+def test_same_seed_same_bits_and_other_seed_other_bits(text, finished, tmp_path):
+    train(text, tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(finished[0])
+    train(text, tmp_path / "other", "--seed", "2")
+    assert weights(tmp_path / "other") != weights(finished[0])
+
+
+@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+def test_recomputation_changes_no_bit(text, finished, tmp_path, recompute):
+    train(text, tmp_path / "run", "--recompute", recompute)
+    assert weights(tmp_path / "run") == weights(finished[0])
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(text, finished, tmp_path, seed):
+    dice = random.Random(seed)
+    out = tmp_path / "run"
+    usual = finished[1]["seconds"] + 0.5
+    kills = 0
+    for attempt in range(100):
+        process = subprocess.Popen(command(text, out, "--resume", "--quiet"), stdout=subprocess.DEVNULL,
+                                   env=environment(text.parent / "cache"))
+        try:
+            # Later attempts live longer, so that the run ends.
+            status = process.wait(timeout=dice.uniform(0.0, usual) * (1 + attempt / 10))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert status == 0
+        break
+    assert weights(out) == weights(finished[0]), f"after {kills} kills"
+
+
+def test_interrupt_saves_and_resume_goes_on(text, finished, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(text, out, "--quiet", "--save-every", "0"), stdout=subprocess.PIPE, text=True,
+                               env=environment(text.parent / "cache"))
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped after" in output and "--resume" in output
+    assert len(list(out.glob("step-*"))) == 1
+    train(text, out, "--resume")
+    assert weights(out) == weights(finished[0])
+
+
+def test_refuses_what_would_destroy_or_mislead(text, finished, tmp_path):
+    def refusal(*more):
+        done = subprocess.run(command(text, finished[0], *more), capture_output=True, text=True, env=environment(text.parent / "cache"))
+        assert done.returncode != 0
+        return done.stderr
+
+    assert "--resume" in refusal()
+    assert "learning_rate" in refusal("--resume", "--lr", "0.1")
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, " * 400)
+    done = subprocess.run([STROBE, "train", "--resume", "--data", other, "--out", finished[0]], capture_output=True, text=True,
+                          env=environment(text.parent / "cache"))
+    assert done.returncode != 0 and "data" in done.stderr
+
+
+def test_fine_tunes_from_a_checkpoint(text, finished, tmp_path):
+    result = train(text, tmp_path / "tuned", "--init", finished[0], "--lr", "1e-3")
+    assert result["held_out_loss"] < finished[1]["held_out_loss"]
+
+
+@pytest.mark.parametrize("sampling", [["--temperature", "0"], ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "5"]])
+def test_cache_and_no_cache_give_the_same_tokens(finished, sampling):
+    def tokens(*more):
+        # More than the context of 32 tokens: the window slides too.
+        done = subprocess.run([STROBE, "generate", "--checkpoint", finished[0], "--prompt", "the room", "--tokens", "80", "--json",
+                               *sampling, *more], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)["tokens"]
+
+    assert len(tokens()) == 80
+    assert tokens() == tokens("--no-cache")

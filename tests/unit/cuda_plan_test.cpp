@@ -1,0 +1,96 @@
+// The shared memory of every sm80 row against the devices it is meant for, and the order in which CTAs take tiles. Needs no GPU.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <tuple>
+
+#include "cuda/sm80/config.hpp"
+#include "cuda/sm80/schedule.hpp"
+
+namespace strobe::sm80 {
+namespace {
+
+#define STROBE_VARIANT(arch, direction, dtype, head_dim, mask, features, block_m, block_n, stages, warps)                  \
+    Variant{Arch::arch, Direction::direction, DType::dtype, head_dim, MaskClass::mask, Features::features, block_m, block_n, \
+            stages, warps},
+const Variant kRows[] = {
+#include "variants.def"
+};
+#undef STROBE_VARIANT
+
+// Bytes a CTA may opt in to.
+constexpr int kSm80Bytes = 163 << 10, kSm86Bytes = 99 << 10, kSm90Bytes = 227 << 10;
+
+bool served(Direction direction, DType dtype, int head_dim, Features features, int smem) {
+    for (const Variant& v : kRows) {
+        if (v.arch == Arch::sm80 && v.direction == direction && v.dtype == dtype && v.head_dim >= head_dim &&
+            (features == Features::plain || v.features == features) && smem_bytes(v) <= smem) {
+            return true;
+        }
+    }
+    return false;
+}
+
+TEST(Sm80Plan, EveryRowFitsHopper) {
+    for (const Variant& v : kRows) {
+        if (v.arch == Arch::sm80) EXPECT_LE(smem_bytes(v), kSm90Bytes) << v.head_dim << " " << v.block_m << "x" << v.block_n;
+    }
+}
+
+TEST(Sm80Plan, EveryDeviceIsServed) {
+    for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
+        for (Direction direction : {Direction::forward, Direction::backward}) {
+            for (DType dtype : {DType::bf16, DType::f16}) {
+                for (Features features : {Features::plain, Features::general}) {
+                    for (int head_dim = 1; head_dim <= 256; ++head_dim) {
+                        EXPECT_TRUE(served(direction, dtype, head_dim, features, smem)) << head_dim << " in " << smem;
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(Sm80Plan, WarpsCoverTheTiles) {
+    for (const Variant& v : kRows) {
+        if (v.arch != Arch::sm80 || v.direction != Direction::backward) continue;
+        const BackwardConfig c(v);
+        EXPECT_EQ(c.score_warps_n * c.score_warps_m, v.warps);
+        EXPECT_EQ(c.out_warps_n * c.out_warps_d, v.warps);
+        EXPECT_EQ(c.dq_warps_m * c.dq_warps_d, v.warps);
+        EXPECT_EQ(v.block_n / c.score_warps_n % 16, 0);
+        EXPECT_EQ(c.step_m / c.score_warps_m % 16, 0);
+        EXPECT_EQ(v.head_dim / c.out_warps_d % 16, 0);
+        EXPECT_EQ(v.head_dim / c.dq_warps_d % 16, 0);
+        EXPECT_EQ(v.block_m / c.dq_warps_m % 16, 0);
+    }
+}
+
+TEST(Sm80Schedule, EveryTileOnce) {
+    for (int64_t heads : {1, 3, 16, 65}) {
+        for (int64_t tiles : {1, 2, 7, 64}) {
+            for (int64_t head_bytes : {int64_t{1} << 10, int64_t{9} << 20, int64_t{1} << 30}) {
+                for (bool uneven : {false, true}) {
+                    const TileOrder order = TileOrder::make(heads, tiles, head_bytes, uneven, true);
+                    std::set<std::pair<int64_t, int>> seen;
+                    for (int64_t i = 0; i < order.size(); ++i) {
+                        const TileIndex t = order.at(i);
+                        EXPECT_TRUE(t.head >= 0 && t.head < heads && t.tile >= 0 && t.tile < tiles);
+                        seen.emplace(t.head, t.tile);
+                    }
+                    EXPECT_EQ(seen.size(), static_cast<size_t>(heads * tiles));
+                }
+            }
+        }
+    }
+}
+
+TEST(Sm80Schedule, HeaviestFirstInsideAGroup) {
+    const TileOrder order = TileOrder::make(4, 8, 1 << 20, true, true);
+    ASSERT_EQ(order.group, 4);
+    EXPECT_EQ(order.at(0).tile, 7);
+    EXPECT_EQ(order.at(order.size() - 1).tile, 0);
+}
+
+}  // namespace
+}  // namespace strobe::sm80

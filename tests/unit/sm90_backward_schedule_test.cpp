@@ -1,0 +1,145 @@
+// The host-testable half of the Hopper backward kernel: every key tile is worked on exactly once, against exactly the query
+// tiles that see it, with the right mask, the right turn and a place of its own in the workspace.
+#include "cuda/sm90/backward_schedule.hpp"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+namespace strobe::sm90 {
+namespace {
+
+constexpr Variant kFull{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 3, 16};
+constexpr Variant kBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 3, 16};
+
+struct Problem {
+    BackwardParams params;
+    std::vector<int32_t> cu_q, cu_k, used_q, used_k;
+
+    explicit Problem(std::mt19937& rng, bool band) {
+        const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
+        ProblemSize& n = params.size;
+        n.num_heads_k = pick(1, 3);
+        n.num_heads = n.num_heads_k * pick(1, 3);
+        n.batch = pick(1, 4);
+        n.head_dim = n.head_dim_v = 128;
+        if (band) {
+            params.mask.window_left = pick(0, 1) ? -1 : pick(0, 300);
+            params.mask.window_right = params.mask.window_left < 0 || pick(0, 1) ? pick(0, 200) : -1;
+            if (pick(0, 3) == 0) {
+                params.mask.has_positions = true;
+                params.mask.q_position = pick(0, 500);
+                params.mask.k_position = pick(0, 500);
+            }
+        }
+        const bool varlen = pick(0, 1);
+        n.seqlen_q = pick(1, 500), n.seqlen_k = pick(1, 500);
+        n.total_q = n.batch * n.seqlen_q, n.total_k = n.batch * n.seqlen_k;
+        if (varlen) {
+            cu_q = {0}, cu_k = {0};
+            for (int b = 0; b < n.batch; ++b) {
+                cu_q.push_back(cu_q.back() + (pick(0, 4) ? pick(0, static_cast<int>(n.seqlen_q)) : 0));
+                cu_k.push_back(cu_k.back() + (pick(0, 4) ? pick(0, static_cast<int>(n.seqlen_k)) : 0));
+            }
+            params.seqlens.cu_seqlens_q = cu_q.data(), params.seqlens.cu_seqlens_k = cu_k.data();
+            n.total_q = cu_q.back(), n.total_k = cu_k.back();
+        }
+        if (pick(0, 1)) {
+            for (int b = 0; b < n.batch; ++b) {
+                const Sequence seq = sequence_of(params, b);
+                used_q.push_back(pick(0, static_cast<int>(seq.rows_q)));
+                used_k.push_back(pick(0, static_cast<int>(seq.rows_k)));
+            }
+            params.seqlens.seqused_q = used_q.data(), params.seqlens.seqused_k = used_k.data();
+        }
+    }
+};
+
+/// Whether some, and whether all, of the existing queries of tile m see keys [key0, key0 + keys).
+std::pair<bool, bool> visibility(const BandMask& mask, int m, int64_t key0, int keys, int block_m) {
+    bool some = false, all = true;
+    for (int64_t i = int64_t{m} * block_m; i < std::min<int64_t>((m + 1) * block_m, mask.seqlen_q); ++i) {
+        for (int64_t j = key0; j < key0 + keys; ++j) (mask.visible(i, j) ? some : all) = mask.visible(i, j);
+    }
+    return {some, all};
+}
+
+template <Variant V>
+void check(std::mt19937& rng) {
+    const Problem problem(rng, V.mask == MaskClass::band);
+    const BackwardParams& p = problem.params;
+    const BackwardSchedule schedule = backward_schedule(V, p);
+    const BackwardWorkspace workspace = backward_workspace(V, p);
+    std::set<std::tuple<int, int, int>> seen;
+    std::map<std::tuple<int, int, int>, std::set<int>> turns;  // of a query tile of one key head
+    for (int index = 0; index < schedule.work_tiles; ++index) {
+        BackwardTile tile;
+        if (!decode_tile<V>(p, schedule, index, tile)) continue;
+        ASSERT_TRUE(seen.insert({tile.batch, tile.head_k, tile.n_block}).second);
+        const Sequence seq = sequence_of(p, tile.batch);
+        const BandMask mask = seq.mask(p.mask);
+        const int64_t key0 = int64_t{tile.n_block} * V.block_n;
+        for (int m = 0; m < ceil_div(seq.seqlen_q, V.block_m); ++m) {
+            const bool covered = m >= tile.m_begin && m < tile.m_end;
+            ASSERT_EQ(covered, visibility(mask, m, key0, V.block_n, V.block_m).first) << "query tile " << m;
+            if (!covered) continue;
+            const int turn = tile.n_block - tile.mask.first_key(m * V.block_m) / V.block_n;
+            ASSERT_TRUE((turns[{tile.batch, tile.head_k, m}].insert(turn).second));
+            for (int w = 0; w < V.block_n / 64; ++w) {
+                const int64_t keys = key0 + 64 * w;
+                if (tile.mask.all_visible(m * V.block_m, V.block_m, static_cast<int>(keys), 64)) {
+                    ASSERT_TRUE(visibility(mask, m, keys, 64, V.block_m).second);
+                }
+            }
+        }
+        for (int64_t j = key0; j < key0 + V.block_n; ++j) {
+            const VisibleQueries queries = tile.mask.of_key(static_cast<int>(j));
+            for (int64_t i = 0; i < seq.seqlen_q; ++i) ASSERT_EQ(queries.contains(static_cast<int>(i)), mask.visible(i, j));
+        }
+    }
+    for (const auto& [tile, taken] : turns) {
+        ASSERT_EQ(*taken.begin(), 0);
+        ASSERT_EQ(*taken.rbegin() + 1, static_cast<int>(taken.size()));
+    }
+    size_t expected = 0;
+    int64_t used = 0;
+    for (int b = 0; b < p.size.batch; ++b) {
+        const Sequence seq = sequence_of(p, b);
+        expected += static_cast<size_t>(ceil_div(seq.rows_k, V.block_n) * p.size.num_heads_k);
+        ASSERT_GE(first_padded_tile(p, seq, b, V.block_m), used);
+        used = first_padded_tile(p, seq, b, V.block_m) + ceil_div(seq.rows_q, V.block_m);
+        ASSERT_LE(used, workspace.tiles);
+    }
+    ASSERT_EQ(seen.size(), expected);
+}
+
+TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
+    std::mt19937 rng(20);
+    for (int i = 0; i < 60; ++i) {
+        SCOPED_TRACE(i);
+        check<kFull>(rng);
+        check<kBand>(rng);
+        if (HasFatalFailure()) return;
+    }
+}
+
+TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
+    std::mt19937 rng(21);
+    for (int i = 0; i < 100; ++i) {
+        const Problem problem(rng, true);
+        const BackwardWorkspace w = backward_workspace(kBand, problem.params);
+        const int64_t tiles = w.tiles * problem.params.size.num_heads;
+        EXPECT_LE(w.stats_offset + tiles * 2 * kBand.block_m * 4, w.dq_offset);
+        EXPECT_LE(w.dq_offset + tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
+        EXPECT_LE(w.semaphore_offset + tiles * 4, w.counter_offset);
+        EXPECT_LE(w.counter_offset + 4, w.bytes);
+        for (const int64_t offset : {w.dq_offset, w.semaphore_offset, w.counter_offset}) EXPECT_EQ(offset % 1024, 0);
+    }
+}
+
+}  // namespace
+}  // namespace strobe::sm90
