@@ -93,7 +93,7 @@ void verify_command(const VerifyCommandOptions& options) {
     Summary summary;
     for (const CaseResult& r : results) summary.add(r);
 
-    std::printf("largest error: %.2f of its bound (twice the naive error), in %s\n", summary.worst, summary.worst_case.c_str());
+    std::printf("largest error: %.2f of its bound, in %s\n", summary.worst, summary.worst_case.c_str());
     std::printf("%ld passed, %ld failed, %ld not supported\n", static_cast<long>(summary.passed),
                 static_cast<long>(summary.failed), static_cast<long>(summary.unsupported));
     if (!options.json.empty()) {
