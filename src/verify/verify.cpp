@@ -272,7 +272,8 @@ private:
 
     void judge(const std::vector<Output>& outputs, bool gradients) {
         for (const Output& o : outputs) {
-            const TensorError e = compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
+            const TensorError e =
+                compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
             if (!e.passed()) {
                 char text[160];
                 std::snprintf(text, sizeof text, "%s: error %.3g is beyond %.3g (naive error %.3g)", o.name, e.error, e.bound,
