@@ -27,7 +27,7 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
                                      {rows, Config::kChunkCols, static_cast<cuda::Swizzle>(Config::kSpan)});
     };
     ForwardArgs args{};
-    cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, V.block_m);
+    cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, 64);
     if (status == cudaSuccess) {
         status = map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
     }
@@ -61,7 +61,7 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     // A varlen batch has at most as many tiles as if each sequence ended in a partial one.
     const int64_t most_tiles =
         varlen_q ? (size.total_q / V.block_m + size.batch) * size.num_heads : schedule.num_tiles;
-    const int grid = static_cast<int>(std::min<int64_t>(most_tiles, context.num_sms));
+    const int grid = static_cast<int>(std::min<int64_t>(most_tiles, int64_t{context.num_sms} * Config::kCtasPerSm));
     schedule.next_tile = nullptr;
     if (p.workspace && forward_workspace_bytes(p) > 0) {
         schedule.next_tile = static_cast<unsigned*>(p.workspace);

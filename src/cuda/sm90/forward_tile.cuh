@@ -64,14 +64,11 @@ public:
     }
 
 private:
-    /// Tiles of unequal length are balanced by taking the next one only when the last is nearly done.
+    /// Tiles of unequal length are balanced by taking the next one late: when its predecessor starts, so that the counter's
+    /// answer is there when it is needed.
     __device__ int64_t take() {
         const int64_t index = next_;
-        if (schedule_.next_tile) {
-            next_ = -1;
-            return index >= 0 ? index : int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u);
-        }
-        next_ += gridDim.x;
+        next_ = schedule_.next_tile ? int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u) : next_ + gridDim.x;
         return index;
     }
 
