@@ -24,7 +24,7 @@ struct ForwardConfig {
     static constexpr int kConsumers = kBlockM / 64;
     static constexpr int kThreads = V.warps * 32;
     static_assert(kThreads == (kConsumers + 1) * 128, "one producer warpgroup and one consumer warpgroup per 64 rows");
-    static constexpr bool kSequential = kHeadDim + kBlockN <= 128;
+    static constexpr bool kSequential = kHeadDim + kBlockN <= 144;
     static constexpr int kCtasPerSm = kSequential && kConsumers == 2 ? 2 : 1;
     static constexpr int kProducerRegisters = kSequential || kConsumers == 3 ? 32 : 40;
     static constexpr int kConsumerRegisters =
@@ -35,7 +35,7 @@ struct ForwardConfig {
     static constexpr int kSmemBudget = (kSmemLimit + 1024) / kCtasPerSm - 1024;
     static constexpr int kQStages = 2 * kHeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 2048 <= kSmemBudget ? 2 : 1;
     static constexpr bool kOutputInValues = kQStages == 1;
-    static_assert(!kOutputInValues || (kConsumers == kStages && kBlockN >= 64 && !kSequential));
+    static_assert(!kOutputInValues || (kConsumers <= kStages && kBlockN >= 64 && !kSequential));
 
     // Tiles are stored in chunks of one swizzle span of columns.
     static constexpr int kSpan = kHeadDim % 64 == 0 ? 128 : 64;  // bytes

@@ -29,7 +29,7 @@ struct RowMask {
         seen_end = (last + Config::kBlockN - 1) / Config::kBlockN;
     }
 
-    __device__ __forceinline__ bool hides(int n) const { return kMask == MaskClass::band && n >= seen_end; }
+    __device__ __forceinline__ bool hides(int n) const { return n >= seen_end; }
 
     template <int kCount>
     __device__ __forceinline__ void apply(float (&s)[kCount], int n) const {

@@ -11,6 +11,12 @@
 
 namespace strobe::sm90 {
 
+/// Zeroes the tile counter while the forward kernel starts.
+static __global__ void reset_tile_counter(unsigned* counter) {
+    launch_dependents();
+    *counter = 0;
+}
+
 template <Variant V>
 cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     using Config = ForwardConfig<V>;
@@ -62,20 +68,30 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     const int64_t most_tiles =
         varlen_q ? (size.total_q / V.block_m + size.batch) * size.num_heads : schedule.num_tiles;
     const int grid = static_cast<int>(std::min<int64_t>(most_tiles, int64_t{context.num_sms} * Config::kCtasPerSm));
-    schedule.next_tile = nullptr;
-    if (p.workspace && forward_workspace_bytes(p) > 0) {
-        schedule.next_tile = static_cast<unsigned*>(p.workspace);
-        status = cudaMemsetAsync(p.workspace, 0, sizeof(unsigned), context.stream);
-        if (status != cudaSuccess) return status;
-    }
 
     constexpr int kSmemBytes = sizeof(ForwardSmem<Config>);
-    static_assert(kSmemBytes <= kSmemLimit);
+    static_assert(kSmemBytes <= Config::kSmemBudget);
     const auto kernel = forward_kernel<cuda::encode_variant(V)>;
     status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
     if (status != cudaSuccess) return status;
-    kernel<<<grid, Config::kThreads, kSmemBytes, context.stream>>>(args);
-    return cudaGetLastError();
+
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(Config::kThreads);
+    config.dynamicSmemBytes = kSmemBytes;
+    config.stream = context.stream;
+    cudaLaunchAttribute early_start{};
+    early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early_start.val.programmaticStreamSerializationAllowed = 1;
+    if (p.workspace && forward_workspace_bytes(p) > 0) {
+        schedule.next_tile = static_cast<unsigned*>(p.workspace);
+        reset_tile_counter<<<1, 1, 0, context.stream>>>(schedule.next_tile);
+        status = cudaGetLastError();
+        if (status != cudaSuccess) return status;
+        config.attrs = &early_start;
+        config.numAttrs = 1;
+    }
+    return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace strobe::sm90

@@ -152,6 +152,7 @@ private:
             release(smem_.v_empty, value_ + group_);
             for (int g = group_ + 1; g < Config::kConsumers; ++g) return_value_buffer(g);
             value_ += Config::kConsumers;
+            values_ready_ = false;  // was asked of a lent buffer
         } else {
             release(smem_.q_empty[group_], query_ - 1);
         }

@@ -114,30 +114,25 @@ private:
     uint32_t count_ = 0, tail_phase_ = 0;
 };
 
-/// Decides tile number `count` and publishes it.
-template <typename Config>
-__device__ __forceinline__ ForwardTile publish_tile(TileSource<Config::kBlockM, Config::kBlockN>& source,
-                                                    ForwardSmem<Config>& smem, uint32_t count) {
-    const ForwardTile tile = source.next();
-    const int slot = ring_slot<kTileSlots>(count);
-    smem.tile_empty[slot].wait(ring_phase<kTileSlots>(count) ^ 1);
-    smem.tiles[slot] = tile;
-    smem.tile_full[slot].arrive();
-    return tile;
-}
-
 /// One thread decides the tiles and loads queries and keys, ...
 template <typename Config>
 __device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Config>& smem) {
     TileSource<Config::kBlockM, Config::kBlockN> source(args.params, args.schedule);
     QueryKeyLoader<Config> loader(args, smem);
     for (uint32_t count = 0;; ++count) {
-        const ForwardTile tile = publish_tile<Config>(source, smem, count);
+        const ForwardTile tile = source.tile();
+        const int slot = ring_slot<kTileSlots>(count);
+        smem.tile_empty[slot].wait(ring_phase<kTileSlots>(count) ^ 1);
+        smem.tiles[slot] = tile;
+        smem.tile_full[slot].arrive();
         if (tile.is_end()) return;
         for (int n = tile.n_end - 1; n >= tile.n_begin; --n) {
+            // One block ahead: a counter takes a microsecond to answer.
+            if (n == tile.n_begin) source.advance();
             loader.load_keys(tile, n);
             if (n == tile.n_end - 1) loader.load_queries(tile);
         }
+        if (!tile.has_keys()) source.advance();
     }
 }
 

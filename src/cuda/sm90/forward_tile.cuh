@@ -6,6 +6,7 @@
 
 #include "core/params.hpp"
 #include "core/schedule.hpp"
+#include "cuda/sm90/ptx.cuh"
 
 namespace strobe::sm90 {
 
@@ -46,8 +47,18 @@ public:
     __device__ TileSource(const AttentionParams& params, const ForwardSchedule& schedule)
         : params_(params), schedule_(schedule) {}
 
-    __device__ ForwardTile next() {
-        const int64_t index = take();
+    /// Takes the next tile. Tiles of unequal length are balanced by taking them late: when the one before is nearly done.
+    __device__ void advance() {
+        if (schedule_.next_tile) {
+            wait_for_prerequisites();  // that the counter is zero
+            index_ = int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u);
+        } else {
+            index_ += gridDim.x;
+        }
+    }
+
+    __device__ ForwardTile tile() {
+        const int64_t index = index_;
         TileIndex at;
         if (params_.seqlens.cu_seqlens_q) {
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
@@ -64,14 +75,6 @@ public:
     }
 
 private:
-    /// Tiles of unequal length are balanced by taking the next one late: when its predecessor starts, so that the counter's
-    /// answer is there when it is needed.
-    __device__ int64_t take() {
-        const int64_t index = next_;
-        next_ = schedule_.next_tile ? int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u) : next_ + gridDim.x;
-        return index;
-    }
-
     __device__ static ForwardTile end() {
         ForwardTile t{};
         t.batch = -1;
@@ -105,7 +108,7 @@ private:
     const AttentionParams& params_;
     const ForwardSchedule& schedule_;
     SequenceCursor cursor_;
-    int64_t next_ = blockIdx.x;
+    int64_t index_ = blockIdx.x;
 };
 
 }  // namespace strobe::sm90
