@@ -19,6 +19,9 @@ Device parse_device(const std::string& text);
 /// Memory of the device.
 verify::Memory& device_memory(const Device& device);
 
+/// Memory of the device in which an access beyond a buffer fails, on CUDA by unmapped pages on both sides.
+verify::Memory& fenced_memory(const Device& device);
+
 /// Seconds that each of `repeats` runs of the work took on the device, the L2 cache cleared before each. The work is
 /// launched on the default stream.
 std::vector<double> time_on_device(const Device& device, int repeats, const std::function<void()>& work);

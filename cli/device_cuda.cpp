@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/device.hpp"
+#include "fenced_memory.hpp"
 
 namespace strobe::cli {
 namespace {
@@ -64,15 +65,24 @@ std::string smi(const std::string& fields, int device) {
 
 int cuda_device_count(std::string* reason) { return cuda::device_count(reason); }
 
-verify::Memory& device_memory(const Device& device) {
+namespace {
+
+template <class MemoryKind>
+verify::Memory& memory_of(const Device& device) {
     if (device.type == DeviceType::cpu) return verify::host_memory();
-    static std::vector<std::unique_ptr<CudaMemory>> memories = [] {
-        std::vector<std::unique_ptr<CudaMemory>> list;
-        for (int d = 0; d < cuda::device_count(); ++d) list.push_back(std::make_unique<CudaMemory>(d));
+    static std::vector<std::unique_ptr<MemoryKind>> memories = [] {
+        std::vector<std::unique_ptr<MemoryKind>> list;
+        for (int d = 0; d < cuda::device_count(); ++d) list.push_back(std::make_unique<MemoryKind>(d));
         return list;
     }();
     return *memories.at(static_cast<size_t>(device.index));
 }
+
+}  // namespace
+
+verify::Memory& device_memory(const Device& device) { return memory_of<CudaMemory>(device); }
+
+verify::Memory& fenced_memory(const Device& device) { return memory_of<FencedMemory>(device); }
 
 std::vector<double> time_on_device(const Device& device, int repeats, const std::function<void()>& work) {
     const cuda::DeviceGuard guard(device.index);

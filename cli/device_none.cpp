@@ -11,6 +11,8 @@ int cuda_device_count(std::string* reason) {
 
 verify::Memory& device_memory(const Device&) { return verify::host_memory(); }
 
+verify::Memory& fenced_memory(const Device&) { return verify::host_memory(); }
+
 std::vector<double> time_on_device(const Device&, int, const std::function<void()>&) {
     throw Exit{kExitDevice, "this build of strobe has no CUDA kernels"};
 }

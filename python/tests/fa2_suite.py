@@ -1,31 +1,39 @@
 """Runs FlashAttention-2's own test file, unmodified, against strobe.flash_attn: a random sample of its cases.
 
-    python python/tests/fa2_suite.py test_flash_attn.py --cases 3000 --seed 0 --json results/fa2_suite.json
+    python python/tests/fa2_suite.py test_flash_attn.py --cases 3000 --seed 0 --processes 8 --json results/fa2_suite.json
 
 The file comes from the FlashAttention repository (tests/test_flash_attn.py) and needs a CUDA GPU, einops and pytest. Cases of the
-KV cache and of paged keys are left out: strobe does not have them. Exits with 1 if any case fails.
+KV cache and of paged keys are left out: strobe does not have them. Exits with 1 if any case fails or none passes.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import random
+import subprocess
 import sys
+import tempfile
+import time
 
-import pytest
-import torch
-
-import strobe
+COUNTS = ("passed", "failed", "skipped")
 
 
 class Sample:
-    """A pytest plugin: keeps a random sample of the cases and counts what becomes of them."""
+    """A pytest plugin: keeps this process's share of a random sample of the cases and counts what becomes of them."""
 
-    def __init__(self, cases: int, seed: int):
-        self.cases, self.seed = cases, seed
-        self.available = self.passed = self.failed = self.skipped = 0
-        self.failures: list[str] = []
+    def __init__(self, cases: int, seed: int, share: int, processes: int):
+        self.cases, self.seed, self.share, self.processes = cases, seed, share, processes
+        self.available = 0
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.by_test: dict[str, int] = {}
+        self.failures: dict[str, str] = {}
+
+    @staticmethod
+    def pytest_pycollect_makeitem(name):
+        """No items for the KV cache, which would be most of the file."""
+        return [] if "kvcache" in name else None
 
     @staticmethod
     def _served(item) -> bool:
@@ -37,16 +45,90 @@ class Sample:
         self.available = len(served)
         if self.cases < len(served):
             served = random.Random(self.seed).sample(served, self.cases)
-        items[:] = served
+        items[:] = served[self.share :: self.processes]
 
     def pytest_runtest_logreport(self, report):
         if report.skipped:
-            self.skipped += 1
+            self.counts["skipped"] += 1
         elif report.failed:
-            self.failed += 1
-            self.failures.append(report.nodeid)
+            self.counts["failed"] += 1
+            self.failures[report.nodeid] = str(getattr(report.longrepr, "reprcrash", None) or report.longrepr)[:500]
         elif report.when == "call":
-            self.passed += 1
+            self.counts["passed"] += 1
+            test = report.nodeid.split("::")[-1].split("[")[0]
+            self.by_test[test] = self.by_test.get(test, 0) + 1
+
+    def record(self) -> dict:
+        return {"available": self.available, **self.counts, "passed_by_test": self.by_test, "failures": self.failures}
+
+
+def run_share(arguments) -> dict:
+    """One process's share of the cases, run here."""
+    import pytest
+
+    import strobe
+
+    strobe.install_as("flash_attn")
+    # The file imports the KV-cache function beside the others; its cases are not run.
+    for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
+        module.flash_attn_with_kvcache = None
+    sample = Sample(arguments.cases, arguments.seed, arguments.share, arguments.processes)
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
+    status = pytest.main([str(arguments.file), *options], plugins=[sample])
+    return {**sample.record(), "pytest_status": int(status)}
+
+
+def run_all(arguments) -> list[dict]:
+    """Every process's share, each in a child of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder) / f"{i}.log" for i in range(arguments.processes)]
+        results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
+        command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
+        command += ["--processes", str(arguments.processes)]
+        children = []
+        for i, (log, result) in enumerate(zip(logs, results)):
+            with log.open("w") as output:
+                children.append(
+                    subprocess.Popen([*command, "--share", str(i), "--json", str(result)], stdout=output, stderr=subprocess.STDOUT)
+                )
+        for child, log, result in zip(children, logs, results):
+            child.wait()
+            if not result.exists():
+                print(log.read_text()[-3000:])
+        return [json.loads(r.read_text()) if r.exists() else {"pytest_status": -1} for r in results]
+
+
+def merged(shares: list[dict]) -> dict:
+    """The counts of all shares together; a share that ended without a result counts as a failure."""
+    total = {"available": max(s.get("available", 0) for s in shares), **dict.fromkeys(COUNTS, 0)}
+    by_test, failures = {}, {}
+    for i, share in enumerate(shares):
+        if share["pytest_status"] not in (0, 1):
+            failures[f"process {i}"] = f"ended with status {share['pytest_status']}"
+        for name in COUNTS:
+            total[name] += share.get(name, 0)
+        for test, count in share.get("passed_by_test", {}).items():
+            by_test[test] = by_test.get(test, 0) + count
+        failures.update(share.get("failures", {}))
+    return {**total, "passed_by_test": dict(sorted(by_test.items())), "failures": failures}
+
+
+def describe(arguments, total: dict, seconds: float) -> dict:
+    import torch
+
+    import strobe
+
+    return {
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": os.environ.get("STROBE_COMMIT", "unknown"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "strobe": strobe.__version__,
+        "file_sha256": hashlib.sha256(arguments.file.read_bytes()).hexdigest(),
+        "seed": arguments.seed,
+        "seconds": round(seconds, 1),
+        **total,
+    }
 
 
 def main():
@@ -54,34 +136,24 @@ def main():
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
+    parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 
-    strobe.install_as("flash_attn")
-    # The file imports the KV-cache function beside the others; its cases are not run.
-    for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
-        module.flash_attn_with_kvcache = None
-    sample = Sample(arguments.cases, arguments.seed)
-    status = pytest.main([str(arguments.file), "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"], plugins=[sample])
-
-    record = {
-        "command": sys.argv,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "strobe": strobe.__version__,
-        "file_sha256": hashlib.sha256(arguments.file.read_bytes()).hexdigest(),
-        "seed": arguments.seed,
-        "cases_available": sample.available,
-        "passed": sample.passed,
-        "failed": sample.failed,
-        "skipped": sample.skipped,
-        "failures": sample.failures,
-    }
-    print(f"{sample.passed} passed, {sample.failed} failed, {sample.skipped} skipped of {sample.available} (seed {arguments.seed})")
+    if arguments.share is not None:
+        arguments.json.write_text(json.dumps(run_share(arguments)))
+        return
+    start = time.monotonic()
+    total = merged(run_all(arguments))
+    record = describe(arguments, total, time.monotonic() - start)
+    for name, text in list(total["failures"].items())[:20]:
+        print(f"{name}\n    {text}")
+    print(", ".join(f"{total[name]} {name}" for name in COUNTS) + f" of {total['available']} (seed {arguments.seed})")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(0 if status == 0 and sample.passed and not sample.failed else 1)
+    sys.exit(0 if total["passed"] and not total["failures"] else 1)
 
 
 if __name__ == "__main__":

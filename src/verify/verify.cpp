@@ -118,7 +118,8 @@ double element_error(double x, double truth) {
     return std::isnan(x) ? INFINITY : std::abs(x - truth);
 }
 
-TensorError compare(const char* name, const View& view, bool gradient, const Trial& subject, const Trial& naive,
+/// `gradient_factor` 0: the tensor is no gradient.
+TensorError compare(const char* name, const View& view, double gradient_factor, const Trial& subject, const Trial& naive,
                     const Trial& truth) {
     TensorError e{.tensor = name};
     double largest = 1;
@@ -130,7 +131,7 @@ TensorError compare(const char* name, const View& view, bool gradient, const Tri
         if (std::isfinite(naive_error)) e.naive = std::max(e.naive, naive_error);
         if (std::isfinite(t)) largest = std::max(largest, std::abs(t));
     });
-    e.bound = 2 * e.naive + (gradient ? kGradientFloor : kRoundings * 0x1p-24 * largest);
+    e.bound = gradient_factor > 0 ? gradient_factor * e.naive + kGradientFloor : 2 * e.naive + kRoundings * 0x1p-24 * largest;
     return e;
 }
 
@@ -267,7 +268,7 @@ private:
 
     void judge(const std::vector<Output>& outputs, bool gradients) {
         for (const Output& o : outputs) {
-            const TensorError e = compare(o.name, *o.view, gradients, runs_.subject, runs_.naive, runs_.truth);
+            const TensorError e = compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
             if (!e.passed()) {
                 char text[160];
                 std::snprintf(text, sizeof text, "%s: error %.3g is beyond %.3g (naive error %.3g)", o.name, e.error, e.bound,

@@ -48,12 +48,13 @@ struct BackwardConfig {
     static constexpr int kDsUnitBytes = kBlockN * kRowBytes;  // (keys, 64 queries)
     static constexpr int kStatsBytes = 2 * kBlockM * 4;
 
+    __device__ __forceinline__ static int chunks_of(int dim) { return (dim + 63) / 64; }
+
     static_assert(kStages + kDsStages < kSlots);
     static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
     static_assert(kBlockN == (kSplit ? 64 : 128) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
-    
 };
 
 /// What the load warp tells the others about the tiles to come.
@@ -105,6 +106,25 @@ struct BackwardSmem {
     Barrier ds_full[C::kDsStages];    // dS is complete
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it
 };
+
+/// Zeroes what is never loaded: the chunks past head_dim in q and k, past head_dim_v in dout and v.
+template <Variant V>
+__device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& size) {
+    using C = BackwardConfig<V>;
+    const auto clear = [](uint8_t* tile, int chunk_bytes, int dim) {
+        uint4* const words = reinterpret_cast<uint4*>(tile);
+        for (int i = C::chunks_of(dim) * chunk_bytes / 16 + threadIdx.x; i < C::kChunks * chunk_bytes / 16; i += C::kThreads) {
+            words[i] = make_uint4(0, 0, 0, 0);
+        }
+    };
+    clear(smem.k, C::kKeyChunkBytes, size.head_dim);
+    clear(smem.v, C::kKeyChunkBytes, size.head_dim_v);
+    for (int s = 0; s < C::kStages; ++s) {
+        clear(smem.q[s], C::kQueryChunkBytes, size.head_dim);
+        clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
+    }
+    fence_async_proxy();
+}
 
 /// Kernel arguments beside BackwardParams, made by the host for one launch.
 struct BackwardLaunch {

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
         fence_barrier_init();
     }
+    if (C::chunks_of(min(params.size.head_dim, params.size.head_dim_v)) < C::kChunks) clear_missing_chunks<V>(smem, params.size);
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);

@@ -46,22 +46,19 @@ private:
         return __shfl_sync(0xFFFFFFFFu, next, 0);
     }
 
+    /// Without queries nothing is loaded: an empty sequence would make boxes that lie outside their tensor altogether, for
+    /// which the hardware still looks at the map's base address, and that one need not exist (ragged_tensor_map.hpp).
     __device__ __forceinline__ void load_keys(const BackwardTile& tile) {
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
                                    static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
         const int row = tile.n_block * C::kBlockN;
-        if (lane == 0) {
-            smem.k_full.arrive_expect(C::kKeyTileBytes);
-#pragma unroll
-            for (int c = 0; c < C::kChunks; ++c) {
-                ragged_load(smem_address(smem.k) + c * C::kKeyChunkBytes, launch.k, smem.k_full, c * 64, row, at);
-            }
-            smem.v_full.arrive_expect(C::kKeyTileBytes);
-#pragma unroll
-            for (int c = 0; c < C::kChunks; ++c) {
-                ragged_load(smem_address(smem.v) + c * C::kKeyChunkBytes, launch.v, smem.v_full, c * 64, row, at);
-            }
+        if (lane == 0 && tile.m_begin < tile.m_end) {
+            load_tile(smem.k, C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full, 0, row, at);
+            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+        } else if (lane == 0) {
+            smem.k_full.arrive();
+            smem.v_full.arrive();
         }
         __syncwarp();
     }
@@ -96,25 +93,26 @@ private:
         smem.stage_free[s].wait(stage.phase ^ 1);
         Barrier& q_full = smem.q_full[s];
         Barrier& dout_full = smem.dout_full[s];
-        const uint32_t q = smem_address(smem.q) + s * C::kQueryTileBytes;
-        const uint32_t dout = smem_address(smem.dout) + s * C::kQueryTileBytes;
         if (lane == 0) {
             published = slot;
-            q_full.arrive_expect(C::kQueryTileBytes + C::kStatsBytes);
-#pragma unroll
-            for (int c = 0; c < C::kChunks; ++c) {
-                ragged_load(q + c * C::kQueryChunkBytes, launch.q, q_full, c * 64, slot.query0, at);
-            }
+            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, C::kStatsBytes, slot.query0, at);
             bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
                       launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
-            dout_full.arrive_expect(C::kQueryTileBytes);
-#pragma unroll
-            for (int c = 0; c < C::kChunks; ++c) {
-                ragged_load(dout + c * C::kQueryChunkBytes, launch.dout, dout_full, c * 64, slot.query0, at);
-            }
+            load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, dout_full, 0, slot.query0, at);
         }
         __syncwarp();
         stage.template advance<C::kStages>();
+    }
+
+    /// The chunks of a tile that the tensor has; the others stay as clear_missing_chunks left them.
+    __device__ __forceinline__ static void load_tile(const uint8_t* tile, uint32_t chunk_bytes, const CUtensorMap& map, int dim,
+                                                     Barrier& full, uint32_t other_bytes, int row, const RaggedCoordinates& at) {
+        const int chunks = C::chunks_of(dim);
+        full.arrive_expect(static_cast<uint32_t>(chunks) * chunk_bytes + other_bytes);
+#pragma unroll
+        for (int c = 0; c < C::kChunks; ++c) {
+            if (c < chunks) ragged_load(smem_address(tile) + c * chunk_bytes, map, full, c * 64, row, at);
+        }
     }
 };
 
