@@ -50,6 +50,7 @@ struct ForwardArgs {
     CUtensorMap out_map;  // boxes of 16 rows; unused for fp32 output
     AttentionParams params;
     ForwardSchedule schedule;
+    int heads_per_key_head;
     float scale_log2;  // softmax_scale * log2(e)
     bool clean_tails;  // memory behind a sequence's last key holds other data: zero what a value block caught of it
 };

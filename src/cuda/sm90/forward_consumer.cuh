@@ -58,7 +58,7 @@ protected:
     using Scores = float[kBlockN / 2];
     using Output = float[Config::kHeadDim / 2];
     using Weights = uint32_t[kBlockN / 16][4];
-    using Mask = RowMask<Config, V.mask>;
+    using Mask = RowMask<Config, Config::kSequential ? MaskClass::band : V.mask>;
 
     __device__ Consumer(const ForwardArgs& args, ForwardSmem<Config>& smem)
         : args_(args),

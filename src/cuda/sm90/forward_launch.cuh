@@ -46,6 +46,7 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     if (status != cudaSuccess) return status;
 
     args.params = p;
+    args.heads_per_key_head = size.num_heads / size.num_heads_k;
     args.scale_log2 = p.score.softmax_scale * 1.4426950408889634f;
     args.clean_tails = varlen_k || p.seqlens.seqused_k;
 
@@ -53,15 +54,14 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     // its SMs read.
     constexpr int64_t kL2Budget = int64_t{16} << 20;
     const int64_t head_bytes = std::max<int64_t>(size.seqlen_k, 1) * (size.head_dim + size.head_dim_v) * 2;
-    const int group_size = size.num_heads / size.num_heads_k;
     const int64_t pairs = int64_t{size.batch} * size.num_heads;
     const int64_t blocks = (size.seqlen_q + V.block_m - 1) / V.block_m;
     ForwardSchedule& schedule = args.schedule;
     schedule.num_blocks = static_cast<int>(blocks);
     schedule.num_pairs = static_cast<int>(pairs);
-    schedule.num_tiles = blocks * pairs;
+    schedule.num_tiles = static_cast<int>(blocks * pairs);
     schedule.order.num_heads = size.num_heads;
-    const int64_t groups = std::max<int64_t>(1, pairs / group_size * head_bytes / kL2Budget);
+    const int64_t groups = std::max<int64_t>(1, pairs / args.heads_per_key_head * head_bytes / kL2Budget);
     schedule.order.heads_per_group = static_cast<int>((pairs + groups - 1) / groups);
     schedule.order.longest_first = V.mask == MaskClass::band;
     // A varlen batch has at most as many tiles as if each sequence ended in a partial one.

@@ -11,8 +11,7 @@ class QueryKeyLoader {
     static constexpr int kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
 
 public:
-    __device__ QueryKeyLoader(const ForwardArgs& args, ForwardSmem<Config>& smem)
-        : args_(args), smem_(smem), group_size_(args.params.size.num_heads / args.params.size.num_heads_k) {}
+    __device__ QueryKeyLoader(const ForwardArgs& args, ForwardSmem<Config>& smem) : args_(args), smem_(smem) {}
 
     __device__ __forceinline__ void load_keys(const ForwardTile& tile, int n) {
         const int slot = ring_slot<Config::kStages>(k_count_);
@@ -22,7 +21,7 @@ public:
 #pragma unroll
         for (int c = 0; c < Config::kChunks; ++c) {
             tma_load(&smem_.k[slot][c * kBlockN * kCols], &args_.k_map, smem_.k_full[slot], c * kCols,
-                     tile.k_row + n * kBlockN, tile.head / group_size_, batch, CachePolicy::evict_last);
+                     tile.k_row + n * kBlockN, tile.head / args_.heads_per_key_head, batch, CachePolicy::evict_last);
         }
         ++k_count_;
     }
@@ -47,7 +46,6 @@ public:
 private:
     const ForwardArgs& args_;
     ForwardSmem<Config>& smem_;
-    const int group_size_;
     uint32_t q_count_ = 0, k_count_ = 0;
 };
 
@@ -57,8 +55,7 @@ class ValueLoader {
     static constexpr int kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
 
 public:
-    __device__ ValueLoader(const ForwardArgs& args, ForwardSmem<Config>& smem)
-        : args_(args), smem_(smem), group_size_(args.params.size.num_heads / args.params.size.num_heads_k) {}
+    __device__ ValueLoader(const ForwardArgs& args, ForwardSmem<Config>& smem) : args_(args), smem_(smem) {}
 
     __device__ __forceinline__ void load(const ForwardTile& tile, int n) {
         const int slot = ring_slot<Config::kStages>(count_);
@@ -71,7 +68,7 @@ public:
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
                 tma_load(&smem_.v[slot][c * kBlockN * kCols], &args_.v_map, arrival, c * kCols, tile.k_row + n * kBlockN,
-                         tile.head / group_size_, batch, CachePolicy::evict_last);
+                         tile.head / args_.heads_per_key_head, batch, CachePolicy::evict_last);
             }
         }
         if (ragged) {
@@ -110,7 +107,6 @@ private:
 
     const ForwardArgs& args_;
     ForwardSmem<Config>& smem_;
-    const int group_size_;
     uint32_t count_ = 0, tail_phase_ = 0;
 };
 
@@ -120,10 +116,10 @@ __device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Co
     TileSource<Config::kBlockM, Config::kBlockN> source(args.params, args.schedule);
     QueryKeyLoader<Config> loader(args, smem);
     for (uint32_t count = 0;; ++count) {
-        const ForwardTile tile = source.tile();
         const int slot = ring_slot<kTileSlots>(count);
+        const ForwardTile& tile = smem.tiles[slot];
         smem.tile_empty[slot].wait(ring_phase<kTileSlots>(count) ^ 1);
-        smem.tiles[slot] = tile;
+        smem.tiles[slot] = source.tile();
         smem.tile_full[slot].arrive();
         if (tile.is_end()) return;
         for (int n = tile.n_end - 1; n >= tile.n_begin; --n) {

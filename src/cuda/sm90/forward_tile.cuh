@@ -35,7 +35,7 @@ struct ForwardSchedule {
     unsigned* next_tile;  // zeroed counter: workers take tiles as they come free; null: tiles are dealt in turn
     int num_blocks;     // query blocks per sequence (dense)
     int num_pairs;      // batch * heads
-    int64_t num_tiles;  // dense; varlen batches end where the sequences do
+    int num_tiles;      // dense; varlen batches end where the sequences do
 };
 
 /// Beyond any row or key index, and safe to add to one.
@@ -51,14 +51,14 @@ public:
     __device__ void advance() {
         if (schedule_.next_tile) {
             wait_for_prerequisites();  // that the counter is zero
-            index_ = int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u);
+            index_ = gridDim.x + atomicAdd(schedule_.next_tile, 1u);
         } else {
             index_ += gridDim.x;
         }
     }
 
     __device__ ForwardTile tile() {
-        const int64_t index = index_;
+        const int index = static_cast<int>(index_);
         TileIndex at;
         if (params_.seqlens.cu_seqlens_q) {
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
@@ -69,7 +69,7 @@ public:
             at.batch = cursor_.batch;
         } else {
             if (index >= schedule_.num_tiles) return end();
-            at = schedule_.order.tile(static_cast<int>(index), schedule_.num_blocks, schedule_.num_pairs);
+            at = schedule_.order.tile(index, schedule_.num_blocks, schedule_.num_pairs);
         }
         return resolve(at);
     }
@@ -108,7 +108,7 @@ private:
     const AttentionParams& params_;
     const ForwardSchedule& schedule_;
     SequenceCursor cursor_;
-    int64_t index_ = blockIdx.x;
+    uint32_t index_ = blockIdx.x;
 };
 
 }  // namespace strobe::sm90
