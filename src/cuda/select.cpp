@@ -38,14 +38,14 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
-/// Of two sm90 forward rows that differ in their tile alone, the larger is faster once its loop is long enough to pay for the
-/// coarser grid and, in some, the second query buffer that it has no room for.
+/// Of two sm90 forward rows that differ in their tile alone, the smaller changes tiles at less cost, the larger does more per
+/// key block: it is faster once its loop is long enough.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.mask, x.features); };
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     return served(v) == served(best) && v.arch == Arch::sm90 && v.direction == Direction::forward &&
-           (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
+           (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
 }
 
 }  // namespace

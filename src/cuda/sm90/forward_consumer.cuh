@@ -29,7 +29,7 @@ struct RowMask {
         seen_end = (last + Config::kBlockN - 1) / Config::kBlockN;
     }
 
-    __device__ __forceinline__ bool hides(int n) const { return n >= seen_end; }
+    __device__ __forceinline__ bool hides(int n) const { return kMask == MaskClass::band && n >= seen_end; }
 
     template <int kCount>
     __device__ __forceinline__ void apply(float (&s)[kCount], int n) const {
@@ -58,7 +58,7 @@ protected:
     using Scores = float[kBlockN / 2];
     using Output = float[Config::kHeadDim / 2];
     using Weights = uint32_t[kBlockN / 16][4];
-    using Mask = RowMask<Config, Config::kSequential ? MaskClass::band : V.mask>;
+    using Mask = RowMask<Config, V.mask>;
 
     __device__ Consumer(const ForwardArgs& args, ForwardSmem<Config>& smem)
         : args_(args),

@@ -11,12 +11,6 @@
 
 namespace strobe::sm90 {
 
-/// Zeroes the tile counter while the forward kernel starts.
-static __global__ void reset_tile_counter(unsigned* counter) {
-    launch_dependents();
-    *counter = 0;
-}
-
 template <Variant V>
 cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     using Config = ForwardConfig<V>;
@@ -75,23 +69,13 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
     if (status != cudaSuccess) return status;
 
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid);
-    config.blockDim = dim3(Config::kThreads);
-    config.dynamicSmemBytes = kSmemBytes;
-    config.stream = context.stream;
-    cudaLaunchAttribute early_start{};
-    early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early_start.val.programmaticStreamSerializationAllowed = 1;
     if (p.workspace && forward_workspace_bytes(p) > 0) {
         schedule.next_tile = static_cast<unsigned*>(p.workspace);
-        reset_tile_counter<<<1, 1, 0, context.stream>>>(schedule.next_tile);
-        status = cudaGetLastError();
+        status = cudaMemsetAsync(schedule.next_tile, 0, sizeof(unsigned), context.stream);
         if (status != cudaSuccess) return status;
-        config.attrs = &early_start;
-        config.numAttrs = 1;
     }
-    return cudaLaunchKernelEx(&config, kernel, args);
+    kernel<<<grid, Config::kThreads, kSmemBytes, context.stream>>>(args);
+    return cudaGetLastError();
 }
 
 }  // namespace strobe::sm90

@@ -6,7 +6,6 @@
 
 #include "core/params.hpp"
 #include "core/schedule.hpp"
-#include "cuda/sm90/ptx.cuh"
 
 namespace strobe::sm90 {
 
@@ -49,12 +48,7 @@ public:
 
     /// Takes the next tile. Tiles of unequal length are balanced by taking them late: when the one before is nearly done.
     __device__ void advance() {
-        if (schedule_.next_tile) {
-            wait_for_prerequisites();  // that the counter is zero
-            index_ = gridDim.x + atomicAdd(schedule_.next_tile, 1u);
-        } else {
-            index_ += gridDim.x;
-        }
+        index_ = gridDim.x + (schedule_.next_tile ? atomicAdd(schedule_.next_tile, 1u) : index_);
     }
 
     __device__ ForwardTile tile() {
