@@ -89,7 +89,7 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
     __syncwarp();
     const bool whole = !p.seqlens.cu_seqlens_q || warp_row + 16 <= tile.rows_q;
     if (whole) {
-        if (lane == 0) {
+        if (lane == 0 && warp_row < tile.rows_q) {
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
                 tma_store(&args.out_map, staging + c * kChunkBytes, c * Config::kChunkCols, tile.q_row + warp_row, tile.head,

@@ -33,6 +33,11 @@ public:
         for (int g = 0; g < Config::kConsumers; ++g) {
             Barrier& full = smem_.q_full[g][slot];
             smem_.q_empty[g][slot].wait(ring_phase<Config::kQStages>(q_count_) ^ 1);
+            // No box that lies outside the tensor altogether; nothing is stored of rows that do not exist.
+            if (tile.row + 64 * g >= tile.rows_q) {
+                full.arrive();
+                continue;
+            }
             full.arrive_expect(sizeof(smem_.q[0][0]));
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
