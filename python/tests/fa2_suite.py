@@ -12,21 +12,23 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 
-COUNTS = ("passed", "failed", "skipped")
+COUNTS = ("passed", "failed", "skipped", "not_run")
 
 
 class Sample:
     """A pytest plugin: keeps this process's share of a random sample of the cases and counts what becomes of them."""
 
-    def __init__(self, cases: int, seed: int, share: int, processes: int):
+    def __init__(self, cases: int, seed: int, share: int, processes: int, seconds: float):
         self.cases, self.seed, self.share, self.processes = cases, seed, share, processes
-        self.available = 0
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.deadline = time.monotonic() + seconds
+        self.available = self.not_run = 0
+        self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
         self.by_test: dict[str, int] = {}
         self.failures: dict[str, str] = {}
 
@@ -46,6 +48,18 @@ class Sample:
         if self.cases < len(served):
             served = random.Random(self.seed).sample(served, self.cases)
         items[:] = served[self.share :: self.processes]
+        self.not_run = len(items)
+
+    def pytest_runtest_logstart(self):
+        self.not_run -= 1
+
+    def pytest_runtest_logfinish(self):
+        """The order of a sample is random, so what ran until the deadline is a random sample too."""
+        if time.monotonic() > self.deadline:
+            self.session.shouldstop = "the time is over"
+
+    def pytest_sessionstart(self, session):
+        self.session = session
 
     def pytest_runtest_logreport(self, report):
         if report.skipped:
@@ -59,7 +73,7 @@ class Sample:
             self.by_test[test] = self.by_test.get(test, 0) + 1
 
     def record(self) -> dict:
-        return {"available": self.available, **self.counts, "passed_by_test": self.by_test, "failures": self.failures}
+        return {"available": self.available, **self.counts, "not_run": self.not_run, "passed_by_test": self.by_test, "failures": self.failures}
 
 
 def run_share(arguments) -> dict:
@@ -72,10 +86,10 @@ def run_share(arguments) -> dict:
     # The file imports the KV-cache function beside the others; its cases are not run.
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
         module.flash_attn_with_kvcache = None
-    sample = Sample(arguments.cases, arguments.seed, arguments.share, arguments.processes)
+    sample = Sample(arguments.cases, arguments.seed, arguments.share, arguments.processes, arguments.seconds)
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
     status = pytest.main([str(arguments.file), *options], plugins=[sample])
-    return {**sample.record(), "pytest_status": int(status)}
+    return {**sample.record(), "pytest_status": 0 if status == 2 and sample.not_run else int(status)}
 
 
 def run_all(arguments) -> list[dict]:
@@ -84,17 +98,21 @@ def run_all(arguments) -> list[dict]:
         logs = [pathlib.Path(folder) / f"{i}.log" for i in range(arguments.processes)]
         results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
         command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
-        command += ["--processes", str(arguments.processes)]
+        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
         children = []
         for i, (log, result) in enumerate(zip(logs, results)):
             with log.open("w") as output:
                 children.append(
                     subprocess.Popen([*command, "--share", str(i), "--json", str(result)], stdout=output, stderr=subprocess.STDOUT)
                 )
-        for child, log, result in zip(children, logs, results):
-            child.wait()
-            if not result.exists():
-                print(log.read_text()[-3000:])
+        try:
+            for child, log, result in zip(children, logs, results):
+                child.wait()
+                if not result.exists():
+                    print(log.read_text()[-3000:])
+        finally:
+            for child in children:
+                child.kill()
         return [json.loads(r.read_text()) if r.exists() else {"pytest_status": -1} for r in results]
 
 
@@ -131,12 +149,18 @@ def describe(arguments, total: dict, seconds: float) -> dict:
     }
 
 
+def _stop(signal_number, frame):
+    sys.exit(1)  # by way of `finally`, which ends the children
+
+
 def main():
+    signal.signal(signal.SIGTERM, _stop)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
     parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()

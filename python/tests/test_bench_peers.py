@@ -63,7 +63,7 @@ def test_skewed_lengths_fill_the_tokens():
 
 
 def test_turns():
-    counts = timing.shares({"fast": 0.001, "slow": 0.5, "middle": 0.02}, 0.6, most=30, least=3)
+    counts = timing.shares({"fast": 0.001, "slow": 0.5, "middle": 0.019}, 0.6, most=30, least=3)
     assert counts == {"fast": 30, "slow": 3, "middle": 10}
     order = list(timing.in_turn(counts))
     assert {n: order.count(n) for n in counts} == counts
