@@ -12,7 +12,6 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "commands.hpp"
@@ -181,23 +180,26 @@ struct Timing {
     double ratio() const { return peer_seconds / seconds; }
 };
 
-/// Idle threads of a pool look for work for some milliseconds before they sleep, and would take a core from whoever runs next.
-void let_threads_fall_asleep() { std::this_thread::sleep_for(std::chrono::milliseconds(30)); }
-
 /// Runs `mine` and, if there is a peer, `theirs` in turn, after one uncounted round, until the time for the cell is used.
-/// Where a round takes long beside the cell's time, its noise is small and one counted round is enough.
+/// Where a round takes long beside the cell's time, its noise is small and one counted round is enough. In short cells a turn
+/// begins with uncounted runs: caches and threads are warm for both.
 Timing measure_on_cpu(const BenchOptions& options, const std::function<void()>& mine, const std::function<double()>& theirs) {
-    const size_t most = theirs ? 50 : 1000;
+    constexpr double kTakeover = 0.02, kShort = 0.2;
     const double round = seconds_of(mine) + (theirs ? theirs() : 0);
     const int least = round > 5 * options.seconds ? 1 : options.min_repeats;
+    const size_t most = theirs ? 30 : 1000;
+    const auto take_over = [&](const std::function<void()>& work) {
+        if (!theirs || round > kShort) return;
+        for (double spent = 0; spent < kTakeover;) spent += seconds_of(work);
+    };
     std::vector<double> own, peer;
     double spent = 0;
     while (static_cast<int>(own.size()) < least || (spent < options.seconds && own.size() < most)) {
-        if (theirs) let_threads_fall_asleep();
+        take_over(mine);
         own.push_back(seconds_of(mine));
         spent += own.back();
         if (!theirs) continue;
-        let_threads_fall_asleep();
+        take_over([&] { theirs(); });
         peer.push_back(theirs());
     }
     return {median(own), peer.empty() ? 0 : median(peer), own.size()};

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU: builds strobe with its kernels and holds the whole case list against the specification on the
-# device; then runs the benchmark grid. Records go to results/<gpu>/check-<commit>.json and bench-<commit>.json.
+# On a machine with a CUDA GPU: builds strobe with its kernels and runs every check of theirs (the case list against the specification,
+# races, determinism, graphs, streams and threads, 64k tokens, compute-sanitizer); then the benchmark grid. Records go to
+# results/<gpu>/check-<commit>.json and bench-<commit>.json.
 #   scripts/gpu_check.sh [--filter TERMS] [--no-bench] [--output DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,13 +22,17 @@ gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | head -1 | tr ' /'
 commit=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo "${STROBE_COMMIT:-unknown}")
 mkdir -p "$output/$gpu"
 
-cmake --preset cuda -DSTROBE_BUILD_GPT=OFF -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
-cmake --build --preset cuda --target strobe_cli -- --quiet
-strobe=build/cuda/bin/strobe
-"$strobe" info
+cmake --preset cuda -DSTROBE_BUILD_GPT=OFF -DSTROBE_BUILD_TESTS=ON -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
+cmake --build --preset cuda --target strobe_cli gpu_check -- --quiet
+bin=build/cuda/bin
+"$bin/strobe" info
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 status=0
-"$strobe" verify --device cuda "${filter[@]}" --json "$output/$gpu/check-$commit.json" || status=$?
+"$bin/gpu_check" "${filter[@]}" --sanitizer "$sanitizer" --commit "$commit" --json "$output/$gpu/check-$commit.json" || status=$?
+# Where another family comes first, the one that serves every other GPU is held to the same.
+"$bin/gpu_check" "${filter[@]}" --implementation sm80 --parts cases,races,determinism --commit "$commit" \
+    --json "$output/$gpu/check-sm80-$commit.json" || status=$?
 if [ "$bench" = yes ]; then
-    "$strobe" bench --device cuda --seconds 0.2 --json "$output/$gpu/bench-$commit.json" || status=$?
+    "$bin/strobe" bench --device cuda --seconds 0.2 --json "$output/$gpu/bench-$commit.json" || status=$?
 fi
 exit "$status"

@@ -75,4 +75,11 @@ Choice find(const Problem& problem, const BackwardParams& params, const Executio
     return find_for(problem, params, execution);
 }
 
+const Implementation& find_companion(const char* name, const strobe_tensor& tensor) {
+    for (const Implementation& i : implementations()) {
+        if (i.device_type == tensor.device_type && i.merge && i.dropout_mask) return i;
+    }
+    unsupported(fmt::format("{}: is on {}, for which this build of strobe has no implementation", name, device_name(tensor)));
+}
+
 }  // namespace strobe

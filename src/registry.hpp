@@ -36,6 +36,10 @@ struct Implementation {
     /// params.workspace holds the bytes asked for, aligned to kWorkspaceAlignment. Throws CallError.
     void (*forward)(const ForwardParams&, const Execution&);
     void (*backward)(const BackwardParams&, const Execution&);
+
+    /// Null where another implementation for the same device type does it.
+    void (*merge)(const MergeParams&, const Execution&) = nullptr;
+    void (*dropout_mask)(const DropoutMaskParams&, const Execution&) = nullptr;
 };
 
 inline constexpr size_t kWorkspaceAlignment = 256;
@@ -52,5 +56,8 @@ struct Choice {
 /// Throws CallError(unsupported) with every candidate's reason when none serves the call.
 Choice find(const Problem& problem, const ForwardParams& params, const Execution& execution);
 Choice find(const Problem& problem, const BackwardParams& params, const Execution& execution);
+
+/// The implementation that merges and writes dropout masks on the tensor's device. Throws CallError(unsupported) if none does.
+const Implementation& find_companion(const char* name, const strobe_tensor& tensor);
 
 }  // namespace strobe

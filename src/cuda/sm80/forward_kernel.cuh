@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages;
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
-    constexpr bool kGeneral = V.features == Features::general;
+    constexpr bool kGeneral = V.features != Features::plain;
     // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
     // no registers for it.)
     constexpr bool kSpreadsV = kStages == 1 && kD == 256 && !kGeneral;
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
     float o[kMAtoms][kDAtoms][4];
     clear(o);
-    const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
-    OnlineSoftmax<kMAtoms> softmax(kGeneral ? 1.0f : p.score.softmax_scale * kLog2e);
+    const ScoreFunctionOf<V.features> score(p, seq, batch, head);
+    OnlineSoftmax<kMAtoms> softmax(score.unit_log2(p));
 
     if (tile_begin < tile_end) {
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride, static_cast<int>(seq.seqlen_q - q_begin),
@@ -197,20 +197,25 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
+        BiasAhead<kMAtoms, kNAtoms> bias;
+        if constexpr (V.features == Features::biased && kD != 128) {  // 128 has no registers for it
+            if (works) score.ask_bias(bias, {q0 + lane / 4, k0 + 2 * (lane % 4)});
+        }
         float s[kMAtoms][kNAtoms][4];
         const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
         if constexpr (kSpreadsV) {
-            constexpr int kCopies = kN * kD / 8 / kThreads, kPerStep = (kCopies + kD / 32 - 1) / (kD / 32);
+            using ValueLoad = SpreadLoad<kN, kD, kThreads>;
+            constexpr int kPerStep = (ValueLoad::kCopies + kD / 32 - 1) / (kD / 32);
             const bool wanted = tile != tile_end - 1;
             const bool spread = wanted && works && k0 + kN <= band.seqlen_k && p.size.head_dim_v == kD;
             if (wanted && !spread) load_v(tile, 0);
             if (works) {
-                const uint16_t* const v_rows = v_in.row(k0);
+                const ValueLoad values(v_smem, v_in.row(k0), v_in.row_stride, thread);
                 multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(
                     s, a_rows<kMAtoms>(q_operand), b_rows(k_operand), [&](int k) {
 #pragma unroll
-                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < kCopies; ++n) {
-                            if (spread) copy_part<kN, kD, kThreads>(v_smem, v_rows, v_in.row_stride, n, thread);
+                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < ValueLoad::kCopies; ++n) {
+                            if (spread) values.copy(n);
                         }
                     });
             }
@@ -226,7 +231,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         }
         if (works) {
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
-            if constexpr (kGeneral) score.apply(s, origin);
+            if constexpr (kGeneral) score.apply(s, origin, bias);
             if (!band.all_visible(q0, kRows, k0, kN)) apply_mask(s, band, origin, -INFINITY);
             softmax.update(s, o);
             if constexpr (kGeneral) {

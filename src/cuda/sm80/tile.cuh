@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     const int chunk0 = thread % kLanes;
     const uint32_t dst = tile + Layout::offset(row0, chunk0);
     const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
-    if (kAligned && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
 #pragma unroll
         for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
             if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
@@ -111,15 +111,27 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
+/// load_tile in parts, for an aligned tile inside its tensor: each thread makes kCopies copies.
 template <int kRows, int kCols, int kThreads>
-__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
+struct SpreadLoad {
     using Layout = TileLayout<kCols>;
-    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static constexpr int kCopies = kRows / kRowStep * kColCopies;
     static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
-    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
-    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
-}
+    uint32_t to;
+    const uint16_t* from;
+    int64_t row_step;
+
+    __device__ SpreadLoad(uint32_t tile, const uint16_t* src, int64_t row_stride, int thread)
+        : to(tile + Layout::offset(thread / kLanes, thread % kLanes)),
+          from(src + thread / kLanes * row_stride + thread % kLanes * 8),
+          row_step(kRowStep * row_stride) {}
+
+    __device__ __forceinline__ void copy(int n) const {
+        const int r = n / kColCopies, c = n % kColCopies * kLanes;
+        cp_async_16(to + r * kRowStep * Layout::kRowBytes + c * 16, from + r * row_step + c * 8);
+    }
+};
 
 /// What `multiply` does besides after each step of k: nothing.
 struct NoSideWork {
