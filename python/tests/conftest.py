@@ -21,14 +21,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", ["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
 
 
-def pytest_collection_modifyitems(config, items):
-    """The CUDA kernels take bfloat16 and float16; the same test in one of these is another case."""
-    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in items]
-    without_kernel = [p.get("device") == "cuda" and torch.float32 in p.values() for p in parameters]
-    config.hook.pytest_deselected(items=[item for item, drop in zip(items, without_kernel) if drop])
-    items[:] = [item for item, drop in zip(items, without_kernel) if not drop]
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

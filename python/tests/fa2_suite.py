@@ -3,79 +3,119 @@
     python python/tests/fa2_suite.py test_flash_attn.py --cases 3000 --seed 0 --processes 8 --json results/fa2_suite.json
 
 The file comes from the FlashAttention repository (tests/test_flash_attn.py) and needs a CUDA GPU, einops and pytest. Cases of the
-KV cache and of paged keys are left out: strobe does not have them. Exits with 1 if any case fails or none passes.
+KV cache and of paged keys are left out: strobe does not have them. Of the half a million cases only the sampled ones are made: the
+test functions are called with the values of their parametrize marks, which is what pytest would do. Exits with 1 if any case fails
+or none passes.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
+import io
 import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
-COUNTS = ("passed", "failed", "skipped")
+COUNTS = ("passed", "failed", "skipped", "not_run")
 
 
-class Sample:
-    """A pytest plugin: keeps this process's share of a random sample of the cases and counts what becomes of them."""
+class Test:
+    """One test function with the axes of its parametrize marks."""
 
-    def __init__(self, cases: int, seed: int, share: int, processes: int):
-        self.cases, self.seed, self.share, self.processes = cases, seed, share, processes
-        self.available = 0
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.by_test: dict[str, int] = {}
-        self.failures: dict[str, str] = {}
+    def __init__(self, name: str, function):
+        self.name, self.function = name, function
+        self.axes: list[list[dict]] = []
+        for mark in getattr(function, "pytestmark", []):
+            if mark.name != "parametrize":
+                raise ValueError(f"{name}: has a mark {mark.name}, which this runner does not know")
+            names = [n.strip() for n in mark.args[0].split(",")]
+            values = [dict(zip(names, v if len(names) > 1 else (v,))) for v in mark.args[1]]
+            self.axes.append([v for v in values if v.get("paged_kv_block_size") is None])
 
-    @staticmethod
-    def pytest_pycollect_makeitem(name):
-        """No items for the KV cache, which would be most of the file."""
-        return [] if "kvcache" in name else None
+    def __len__(self) -> int:
+        count = 1
+        for axis in self.axes:
+            count *= len(axis)
+        return count
 
-    @staticmethod
-    def _served(item) -> bool:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        return "kvcache" not in item.nodeid and parameters.get("paged_kv_block_size") is None
+    def case(self, index: int) -> dict:
+        """The parameters of one of its cases."""
+        parameters = {}
+        for axis in self.axes:
+            index, at = divmod(index, len(axis))
+            parameters |= axis[at]
+        return parameters
 
-    def pytest_collection_modifyitems(self, items):
-        served = [item for item in items if self._served(item)]
-        self.available = len(served)
-        if self.cases < len(served):
-            served = random.Random(self.seed).sample(served, self.cases)
-        items[:] = served[self.share :: self.processes]
 
-    def pytest_runtest_logreport(self, report):
-        if report.skipped:
-            self.counts["skipped"] += 1
-        elif report.failed:
-            self.counts["failed"] += 1
-            self.failures[report.nodeid] = str(getattr(report.longrepr, "reprcrash", None) or report.longrepr)[:500]
-        elif report.when == "call":
-            self.counts["passed"] += 1
-            test = report.nodeid.split("::")[-1].split("[")[0]
-            self.by_test[test] = self.by_test.get(test, 0) + 1
+def tests_of(path: pathlib.Path) -> list[Test]:
+    spec = importlib.util.spec_from_file_location("fa2_tests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [Test(n, f) for n, f in vars(module).items() if n.startswith("test_") and "kvcache" not in n]
 
-    def record(self) -> dict:
-        return {"available": self.available, **self.counts, "passed_by_test": self.by_test, "failures": self.failures}
+
+def sampled(tests: list[Test], cases: int, seed: int) -> list[tuple[Test, int]]:
+    """`cases` different cases in random order, each of all with the same chance."""
+    total = sum(map(len, tests))
+    chosen = []
+    for number in random.Random(seed).sample(range(total), min(cases, total)):
+        for test in tests:
+            if number < len(test):
+                chosen.append((test, number))
+                break
+            number -= len(test)
+    return chosen
+
+
+def outcome(test: Test, parameters: dict) -> tuple[str, str]:
+    """("passed" | "failed" | "skipped", why)."""
+    import pytest
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            test.function(**parameters)
+        return "passed", ""
+    except pytest.skip.Exception as e:
+        return "skipped", str(e)
+    except Exception as e:
+        line = traceback.extract_tb(e.__traceback__)[-1]
+        return "failed", f"{type(e).__name__}: {e} in line {line.lineno}: {line.line}"[:500]
 
 
 def run_share(arguments) -> dict:
     """One process's share of the cases, run here."""
-    import pytest
-
+    deadline = time.monotonic() + arguments.seconds
     import strobe
 
     strobe.install_as("flash_attn")
     # The file imports the KV-cache function beside the others; its cases are not run.
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
         module.flash_attn_with_kvcache = None
-    sample = Sample(arguments.cases, arguments.seed, arguments.share, arguments.processes)
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
-    status = pytest.main([str(arguments.file), *options], plugins=[sample])
-    return {**sample.record(), "pytest_status": int(status)}
+    tests = tests_of(arguments.file)
+    share = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
+    counts = dict.fromkeys(COUNTS, 0)
+    by_test, failures = {}, {}
+    for done, (test, index) in enumerate(share):
+        # The order is random, so what ran until the deadline is a random sample too.
+        if time.monotonic() > deadline:
+            counts["not_run"] = len(share) - done
+            break
+        parameters = test.case(index)
+        result, why = outcome(test, parameters)
+        counts[result] += 1
+        if result == "passed":
+            by_test[test.name] = by_test.get(test.name, 0) + 1
+        elif result == "failed":
+            failures[f"{test.name}[{', '.join(f'{n}={v}' for n, v in parameters.items())}]"] = why
+    return {"available": sum(map(len, tests)), **counts, "passed_by_test": by_test, "failures": failures}
 
 
 def run_all(arguments) -> list[dict]:
@@ -84,32 +124,33 @@ def run_all(arguments) -> list[dict]:
         logs = [pathlib.Path(folder) / f"{i}.log" for i in range(arguments.processes)]
         results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
         command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
-        command += ["--processes", str(arguments.processes)]
+        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
         children = []
-        for i, (log, result) in enumerate(zip(logs, results)):
-            with log.open("w") as output:
-                children.append(
-                    subprocess.Popen([*command, "--share", str(i), "--json", str(result)], stdout=output, stderr=subprocess.STDOUT)
-                )
-        for child, log, result in zip(children, logs, results):
-            child.wait()
-            if not result.exists():
-                print(log.read_text()[-3000:])
-        return [json.loads(r.read_text()) if r.exists() else {"pytest_status": -1} for r in results]
+        try:
+            for i, (log, result) in enumerate(zip(logs, results)):
+                with log.open("w") as output:
+                    own = ["--share", str(i), "--json", str(result)]
+                    children.append(subprocess.Popen([*command, *own], stdout=output, stderr=subprocess.STDOUT))
+            for child, log, result in zip(children, logs, results):
+                child.wait()
+                if not result.exists():
+                    print(log.read_text()[-3000:])
+        finally:
+            for child in children:
+                child.kill()
+        return [json.loads(r.read_text()) if r.exists() else {"failures": {f"process {i}": "ended early"}} for i, r in enumerate(results)]
 
 
 def merged(shares: list[dict]) -> dict:
     """The counts of all shares together; a share that ended without a result counts as a failure."""
     total = {"available": max(s.get("available", 0) for s in shares), **dict.fromkeys(COUNTS, 0)}
     by_test, failures = {}, {}
-    for i, share in enumerate(shares):
-        if share["pytest_status"] not in (0, 1):
-            failures[f"process {i}"] = f"ended with status {share['pytest_status']}"
+    for share in shares:
         for name in COUNTS:
             total[name] += share.get(name, 0)
         for test, count in share.get("passed_by_test", {}).items():
             by_test[test] = by_test.get(test, 0) + count
-        failures.update(share.get("failures", {}))
+        failures.update(share["failures"])
     return {**total, "passed_by_test": dict(sorted(by_test.items())), "failures": failures}
 
 
@@ -131,12 +172,18 @@ def describe(arguments, total: dict, seconds: float) -> dict:
     }
 
 
+def _stop(signal_number, frame):
+    sys.exit(1)  # by way of `finally`, which ends the children
+
+
 def main():
+    signal.signal(signal.SIGTERM, _stop)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
     parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()

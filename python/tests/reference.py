@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def dtype_for(device) -> torch.dtype:
-    """The most precise dtype of the kernels for a device."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
-
-
 def near(ours: Tensor, exact: Tensor) -> None:
     """Equal up to the rounding of one attention call, by the dtype of `ours`; `exact` may be of another."""
     bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[ours.dtype]

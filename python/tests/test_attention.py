@@ -9,9 +9,7 @@ import strobe
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(batch=2, rows=33, cols=41, heads=4, heads_k=2, dim=32, dim_v=None, dtype=None, device="cpu"):
-    dtype = reference.dtype_for(device) if dtype is None else dtype
-
+def make(batch=2, rows=33, cols=41, heads=4, heads_k=2, dim=32, dim_v=None, dtype=torch.float32, device="cpu"):
     def randn(*shape):
         return torch.randn(*shape).to(device=device, dtype=dtype)
 
@@ -130,12 +128,16 @@ def test_dropout_state(device):
     assert strobe.attention(**tensors, return_rng_state=True)[1] is None
 
 
-def test_dropout_mask_on_other_devices_is_the_same():
-    from strobe import _philox
-
+def test_dropout_masks(device):
+    """Each element is kept with its own chance, and a smaller mask is a corner of a larger one."""
     state = torch.tensor([-3, 2**62 + 5])
-    for shape in ((2, 3, 37, 53), (1, 1, 16, 16), (1, 2, 1, 100)):
-        assert torch.equal(_philox.keep_mask(state, 0.3, shape, "cpu"), strobe.dropout_mask(state, 0.3, shape))
+    whole = strobe.dropout_mask(state, 0.3, (2, 3, 100, 150), device)
+    assert whole.dtype == torch.bool and whole.device.type == device
+    assert torch.equal(whole[:, :, :37, :53], strobe.dropout_mask((-3, 2**62 + 5), 0.3, (2, 3, 37, 53), device))
+    assert abs(whole.float().mean() - 0.7) < 0.01 and not torch.equal(whole[0], whole[1])
+    assert strobe.dropout_mask(state, 0.0, (1, 1, 5, 5), device).all()
+    with pytest.raises(ValueError, match="dropout_p: is 1"):
+        strobe.dropout_mask(state, 1.0, (1, 1, 5, 5), device)
 
 
 def test_varlen(device):
@@ -143,9 +145,8 @@ def test_varlen(device):
     cu_q, cu_k = (
         torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32, device=device) for x in (lengths_q, lengths_k)
     )
-    kind = {"device": device, "dtype": reference.dtype_for(device), "requires_grad": True}
-    q = torch.randn(sum(lengths_q), 4, 16, **kind)
-    k, v = (torch.randn(sum(lengths_k), 2, 16, **kind) for _ in range(2))
+    q = torch.randn(sum(lengths_q), 4, 16, device=device, requires_grad=True)
+    k, v = (torch.randn(sum(lengths_k), 2, 16, device=device, requires_grad=True) for _ in range(2))
     out, lse = strobe.attention(
         q, k, v, causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=17, max_seqlen_k=17, return_lse=True
     )
@@ -175,15 +176,14 @@ def test_seqused(device):
 
 @pytest.mark.parametrize("layout", ["bhsd", "packed", "sliced", "expanded"])
 def test_strides(layout, device):
-    kind = {"device": device, "dtype": reference.dtype_for(device)}
     if layout == "bhsd":
-        q, k, v = (torch.randn(2, 3, 17, 16, **kind).transpose(1, 2) for _ in range(3))
+        q, k, v = (torch.randn(2, 3, 17, 16, device=device).transpose(1, 2) for _ in range(3))
     elif layout == "packed":
-        q, k, v = torch.randn(2, 17, 3, 3, 16, **kind).unbind(2)
+        q, k, v = torch.randn(2, 17, 3, 3, 16, device=device).unbind(2)
     elif layout == "sliced":
-        q, k, v = (torch.randn(2, 34, 6, 48, **kind)[:, ::2, ::2, 16:32] for _ in range(3))
+        q, k, v = (torch.randn(2, 34, 6, 48, device=device)[:, ::2, ::2, 16:32] for _ in range(3))
     else:
-        q, k, v = (torch.randn(1, 17, 3, 16, **kind).expand(2, -1, -1, -1) for _ in range(3))
+        q, k, v = (torch.randn(1, 17, 3, 16, device=device).expand(2, -1, -1, -1) for _ in range(3))
     check({"q": q, "k": k, "v": v}, options={"causal": True})
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = strobe.attention(*leaves, causal=True)
@@ -250,8 +250,7 @@ def test_deterministic_setting_of_torch_is_respected(device, monkeypatch):
 
 def test_scaled_dot_product_attention(device):
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    kind = {"device": device, "dtype": reference.dtype_for(device)}
-    q, k, v = (torch.randn(2, 4, n, 16, **kind) for n in (9, 13, 13))
+    q, k, v = (torch.randn(2, 4, n, 16, device=device) for n in (9, 13, 13))
     mask = torch.rand(9, 13, device=device) > 0.3
     mask[:, 0] = True
     reference.near(strobe.scaled_dot_product_attention(q, k, v), sdpa(q, k, v))

@@ -9,8 +9,7 @@ import strobe
 from strobe import _ops
 
 
-def qkv(batch=2, rows=16, heads=4, heads_k=2, dim=16, dtype=None, device="cpu", grad=False):
-    dtype = reference.dtype_for(device) if dtype is None else dtype
+def qkv(batch=2, rows=16, heads=4, heads_k=2, dim=16, dtype=torch.float32, device="cpu", grad=False):
     shapes = ((batch, rows, heads, dim), (batch, rows, heads_k, dim), (batch, rows, heads_k, dim))
     return [torch.randn(s).to(device=device, dtype=dtype).requires_grad_(grad) for s in shapes]
 
@@ -145,12 +144,13 @@ def test_opcheck_backward(device):
 def test_opcheck_companions(device):
     outs, lses = torch.randn(3, 2, 5, 4, 8, device=device), torch.randn(3, 2, 4, 5, device=device)
     torch.library.opcheck(_ops.lse_merge, (outs, lses))
-    torch.library.opcheck(_ops.dropout_mask, (torch.tensor([1, 2]), 0.3, 2, 3, 5, 7))
+    keep = torch.empty(2, 3, 5, 7, dtype=torch.uint8, device=device)
+    torch.library.opcheck(_ops.dropout_mask_into, (keep, torch.tensor([1, 2]), 0.3), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(compiled, device):
-    q, k, v = qkv(device=device, grad=True, dtype=torch.float32)
+    q, k, v = qkv(device=device, grad=True)
     function = strobe.attention
     if compiled:
         function = torch.compile(strobe.attention, fullgraph=True, backend="aot_eager")

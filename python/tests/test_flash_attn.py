@@ -72,8 +72,7 @@ def test_signatures_of_version_3(name):
     check_signature(getattr(flash_attn_3, name), *FA3_SIGNATURES[name])
 
 
-def qkv(batch=2, rows=17, cols=17, heads=4, heads_k=2, dim=16, dtype=None, device="cpu"):
-    dtype = reference.dtype_for(device) if dtype is None else dtype
+def qkv(batch=2, rows=17, cols=17, heads=4, heads_k=2, dim=16, dtype=torch.float32, device="cpu"):
     return [
         torch.randn(batch, n, h, dim).to(device=device, dtype=dtype).requires_grad_()
         for n, h in ((rows, heads), (cols, heads_k), (cols, heads_k))
@@ -98,10 +97,9 @@ def test_values_and_gradients(window_size, causal, device):
 
 
 def test_packed_forms_are_the_same_call(device):
-    kind = {"device": device, "dtype": reference.dtype_for(device)}
-    qkv_packed = torch.randn(2, 9, 3, 4, 16, **kind, requires_grad=True)
-    kv = torch.randn(2, 9, 2, 2, 16, **kind, requires_grad=True)
-    q = torch.randn(2, 9, 4, 16, **kind)
+    qkv_packed = torch.randn(2, 9, 3, 4, 16, device=device, requires_grad=True)
+    kv = torch.randn(2, 9, 2, 2, 16, device=device, requires_grad=True)
+    q = torch.randn(2, 9, 4, 16, device=device)
     f = strobe.flash_attn
     whole = f.flash_attn_qkvpacked_func(qkv_packed, causal=True)
     torch.testing.assert_close(whole, f.flash_attn_func(*qkv_packed.unbind(2), causal=True), rtol=0, atol=0)
@@ -117,7 +115,7 @@ def test_packed_forms_are_the_same_call(device):
 
 def test_padded_copies_of_odd_inputs(device):
     """The original copies what has no unit stride, and takes head dims that are no multiple of 8."""
-    q, k, v = (torch.randn(2, 9, 59, 4, device=device, dtype=reference.dtype_for(device)).transpose(2, 3) for _ in range(3))
+    q, k, v = (torch.randn(2, 9, 59, 4, device=device).transpose(2, 3) for _ in range(3))
     out = strobe.flash_attn.flash_attn_func(q, k, v)
     reference.near(out, reference.attention(*(x.double() for x in (q, k, v)))[0])
 
