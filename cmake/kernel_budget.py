@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 
+ROWS = pathlib.Path(__file__).parents[1] / "src" / "variants.def"
 SPILLS = pathlib.Path(__file__).with_name("kernel_spills.txt")
 ROW = re.compile(r"^sm\d+_(forward|backward)_")
 
@@ -88,12 +89,19 @@ def launch(command):
     return 1
 
 
+def rows_of_today():
+    """The names of all rows; a build folder may hold reports of others."""
+    fields = re.findall(r"^STROBE_VARIANT\(([^)]*)\)", ROWS.read_text(), re.MULTILINE)
+    return {"_".join(field.strip() for field in row.split(",")) for row in fields}
+
+
 def table(build):
+    today = rows_of_today()
     print("| row | kernel | target | registers | spilled bytes | static shared bytes |")
     print("|---|---|---|---|---|---|")
     for path in sorted(pathlib.Path(build).rglob("*.cu.o.budget")):
         report = json.loads(path.read_text())
-        for k in report["kernels"]:
+        for k in report["kernels"] if report["row"] in today else []:
             print(f"| {report['row']} | {k['kernel']} | {k['arch']} | {k['registers']} | {k['spilled_bytes']} | {k['static_shared_bytes']} |")
 
 

@@ -31,6 +31,7 @@ struct Options {
     std::string masks = "full,causal";
     std::string feature = "none";
     bool deterministic = false;
+    bool list = false;
 };
 
 constexpr int64_t kTokens = 16384;
@@ -155,7 +156,17 @@ const VariantRow* forward_for(const Variant& v, Features features) {
     return found;
 }
 
+/// The rows of this build with the shared memory that a CTA of the sm80 ones asks for; needs no GPU.
+int list_rows() {
+    for (const VariantRow& row : cuda::variant_rows()) {
+        const int bytes = cuda::smem_bytes(row.variant);
+        std::printf("%-62s %s\n", cuda::to_string(row.variant).c_str(), bytes > 0 ? fmt::format("{} bytes", bytes).c_str() : "");
+    }
+    return 0;
+}
+
 int run(const Options& options) {
+    if (options.list) return list_rows();
     std::printf("%s\n", cuda::device_info(0).name.c_str());
     const std::regex wanted(options.filter);
     const LaunchContext context{nullptr, 0, cuda::device_limits(0).num_sms};
@@ -207,6 +218,7 @@ int main(int argc, char** argv) {
     app.add_option("--repeats", options.repeats, "timed runs, of which the median counts")->capture_default_str();
     app.add_option("--masks", options.masks, "full, causal or both")->capture_default_str();
     app.add_option("--feature", options.feature, "softcap, alibi or dropout: general rows only; bias: biased rows only; none: all rows");
+    app.add_flag("--list", options.list, "print the rows and stop");
     app.add_flag("--deterministic", options.deterministic, "the backward's deterministic mode");
     CLI11_PARSE(app, argc, argv);
     try {
