@@ -46,8 +46,8 @@ Features features_wanted(const Request& request, Arch arch) {
     return request.general || (arch == Arch::sm80 && !request.tma_layout) ? Features::general : Features::plain;
 }
 
-/// Of two rows that serve the same problems: in the sm90 forward the larger tile is faster once its loop is long enough to pay for
-/// the coarser grid and, in some, the second query buffer that it has no room for; in the sm80 backward the dQ pass of the
+/// Of two rows that serve the same problems: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
+/// per key block and is faster once its loop is long enough; in the sm80 backward the dQ pass of the
 /// deterministic mode wants the second stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
@@ -56,7 +56,7 @@ bool suits_better(const Variant& v, const Variant& best, const Request& request)
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     if (v.arch == Arch::sm90) {
         return v.direction == Direction::forward && v.mask == best.mask &&
-               (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
+               (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
     }
     return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
 }

@@ -1,4 +1,5 @@
-// The shared memory of every sm80 row against the devices it is meant for, and the order in which CTAs take tiles. Needs no GPU.
+// The shared memory of every sm80 row against the devices it is meant for, which of two sm90 tiles serves a length, and the order in
+// which CTAs take tiles. Needs no GPU.
 #include <gtest/gtest.h>
 
 #include <set>
@@ -89,6 +90,24 @@ TEST(Sm80Plan, TheSmallestBucketThatServes) {
     row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
     ASSERT_NE(row, nullptr) << refusal;
     EXPECT_EQ(row->features, Features::general);
+}
+
+TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
+    const auto area = [](const Variant& v) { return v.block_m * v.block_n; };
+    for (const Variant& v : kRows) {
+        if (v.arch != Arch::sm90 || v.direction != Direction::forward) continue;
+        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .band = v.mask == MaskClass::band, .tma_layout = true};
+        std::string refusal;
+        for (const int64_t seqlen_k : {1, 2047, 2048, 1 << 20}) {
+            request.seqlen_k = seqlen_k;
+            const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+            ASSERT_NE(row, nullptr) << refusal;
+            EXPECT_EQ(row->head_dim, v.head_dim);
+            EXPECT_EQ(row->mask, v.mask);
+            if (seqlen_k < 2048) EXPECT_LE(area(*row), area(v));
+            else EXPECT_GE(area(*row), area(v));
+        }
+    }
 }
 
 TEST(Sm80Plan, RefusalsSayWhatIsPossible) {

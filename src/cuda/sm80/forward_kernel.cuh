@@ -198,24 +198,23 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
         BiasAhead<kMAtoms, kNAtoms> bias;
-        if constexpr (V.features == Features::biased && kD != 128) {  // 128 has no registers for it
+        if constexpr (V.features == Features::biased) {
             if (works) score.ask_bias(bias, {q0 + lane / 4, k0 + 2 * (lane % 4)});
         }
         float s[kMAtoms][kNAtoms][4];
         const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
         if constexpr (kSpreadsV) {
-            using ValueLoad = SpreadLoad<kN, kD, kThreads>;
-            constexpr int kPerStep = (ValueLoad::kCopies + kD / 32 - 1) / (kD / 32);
+            constexpr int kCopies = kN * kD / 8 / kThreads, kPerStep = (kCopies + kD / 32 - 1) / (kD / 32);
             const bool wanted = tile != tile_end - 1;
             const bool spread = wanted && works && k0 + kN <= band.seqlen_k && p.size.head_dim_v == kD;
             if (wanted && !spread) load_v(tile, 0);
             if (works) {
-                const ValueLoad values(v_smem, v_in.row(k0), v_in.row_stride, thread);
+                const uint16_t* const v_rows = v_in.row(k0);
                 multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(
                     s, a_rows<kMAtoms>(q_operand), b_rows(k_operand), [&](int k) {
 #pragma unroll
-                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < ValueLoad::kCopies; ++n) {
-                            if (spread) values.copy(n);
+                        for (int n = k * kPerStep; n < (k + 1) * kPerStep && n < kCopies; ++n) {
+                            if (spread) copy_part<kN, kD, kThreads>(v_smem, v_rows, v_in.row_stride, n, thread);
                         }
                     });
             }

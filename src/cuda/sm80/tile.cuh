@@ -111,27 +111,15 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// load_tile in parts, for an aligned tile inside its tensor: each thread makes kCopies copies.
+/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
 template <int kRows, int kCols, int kThreads>
-struct SpreadLoad {
+__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
     using Layout = TileLayout<kCols>;
-    static constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
-    static constexpr int kCopies = kRows / kRowStep * kColCopies;
+    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
     static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
-    uint32_t to;
-    const uint16_t* from;
-    int64_t row_step;
-
-    __device__ SpreadLoad(uint32_t tile, const uint16_t* src, int64_t row_stride, int thread)
-        : to(tile + Layout::offset(thread / kLanes, thread % kLanes)),
-          from(src + thread / kLanes * row_stride + thread % kLanes * 8),
-          row_step(kRowStep * row_stride) {}
-
-    __device__ __forceinline__ void copy(int n) const {
-        const int r = n / kColCopies, c = n % kColCopies * kLanes;
-        cp_async_16(to + r * kRowStep * Layout::kRowBytes + c * 16, from + r * row_step + c * 8);
-    }
-};
+    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
+    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
+}
 
 /// What `multiply` does besides after each step of k: nothing.
 struct NoSideWork {
