@@ -121,7 +121,7 @@ def run_fuzzers(tally, seconds):
         corpus = tree / "corpus" / target.name
         corpus.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile("w+") as log:
-            status = run([target, f"-max_total_time={limit}", "-rss_limit_mb=4096", "-timeout=20",
+            status = run([target, f"-max_total_time={limit}", "-rss_limit_mb=4096", "-timeout=120",
                           f"-artifact_prefix={corpus.parent}/{target.name}-", corpus,
                           *[s for s in [seeds / target.name] if s.exists()]], stdout=log, stderr=subprocess.STDOUT)
             if status:

@@ -22,7 +22,8 @@ def _length(seqlen: int) -> str:
     return f"{seqlen // 1024}k" if seqlen >= 1024 else str(seqlen)
 
 
-def _figure(width: float, height: float):
+def blank(width: float, height: float):
+    """A figure whose SVG is the same file for the same data."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -47,7 +48,7 @@ def speed(record: dict, direction: str):
     masks = list(dict.fromkeys(mask for _, mask in cells))
     dims = sorted({dim for dim, _ in cells})
     names = [n for n in COLOURS if any(n in c["results"] for row in cells.values() for c in row)]
-    figure = _figure(4.6 * len(dims), 2.9 * len(masks) + 0.5)
+    figure = blank(4.6 * len(dims), 2.9 * len(masks) + 0.5)
     panels = figure.subplots(len(masks), len(dims), squeeze=False, sharey=True)
     for (dim, mask), row in cells.items():
         axes = panels[masks.index(mask)][dims.index(dim)]
@@ -72,7 +73,7 @@ def speed(record: dict, direction: str):
 
 def memory(record: dict):
     """Peak memory beyond the inputs over the sequence length, both axes logarithmic."""
-    figure = _figure(5.6, 3.8)
+    figure = blank(5.6, 3.8)
     axes = figure.subplots()
     rows = sorted(record["memory"], key=lambda r: r["seqlen"])
     for name, colour in COLOURS.items():

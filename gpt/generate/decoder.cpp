@@ -42,9 +42,9 @@ Decoder::Decoder(const Weights& weights, Backend& backend, int64_t capacity)
     logits_ = arena_.at<float>(logits);
     if (config_.has_rope()) rope_table_ = rope_table(capacity, config_.head_dim, config_.rope_theta);
 
-    // Workspace of the two kinds of call: a full chunk against a full cache, and one row against it.
-    for (const int64_t queries : {chunk, int64_t{1}}) {
-        const AttentionForward largest = attention(caches_.front(), queries, capacity, nullptr);
+    // Workspace is not a simple function of the rows: few of them are another kind of call.
+    for (int64_t rows = 1; rows <= chunk; ++rows) {
+        const AttentionForward largest = attention(caches_.front(), rows, capacity, nullptr);
         backend.reserve_scratch(attention_workspace_bytes(largest, exec_.team->size()));
     }
 }

@@ -137,6 +137,9 @@ def test_plots(tmp_path):
 
 
 def test_triton_kernel_in_its_interpreter(monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of triton 3.6 needs NumPy below 2.4")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     sys.modules.pop("triton_attention", None)

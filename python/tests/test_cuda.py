@@ -1,5 +1,8 @@
 """What only a CUDA device shows: streams, graphs, no waiting, memory, the CPU's results, and refusals."""
 
+import subprocess
+import sys
+
 import pytest
 import reference
 import torch
@@ -17,6 +20,21 @@ def qkv(batch=2, rows=300, heads=4, heads_k=2, dim=64, dtype=torch.bfloat16, gra
 def step(q, k, v, dout):
     out = strobe.attention(q, k, v, causal=True)
     return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+
+FIRST_IN_ITS_THREAD = """
+import torch, strobe
+q, k, v = (torch.randn(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+grads = torch.autograd.grad(strobe.attention(q, k, v), (q, k, v), torch.ones_like(q))
+assert all(torch.isfinite(g).all() for g in grads)
+"""
+
+
+def test_a_backward_that_is_the_first_call_of_its_thread():
+    """Nothing has made the device current in autograd's thread before."""
+    script = f"import sys; sys.path[:0] = {sys.path!r}\n{FIRST_IN_ITS_THREAD}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -80,10 +80,10 @@ DeviceInfo device_info(int device) {
 
 DeviceGuard::DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) {
-        check(cudaSetDevice(device), "cudaSetDevice");
-        switched_ = true;
-    }
+    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward) has no
+    // context, which the driver's encoder of tensor maps fails without.
+    check(cudaSetDevice(device), "cudaSetDevice");
+    switched_ = previous_ != device;
 }
 
 DeviceGuard::~DeviceGuard() {
