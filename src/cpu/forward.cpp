@@ -381,6 +381,7 @@ void work(void* context, int worker) {
 }  // namespace
 
 void forward(const ForwardParams& params, const ForwardPlan& plan) {
+    if (plan.few_rows) return forward_few_rows(params, plan);
     Call call{params, plan};
     with_type(params.dtype, [&]<class T>(T*) { run_on_threads(plan.threads, work<T>, &call); });
 }

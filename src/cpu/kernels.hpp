@@ -16,6 +16,7 @@ struct Kernels {
 #define STROBE_CPU_KERNELS(isa)                                      \
     namespace isa {                                                  \
     void forward(const ForwardParams&, const ForwardPlan&);          \
+    void forward_few_rows(const ForwardParams&, const ForwardPlan&); \
     void backward(const BackwardParams&, const BackwardPlan&);       \
     double fma_peak();                                               \
     double bf16_dot_peak();                                          \

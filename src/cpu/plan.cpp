@@ -30,6 +30,41 @@ private:
     size_t size_ = 0;
 };
 
+/// A stretch of keys is long enough to be worth a task and short enough to give every thread some.
+constexpr int64_t kFewRowsKeys = 256;
+
+/// With more rows than these the general kernel is faster, although most of its lanes idle.
+constexpr int64_t kFewRowsPay = 4;
+static_assert(kFewRowsPay <= kFewRows);
+
+/// Where a log-sum-exp is wanted, a backward may follow: it computes the scores again in the general kernel's order of
+/// summation, and with scores in the hundreds another rounding of them would be felt.
+bool wants_few_rows(const ForwardParams& p, int64_t rows) {
+    return rows >= 1 && rows <= kFewRowsPay && !p.lse && !p.score.bias && !p.dropout.enabled();
+}
+
+void plan_few_rows(const ForwardParams& p, ForwardPlan& plan) {
+    const ProblemSize& s = p.size;
+    const int64_t rows = s.num_heads * s.seqlen_q;
+    plan.few_rows = true;
+    plan.block_q = plan.group * s.seqlen_q;
+    plan.block_k = kFewRowsKeys;
+    // A caller's bound on the lengths may be far beyond any of them.
+    plan.blocks = ceil_div(std::min(s.seqlen_k, s.total_k), plan.block_k);
+    plan.tasks = plan.blocks * s.batch;
+    plan.threads = static_cast<int>(std::clamp<int64_t>(plan.threads, 1, std::max<int64_t>(plan.tasks, 1)));
+
+    Layout shared(sizeof(float));
+    plan.partial_max = shared.take(plan.tasks * rows);
+    plan.partial_sum = shared.take(plan.tasks * rows);
+    plan.partial_out = shared.take(plan.tasks * rows * s.head_dim_v);
+    plan.scratch = shared.size();
+    Layout floats(sizeof(float));
+    plan.q = floats.take(rows * s.head_dim);
+    plan.scores = floats.take(rows * kFewRowsTile);
+    plan.floats_per_thread = floats.size();
+}
+
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
@@ -38,6 +73,10 @@ ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
     plan.threads = std::max(num_threads, 1);
     plan.group = s.num_heads_k > 0 ? s.num_heads / s.num_heads_k : 1;
     const int64_t rows = plan.group * s.seqlen_q;
+    if (wants_few_rows(p, rows)) {
+        plan_few_rows(p, plan);
+        return plan;
+    }
     const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
     const int dim = std::max(s.head_dim, s.head_dim_v);
 

@@ -15,17 +15,28 @@ inline constexpr int kMaxPanel = 32;
 inline constexpr int kMinPanel = 8;
 inline constexpr int kMaxBlockQ = 256;
 
-/// A forward task takes block_q rows of one key head: row r is query r / group of query head r % group of the head's
+/// The most rows of a key head that forward_few_rows.cpp takes, and the keys of its tiles.
+inline constexpr int kFewRows = 8;
+inline constexpr int64_t kFewRowsTile = 64;
+
+/// With few_rows a task takes block_k keys of a sequence for all its heads. Otherwise a forward task takes block_q rows of one key head: row r is query r / group of query head r % group of the head's
 /// group, so that every loaded key serves all heads of the group.
 struct ForwardPlan {
     int threads = 1;
     int group = 1;
     int64_t block_q = 0;
     int64_t block_k = 0;
-    int64_t blocks = 0;  // of the longest sequence
-    int64_t tasks = 0;   // blocks * batch * num_heads_k
+    int64_t blocks = 0;  // of rows, with few_rows of keys, of the longest sequence
+    int64_t tasks = 0;   // blocks * batch * num_heads_k, with few_rows blocks * batch
+    bool few_rows = false;
 
-    // One thread's scratch, offsets in floats.
+    // Shared by all threads, offsets in floats, only with few_rows. rows = num_heads * seqlen_q.
+    size_t partial_max = 0;  // [task][row]
+    size_t partial_sum = 0;  // [task][row]
+    size_t partial_out = 0;  // [task][row][head_dim_v]
+    size_t scratch = 0;
+
+    // One thread's scratch, offsets in floats. With few_rows q is [row][head_dim], scores [row][kFewRowsTile].
     size_t q = 0;        // [block_q / panel][head_dim][panel]
     size_t o = 0;        // [block_q / panel][head_dim_v][panel], not yet divided by the row sum
     size_t k = 0;        // [block_k][head_dim]
@@ -34,7 +45,7 @@ struct ForwardPlan {
     size_t extra = 0;    // [block_k][panel]: bias, later the dropout factors
     size_t floats_per_thread = 0;
 
-    size_t bytes() const { return static_cast<size_t>(threads) * floats_per_thread * sizeof(float); }
+    size_t bytes() const { return (scratch + static_cast<size_t>(threads) * floats_per_thread) * sizeof(float); }
 };
 
 ForwardPlan plan_forward(const ForwardParams& params, int num_threads);

@@ -91,6 +91,19 @@ STROBE_CPU_INLINE bool any(IVec mask) {
 #endif
 }
 
+/// The sum of the lanes, halves first.
+STROBE_CPU_INLINE float sum_of_lanes(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#elif defined(__AVX2__)
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
 /// The 64-bit products of 32-bit lanes, as their low and high halves.
 STROBE_CPU_INLINE void multiply_wide(UVec a, uint32_t b, UVec& low, UVec& high) {
 #if defined(__AVX512F__)

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import pathlib
+import re
 import subprocess
 
 import numpy
@@ -73,6 +74,10 @@ def vocabulary_of(folder):
 def test_text_is_what_it_should_be():
     assert len(TEXT.encode("utf-8")) >= 1_300_000
     assert len(set(TEXT)) > 8_000
+    assert len(re.findall(r"\s{100,}", TEXT)) > 50
+    assert TEXT.count("namespace") > 50 and TEXT.count("return ") > 200
+    for first, last in [("а", "я"), ("א", "ת"), ("ऄ", "ह"), ("가", "힣"), ("一", "龥"), ("\U0001F300", "\U0001F64F"), ("\u0300", "\u036f")]:
+        assert len(re.findall(f"[{first}-{last}]", TEXT)) > 1_000, (first, last)
 
 
 def test_same_as_tiktoken(trained):

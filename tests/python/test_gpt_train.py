@@ -1,11 +1,15 @@
 """Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without cache."""
 
+import fcntl
 import json
 import os
 import pathlib
 import random
+import re
 import signal
+import struct
 import subprocess
+import termios
 import time
 
 import pytest
@@ -66,6 +70,29 @@ def test_learns_and_reports(finished):
     assert [line["step"] for line in lines if "held_out_loss" in line] == [20, 40, 60]
     svg = (out / "loss.svg").read_text()
     assert svg.startswith("<svg") and svg.count("<polyline") == 3
+
+
+def test_a_person_sees_how_it_goes(text, tmp_path):
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    process = subprocess.Popen(command(text, tmp_path / "run"), stdout=subprocess.PIPE, stderr=end, text=True,
+                               env=environment(text.parent / "cache"))
+    os.close(end)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(terminal, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    os.close(terminal)
+    summary, _ = process.communicate()
+    assert process.returncode == 0
+    lines = seen.decode().split("\r")
+    assert any(re.match(r" +\d+ % │[█▏▎▍▌▋▊▉ ]{24}│ step \d+/60  loss \d\.\d{4}  held out \d\.\d{4}  [\d.]+ [kM]?tok/s  "
+                        r"[\d.]+ [MGT]FLOP/s  MFU \d+ %  \d+:\d\d left", line) for line in lines), lines[-3:]
+    assert any("100 %" in line and "step 60/60" in line for line in lines)
+    for word in ("held-out loss", "nats per byte", "linear", "attention", str(tmp_path / "run" / "loss.svg"), "log.jsonl"):
+        assert word in summary, summary
 
 
 def test_same_seed_same_bits_and_other_seed_other_bits(text, finished, tmp_path):

@@ -35,6 +35,7 @@ CASES = {
     "gpt2-large": gpt2(4, 128, 8, 160, 515),
     "llama-small": llama(2, 48, 6, 2, 64, 101, tie_word_embeddings=True),
     "llama-large": llama(4, 128, 8, 2, 160, 515, head_dim=32, tie_word_embeddings=False, rms_norm_eps=1e-6),
+    "llama-one-key-head": llama(3, 96, 4, 1, 96, 301, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
 }
 
 
@@ -77,12 +78,15 @@ def test_logits(case):
     assert (ours["logits"] - theirs).abs().max() < 1e-4
 
 
-def test_checkpoint_of_ours_in_transformers(case):
+@pytest.mark.parametrize("saved, key", [("checkpoint", "logits"), ("trained", "logits_after")])
+def test_checkpoint_of_ours_in_transformers(case, saved, key):
     _, sequences, ours, folder = case
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours" / "checkpoint", attn_implementation="eager")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours" / saved, attn_implementation="eager",
+                                                                    output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         theirs = torch.cat([model.eval()(torch.tensor([ids])).logits[0] for ids in sequences])
-    assert (ours["logits"] - theirs).abs().max() < 1e-4
+    assert (ours[key] - theirs).abs().max() < 1e-4
 
 
 def test_gradients(case):
@@ -94,8 +98,10 @@ def test_gradients(case):
     names = {name for name, _ in model.named_parameters()}
     assert names == {key.removeprefix("grad.") for key in ours if key.startswith("grad.")}
     for name, parameter in model.named_parameters():
-        error = (ours["grad." + name] - parameter.grad).abs().max() / parameter.grad.abs().max()
-        assert error < 1e-4, name
+        difference = ours["grad." + name] - parameter.grad
+        assert parameter.grad.abs().max() > 0, name
+        assert difference.abs().max() / parameter.grad.abs().max() < 1e-4, name
+        assert difference.norm() / parameter.grad.norm() < 1e-4, name
 
 
 def test_adamw_steps(case):

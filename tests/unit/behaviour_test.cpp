@@ -56,6 +56,69 @@ TEST(Repeatability, AnyNumberOfThreadsServes) {
     }
 }
 
+TEST(Repeatability, AFewQueriesGetTheSameBitsFromAnyNumberOfThreads) {
+    OwnedCall one({DType::f32, 2, 1, 2000, 6, 2, 64});
+    one.forward.lse = {};
+    one.attention.num_threads = 1;
+    one.run_forward();
+    for (int threads : {2, 3, 8}) {
+        OwnedCall many(one.shape);
+        many.forward.lse = {};
+        many.attention.num_threads = threads;
+        many.run_forward();
+        EXPECT_EQ(OwnedCall::bits(one.forward.out), OwnedCall::bits(many.forward.out)) << threads;
+    }
+}
+
+// ---- decoding: a few queries without log-sum-exp have a kernel of their own -------------------------------------------------
+
+class Decoding : public testing::TestWithParam<DType> {
+protected:
+    /// The same call with and without log-sum-exp; `change` alters both alike.
+    template <class Change>
+    void compare(const char* what, Change&& change, int64_t queries = 2, int64_t keys = 600, int64_t head_dim = 59) {
+        OwnedCall with({GetParam(), 3, queries, keys, 4, 2, head_dim, head_dim + 3, DType::f32}), without(with.shape);
+        without.forward.lse = {};
+        for (OwnedCall* call : {&with, &without}) {
+            change(*call);
+            call->run_forward();
+        }
+        const std::vector<float> expected = OwnedCall::values(with.forward.out), out = OwnedCall::values(without.forward.out);
+        // Where bfloat16 pairs are multiplied, the general kernel rounds probabilities to bfloat16.
+        const float tolerance = GetParam() == DType::bf16 ? 1e-2f : 2e-5f;
+        for (size_t n = 0; n < out.size(); ++n) ASSERT_NEAR(out[n], expected[n], tolerance) << what << " " << n;
+    }
+};
+
+TEST_P(Decoding, GivesWhatTheGeneralKernelGives) {
+    compare("full", [](OwnedCall&) {});
+    for (int64_t keys : {0, 1, 63, 64, 65, 256, 257, 1000}) compare("keys", [](OwnedCall&) {}, 1, keys, 64);
+    for (int64_t head_dim : {1, 7, 8, 128, 200}) compare("head_dim", [](OwnedCall&) {}, 1, 300, head_dim);
+    compare("causal", [](OwnedCall& c) { c.attention.causal = true; });
+    compare("window", [](OwnedCall& c) { c.attention.window_left = 300, c.attention.window_right = 5; });
+    compare("hidden from all", [](OwnedCall& c) { c.attention.causal = true; c.attention.positions = Attention::Positions{0, 1000}; });
+    compare("positions", [](OwnedCall& c) { c.attention.causal = true; c.attention.positions = Attention::Positions{300, 10}; });
+    compare("softcap", [](OwnedCall& c) { c.attention.softcap = 1.5; });
+    compare("negative scale", [](OwnedCall& c) { c.attention.softmax_scale = -0.3; });
+    compare("alibi", [](OwnedCall& c) { c.attention.causal = true; c.attention.alibi_slopes = c.random(DType::f32, {4}, 0.1f); });
+    compare("alibi, batch", [](OwnedCall& c) { c.attention.alibi_slopes = c.random(DType::f32, {3, 4}, 0.1f); c.attention.softcap = 3.0; });
+    compare("heads outside", [](OwnedCall& c) {
+        for (Tensor* t : {&c.attention.k, &c.attention.v}) {
+            std::swap(t->strides[1], t->strides[2]);
+            t->strides[1] = t->shape[3];
+            t->strides[2] = t->shape[1] * t->shape[3];
+        }
+    });
+    compare("seqused", [](OwnedCall& c) {
+        static constexpr int32_t kUsed[] = {600, 0, 130}, kQueries[] = {2, 1, 0};
+        c.attention.seqused_k = Tensor(kUsed, {3});
+        c.attention.seqused_q = Tensor(kQueries, {3});
+        c.attention.causal = true;
+    });
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, Decoding, testing::Values(DType::f32, DType::bf16, DType::f16));
+
 // ---- rows keep to themselves --------------------------------------------------------------------------------------------
 
 constexpr int64_t kRows = 100, kHeads = 2, kDim = 40, kPoisoned = 50;
@@ -140,6 +203,32 @@ TEST_P(Isolation, AnOutputGradientRowReachesItsQueryAndTheKeysItSees) {
 
 INSTANTIATE_TEST_SUITE_P(NaNAndInfinity, Isolation,
                          testing::Combine(testing::Values(DType::f32, DType::bf16, DType::f16), testing::Values(NAN, INFINITY)));
+
+/// Two queries, of which only the second sees the last key.
+TEST(Isolation, TheLastKeyOfADecodedTextReachesItsOwnQueryOnly) {
+    for (const float poison : {NAN, INFINITY}) {
+        for (const int64_t keys : {63, 257, 700}) {
+            OwnedCall clean({DType::f32, 1, 2, keys, 2, 2, 40}), seen(clean.shape);
+            for (OwnedCall* call : {&clean, &seen}) {
+                call->attention.causal = true;
+                call->forward.lse = {};
+            }
+            for (int64_t c = 0; c < 2 * 40; ++c) {
+                OwnedCall::set(seen.attention.k, (keys - 1) * 2 * 40 + c, poison);
+                OwnedCall::set(seen.attention.v, (keys - 1) * 2 * 40 + c, poison);
+            }
+            clean.run_forward();
+            seen.run_forward();
+            for (int64_t n = 0; n < OwnedCall::count(clean.forward.out); ++n) {
+                const float x = OwnedCall::get(seen.forward.out, n);
+                if (n < 2 * 40)
+                    ASSERT_EQ(x, OwnedCall::get(clean.forward.out, n)) << keys;
+                else
+                    ASSERT_TRUE(std::isnan(x) || std::isinf(x)) << keys;
+            }
+        }
+    }
+}
 
 // ---- dropout ------------------------------------------------------------------------------------------------------------
 
