@@ -1,10 +1,11 @@
 """The peer benchmark as far as no GPU is needed: arguments, FLOPs, lengths, turns, results that differ, the table, the plots."""
 
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
-import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench" / "peers"))
 
@@ -136,24 +137,35 @@ def test_plots(tmp_path):
     assert {p: p.read_bytes() for p in plot.draw(made_up_record(), tmp_path)} == before  # the same record, the same file
 
 
-def test_triton_kernel_in_its_interpreter(monkeypatch):
+TRITON = """
+import torch
+import triton_attention
+
+for causal in (False, True):
+    q, k, v = (torch.randn(1, 256, 2, 64, requires_grad=True) for _ in range(3))
+    out = triton_attention.attention(q, k, v, causal)
+    dout = torch.randn_like(out)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+try:
+    triton_attention.attention(q[:, :100], k[:, :100], v[:, :100], False)
+except ValueError as e:
+    assert "q: shape" in str(e)
+else:
+    raise SystemExit("a length that the kernel does not take was accepted")
+"""
+
+
+def test_triton_kernel_in_its_interpreter():
+    """In a process of its own: triton decides when it is imported whether it interprets."""
+    pytest.importorskip("triton")
     numpy = pytest.importorskip("numpy")
     if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 needs NumPy below 2.4")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
-    sys.modules.pop("triton_attention", None)
-    import triton_attention
-
-    for causal in (False, True):
-        q, k, v = (torch.randn(1, 256, 2, 64, requires_grad=True) for _ in range(3))
-        out = triton_attention.attention(q, k, v, causal)
-        dout = torch.randn_like(out)
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        for a, b in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout)):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="q: shape"):
-        triton_attention.attention(q[:, :100], k[:, :100], v[:, :100], False)
-    sys.modules.pop("triton_attention", None)
+    script = f"import sys; sys.path[:0] = {sys.path!r}\n{TRITON}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
