@@ -182,8 +182,7 @@ struct Timing {
 
 /// Runs `mine` and, if there is a peer, `theirs` in turn, after one uncounted round, until the time for the cell is used.
 /// Where a round takes long beside the cell's time, its noise is small and one counted round is enough. In short cells a turn
-/// begins with uncounted runs: the other pool's idle threads look for work for milliseconds before they sleep, and a core that
-/// has slept itself starts slowly.
+/// begins with uncounted runs: caches and threads are warm for both.
 Timing measure_on_cpu(const BenchOptions& options, const std::function<void()>& mine, const std::function<double()>& theirs) {
     constexpr double kTakeover = 0.02, kShort = 0.2;
     const double round = seconds_of(mine) + (theirs ? theirs() : 0);

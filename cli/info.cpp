@@ -22,6 +22,7 @@ nlohmann::ordered_json implementations_json() {
 }
 
 void info(const CommonOptions& options) {
+    parse_device(options.device);  // refuses what this machine lacks, as every command does
     if (options.threads > 0) set_num_threads(options.threads);
     nlohmann::ordered_json record = record_header("info");
     record["implementations"] = implementations_json();

@@ -21,6 +21,9 @@ Peer::Peer(const std::string& python) : python_(python) {
         dup2(request[0], STDIN_FILENO);
         dup2(answer[1], STDOUT_FILENO);
         for (const int fd : {request[0], request[1], answer[0], answer[1]}) close(fd);
+        // Its threads sleep while they have nothing to do: by default they spin, after a backward for more than 100 ms, and take
+        // a core from whoever runs next. Its own times are the same.
+        setenv("OMP_WAIT_POLICY", "passive", 0);
         execlp(python.c_str(), python.c_str(), "-c", kTorchPeerProgram, static_cast<char*>(nullptr));
         _exit(127);
     }

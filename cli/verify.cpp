@@ -4,12 +4,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
-#include <exception>
 #include <map>
-#include <mutex>
-#include <thread>
+#include <memory>
 #include <vector>
 
 #include "commands.hpp"
@@ -63,44 +60,24 @@ nlohmann::ordered_json result_json(const CaseResult& r) {
     return json;
 }
 
-/// Runs every case, some at once on the CPU: the reference is what takes the time.
 std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const VerifyCommandOptions& options, const Device& device,
                                   int workers) {
     std::vector<CaseResult> results(cases.size());
-    std::atomic<size_t> next{0};
-    std::mutex mutex;
     Progress progress(static_cast<int64_t>(cases.size()));
-    std::exception_ptr broken;  // what no case can go on after, as a device that has stopped
-    const auto run = [&] {
-        verify::LibrarySubject subject =
-            device.type == DeviceType::cpu
-                ? verify::LibrarySubject(options.implementation, options.threads)
-                : verify::LibrarySubject(fenced_memory(device), STROBE_CUDA, device.index, options.implementation, nullptr);
-        for (size_t i = next++; i < cases.size(); i = next++) {
-            results[i] = verify::verify_case(cases[i], subject);
-            const std::lock_guard lock(mutex);
-            if (results[i].outcome == Outcome::failed) {
-                progress.clear();
-                print_failure(results[i]);
-                std::fflush(stdout);
-            }
-            progress.step(results[i].name);
-        }
+    const auto make_subject = [&]() -> std::unique_ptr<verify::Subject> {
+        if (device.type == DeviceType::cpu) return std::make_unique<verify::LibrarySubject>(options.implementation, options.threads);
+        return std::make_unique<verify::LibrarySubject>(fenced_memory(device), STROBE_CUDA, device.index, options.implementation,
+                                                        nullptr);
     };
-    const auto work = [&] {
-        try {
-            run();
-        } catch (...) {
-            next = cases.size();
-            const std::lock_guard lock(mutex);
-            if (!broken) broken = std::current_exception();
+    verify::verify_list(cases, workers, make_subject, {}, [&](size_t i, const CaseResult& result) {
+        results[i] = result;
+        if (result.outcome == Outcome::failed) {
+            progress.clear();
+            print_failure(result);
+            std::fflush(stdout);
         }
-    };
-    std::vector<std::thread> threads;
-    for (int i = 1; i < workers; ++i) threads.emplace_back(work);
-    work();
-    for (std::thread& t : threads) t.join();
-    if (broken) std::rethrow_exception(broken);
+        progress.step(result.name);
+    });
     return results;
 }
 

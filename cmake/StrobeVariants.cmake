@@ -79,13 +79,21 @@ std::span<const VariantRow> variant_rows() {
 
 }  // namespace strobe::cuda
 ")
+  find_package(Python3 COMPONENTS Interpreter)
+  if(NOT Python3_FOUND)
+    message(STATUS "strobe: no Python, so the kernels' registers and spills are not checked")
+  endif()
   foreach(arch IN LISTS archs)
     add_library(strobe_cuda_${arch} OBJECT ${sources_${arch}})
     strobe_arch_flags(${arch} flags)
     target_include_directories(strobe_cuda_${arch} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/include)
     target_compile_options(strobe_cuda_${arch} PRIVATE ${flags} --expt-relaxed-constexpr -lineinfo
-      "SHELL:-Xcompiler -Wall" "SHELL:-Xptxas -v" "SHELL:-Xptxas -warn-spills")
+      "SHELL:-Xcompiler -Wall" "SHELL:-Xptxas -v")
     set_target_properties(strobe_cuda_${arch} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 20)
+    if(Python3_FOUND)
+      set(launcher ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/kernel_budget.py ${CMAKE_CUDA_COMPILER_LAUNCHER})
+      set_target_properties(strobe_cuda_${arch} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
+    endif()
   endforeach()
   set(STROBE_CUDA_ROW_ARCHS "${archs}" PARENT_SCOPE)
   set(${table} ${dir}/variant_table.cpp PARENT_SCOPE)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU: builds strobe with its kernels and holds the whole case list against the specification on the
-# device, and the trainer's GPU side against its CPU side; then runs the benchmark grid. Records go to results/<gpu>/check-<commit>.json and bench-<commit>.json.
+# On a machine with a CUDA GPU: builds strobe with its kernels and runs every check of theirs (the case list against the specification,
+# races, determinism, graphs, streams and threads, 64k tokens, compute-sanitizer), holds the trainer's GPU side against its CPU side, and
+# runs the benchmark grid. Records go to results/<gpu>/check-<commit>.json and bench-<commit>.json.
 #   scripts/gpu_check.sh [--filter TERMS] [--no-bench] [--output DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,23 +24,27 @@ mkdir -p "$output/$gpu"
 
 # The trainer needs libraries of its own; without them the rest is checked all the same.
 gpt=OFF
-targets=(strobe_cli)
+targets=(strobe_cli gpu_check)
 if pkg-config --exists openblas libpcre2-8 2>/dev/null; then
     gpt=ON
     targets+=(gpt_cuda_tests)
 else
     echo "gpu_check: no OpenBLAS and PCRE2 here: the trainer is left out"
 fi
-cmake --preset cuda -DSTROBE_BUILD_GPT=$gpt -DSTROBE_BUILD_TESTS=$gpt -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
+cmake --preset cuda -DSTROBE_BUILD_GPT=$gpt -DSTROBE_BUILD_TESTS=ON -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
 cmake --build --preset cuda --target "${targets[@]}" -- --quiet
-strobe=build/cuda/bin/strobe
-"$strobe" info
+bin=build/cuda/bin
+"$bin/strobe" info
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 status=0
-"$strobe" verify --device cuda "${filter[@]}" --json "$output/$gpu/check-$commit.json" || status=$?
+"$bin/gpu_check" "${filter[@]}" --sanitizer "$sanitizer" --commit "$commit" --json "$output/$gpu/check-$commit.json" || status=$?
+# Where another family comes first, the one that serves every other GPU is held to the same.
+"$bin/gpu_check" "${filter[@]}" --implementation sm80 --parts cases,races,determinism --commit "$commit" \
+    --json "$output/$gpu/check-sm80-$commit.json" || status=$?
 if [ "$gpt" = ON ]; then
-    scripts/gpu_check_gpt.sh build/cuda/bin || status=$?
+    scripts/gpu_check_gpt.sh "$bin" || status=$?
 fi
 if [ "$bench" = yes ]; then
-    "$strobe" bench --device cuda --seconds 0.2 --json "$output/$gpu/bench-$commit.json" || status=$?
+    "$bin/strobe" bench --device cuda --seconds 0.2 --json "$output/$gpu/bench-$commit.json" || status=$?
 fi
 exit "$status"

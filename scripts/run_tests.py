@@ -111,14 +111,19 @@ def run_consumers(tree, tally):
 
 def run_fuzzers(tally, seconds):
     tree = build("fuzz")
-    for target in sorted((tree / "bin").glob("fuzz_*")):
+    seeds = tree / "seeds"
+    shutil.rmtree(seeds, ignore_errors=True)
+    if run([tree / "bin" / "fuzz_seeds", seeds]):
+        sys.exit("the seeds of the fuzzers could not be written")
+    for target in sorted(t for t in (tree / "bin").glob("fuzz_*") if t.name != "fuzz_seeds"):
         limit = seconds or (60 if target.name == "fuzz_validate" else 20)
         step(f"{target.name}, {limit} s")
         corpus = tree / "corpus" / target.name
         corpus.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile("w+") as log:
-            status = run([target, f"-max_total_time={limit}", "-rss_limit_mb=4096", "-timeout=20",
-                          f"-artifact_prefix={corpus.parent}/{target.name}-", corpus], stdout=log, stderr=subprocess.STDOUT)
+            status = run([target, f"-max_total_time={limit}", "-rss_limit_mb=4096", "-timeout=120",
+                          f"-artifact_prefix={corpus.parent}/{target.name}-", corpus,
+                          *[s for s in [seeds / target.name] if s.exists()]], stdout=log, stderr=subprocess.STDOUT)
             if status:
                 log.seek(0)
                 sys.stdout.write(log.read()[-8000:])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building, running and (with --tests) testing strobe needs, on a Debian 12 machine. Safe to run again: what is
-# there already is left alone. Packages come from Debian and from the Python package index; Python packages go to .venv, CUTLASS
-# headers to .deps.
+# there already is left alone. Packages come from Debian and from the Python package index; Python packages go to .venv,
+# cuBLASLt's header to .deps where the CUDA toolkit lacks it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -56,26 +56,6 @@ python_env() {
     fi
 }
 
-# CUTLASS headers: one wheel, pinned by version and hash, unpacked beside the build.
-cutlass() {
-    local version=4.2.0.0 sha256=f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6 target=.deps/cutlass-4.2.0.0
-    [ -d "$target/include/cute" ] && return
-    echo "setup: fetching CUTLASS $version headers"
-    local work
-    mkdir -p .deps
-    work=$(mktemp -d .deps/fetch.XXXXXX)
-    echo "nvidia-cutlass==$version --hash=sha256:$sha256" >"$work/requirements.txt"
-    python3 -m venv "$work/venv"
-    "$work/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
-        -d "$work" -r "$work/requirements.txt"
-    "$work/venv/bin/python" -m zipfile -e "$work"/nvidia_cutlass-*.whl "$work/wheel"
-    mkdir -p "$work/cutlass"
-    mv "$work/wheel/cutlass_library/source/include" "$work/cutlass/include"
-    rm -rf "$target"
-    mv "$work/cutlass" "$target"
-    rm -rf "$work"
-}
-
 # cuBLASLt's header, where the CUDA toolkit came without it: out of the wheel that also carries the library.
 cublas() {
     local version=13.0.2.14 sha256=0cf238ffdbe46c00cb9aa98e7bca745c223a5ca5a53e686ac8b3e5a08fe80d6c target=.deps/cublas-13.0.2.14
@@ -100,5 +80,5 @@ cublas() {
     rm -rf "$work"
 }
 
-[ "$want_cuda" = no ] || { cutlass; cublas; }
+[ "$want_cuda" = no ] || cublas
 [ "$want_tests" = no ] || python_env tests/python/requirements.txt

@@ -12,7 +12,7 @@
 
 #include "error.hpp"
 #include "plan.hpp"
-#include "reference/reference.hpp"
+#include "registry.hpp"
 #include "run.hpp"
 #include "tensor.hpp"
 #include "validate.hpp"
@@ -62,47 +62,36 @@ void write_plan(const Problem& problem, strobe_plan* out) {
     copy_text(out->explanation, p.explanation);
 }
 
-void require_host(const char* name, const strobe_tensor& t) {
-    if (t.device_type != STROBE_CPU) {
-        unsupported(fmt::format("{}: is on {}; this function runs on the cpu only", name, device_name(t)));
-    }
-}
-
-reference::PartialResult partial_result(const strobe_tensor& out, const strobe_tensor& lse) {
+PartialResult partial_result(const strobe_tensor& out, const strobe_tensor& lse) {
     return {{out.data, out.ndim == 4 ? out.strides[0] : 0, stride_from_end(out, 3), stride_from_end(out, 2)},
             {static_cast<float*>(lse.data), lse.ndim == 3 ? lse.strides[0] : 0, stride_from_end(lse, 2)},
             static_cast<DType>(out.dtype)};
 }
 
 void merge(int32_t num_parts, const strobe_tensor* part_out, const strobe_tensor* part_lse, const strobe_tensor* out,
-           const strobe_tensor* lse) {
+           const strobe_tensor* lse, void* stream) {
     validate_lse_merge(num_parts, part_out, part_lse, out, lse);
-    require_host("out", *out);
-    std::vector<reference::PartialResult> parts;
+    std::vector<PartialResult> parts;
     for (int32_t i = 0; i < num_parts; ++i) parts.push_back(partial_result(part_out[i], part_lse[i]));
-    const reference::MergeSize size{out->ndim == 4 ? out->shape[0] : 1, extent_from_end(*out, 3), extent_from_end(*out, 2),
-                                    extent_from_end(*out, 1)};
-    reference::merge(size, parts.data(), num_parts, partial_result(*out, *lse));
+    const MergeParams p{.batch = out->ndim == 4 ? out->shape[0] : 1,
+                        .rows = extent_from_end(*out, 3),
+                        .num_heads = extent_from_end(*out, 2),
+                        .head_dim_v = extent_from_end(*out, 1),
+                        .parts = parts.data(),
+                        .num_parts = num_parts,
+                        .result = partial_result(*out, *lse)};
+    find_companion("out", *out).merge(p, {.stream = stream, .device_index = out->device_index});
 }
 
-void write_dropout_mask(const strobe_attention& a, const strobe_tensor& keep) {
+void write_dropout_mask(const strobe_attention& a, const strobe_tensor& keep, void* stream) {
     validate_dropout_mask(a, keep);
-    require_host("keep", keep);
-    const Dropout dropout = make_dropout(a.dropout_p, a.dropout_seed, a.dropout_offset);
-    const int64_t q_position = a.has_positions ? a.q_position : 0, k_position = a.has_positions ? a.k_position : 0;
-    auto* data = static_cast<uint8_t*>(keep.data);
-    for (int64_t b = 0; b < keep.shape[0]; ++b) {
-        for (int64_t h = 0; h < keep.shape[1]; ++h) {
-            const auto batch_head = static_cast<uint32_t>(b * keep.shape[1] + h);
-            for (int64_t i = 0; i < keep.shape[2]; ++i) {
-                uint8_t* row = data + b * keep.strides[0] + h * keep.strides[1] + i * keep.strides[2];
-                for (int64_t j = 0; j < keep.shape[3]; ++j) {
-                    row[j * keep.strides[3]] = !dropout.enabled() || dropout.keep(batch_head, static_cast<uint32_t>(q_position + i),
-                                                                                  static_cast<uint32_t>(k_position + j));
-                }
-            }
-        }
-    }
+    DropoutMaskParams p{.dropout = make_dropout(a.dropout_p, a.dropout_seed, a.dropout_offset),
+                        .q_position = a.has_positions ? a.q_position : 0,
+                        .k_position = a.has_positions ? a.k_position : 0,
+                        .keep = static_cast<uint8_t*>(keep.data)};
+    std::copy_n(keep.shape, 4, p.shape);
+    std::copy_n(keep.strides, 4, p.strides);
+    find_companion("keep", keep).dropout_mask(p, {.stream = stream, .device_index = keep.device_index});
 }
 
 }  // namespace
@@ -131,14 +120,14 @@ strobe_status strobe_attention_backward_plan(const strobe_attention* attention, 
 }
 
 strobe_status strobe_lse_merge(int32_t num_parts, const strobe_tensor* part_out, const strobe_tensor* part_lse,
-                               const strobe_tensor* out, const strobe_tensor* lse, void* /*stream*/) {
-    return guarded([&] { merge(num_parts, part_out, part_lse, out, lse); });
+                               const strobe_tensor* out, const strobe_tensor* lse, void* stream) {
+    return guarded([&] { merge(num_parts, part_out, part_lse, out, lse, stream); });
 }
 
-strobe_status strobe_dropout_mask(const strobe_attention* attention, const strobe_tensor* keep, void* /*stream*/) {
+strobe_status strobe_dropout_mask(const strobe_attention* attention, const strobe_tensor* keep, void* stream) {
     return guarded([&] {
         if (!keep) invalid_argument("keep: is NULL");
-        write_dropout_mask(adopt_attention(attention), *keep);
+        write_dropout_mask(adopt_attention(attention), *keep, stream);
     });
 }
 

@@ -11,15 +11,18 @@
 namespace strobe {
 namespace {
 
+/// More bytes than any version will have: what lies behind a struct that nobody initialised is not read.
+constexpr size_t kLargestStruct = 8192;
+
 /// Copies a versioned struct: `first_version` bytes are the least that any version has.
 template <class Struct>
 Struct adopt(const Struct* given, const Struct& defaults, size_t first_version, const char* name) {
     if (!given) invalid_argument(fmt::format("{}: is NULL", name));
     uint32_t size;
     std::memcpy(&size, given, sizeof size);
-    if (size < first_version) {
-        invalid_argument(fmt::format("{}.struct_size: is {}; at least {} bytes were ever used: call {}_init first", name, size,
-                                     first_version, name));
+    if (size < first_version || size > kLargestStruct) {
+        invalid_argument(fmt::format("{}.struct_size: is {}; versions have from {} to {} bytes: call {}_init first", name, size,
+                                     first_version, kLargestStruct, name));
     }
     const auto* bytes = reinterpret_cast<const unsigned char*>(given);
     for (size_t i = sizeof(Struct); i < size; ++i) {

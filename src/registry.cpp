@@ -25,32 +25,48 @@ std::string names_for(int32_t device_type) {
     return names.empty() ? "none" : names;
 }
 
-template <class Params>
-Choice find_for(const Problem& problem, const Params& params, const Execution& execution) {
-    const strobe_tensor& q = problem.attention.q;
-    const char* wanted = problem.attention.implementation;
-    Choice choice;
-    bool known = wanted == nullptr;
+/// Calls f with each implementation that the call may go to, in order, until f says that it is enough; false if none is left.
+template <class F>
+bool for_each_candidate(const Problem& problem, F&& f) {
+    const char* const wanted = problem.attention.implementation;
     for (const Implementation& i : implementations()) {
-        if (i.device_type != q.device_type) continue;
-        if (wanted && std::strcmp(wanted, i.name) != 0) continue;
-        known = true;
+        if (i.device_type != problem.attention.q.device_type || (wanted && std::strcmp(wanted, i.name) != 0)) continue;
+        if (f(i)) return true;
+    }
+    return false;
+}
+
+template <class Params>
+std::string explain_for(const Problem& problem, const Params& params, const Execution& execution) {
+    std::string text;
+    for_each_candidate(problem, [&](const Implementation& i) {
         const std::string reason = refusal(i, params, execution);
-        if (reason.empty()) {
-            choice.implementation = &i;
-            choice.explanation += fmt::format("{}: {}\n", i.name, describe(i, params, execution));
-            return choice;
-        }
-        choice.explanation += fmt::format("{}: {}\n", i.name, reason);
-    }
+        text += fmt::format("{}: {}\n", i.name, reason.empty() ? describe(i, params, execution) : reason);
+        return reason.empty();
+    });
+    return text;
+}
+
+template <class Params>
+const Implementation& find_for(const Problem& problem, const Params& params, const Execution& execution) {
+    const Implementation* found = nullptr;
+    bool known = problem.attention.implementation == nullptr;
+    for_each_candidate(problem, [&](const Implementation& i) {
+        known = true;
+        if (refusal(i, params, execution).empty()) found = &i;
+        return found != nullptr;
+    });
+    if (found) return *found;
+    const strobe_tensor& q = problem.attention.q;
     if (!known) {
-        invalid_argument(fmt::format("implementation: is \"{}\"; for {} there are: {}", wanted, device_name(q),
-                                     names_for(q.device_type)));
+        invalid_argument(fmt::format("implementation: is \"{}\"; for {} there are: {}", problem.attention.implementation,
+                                     device_name(q), names_for(q.device_type)));
     }
-    if (choice.explanation.empty()) {
+    const std::string reasons = explain_for(problem, params, execution);
+    if (reasons.empty()) {
         unsupported(fmt::format("q: is on {}, for which this build of strobe has no implementation", device_name(q)));
     }
-    unsupported(fmt::format("no implementation serves this call: {}\n{}", to_string(problem), choice.explanation));
+    unsupported(fmt::format("no implementation serves this call: {}\n{}", to_string(problem), reasons));
 }
 
 }  // namespace
@@ -67,12 +83,27 @@ std::span<const Implementation> implementations() {
     return all;
 }
 
-Choice find(const Problem& problem, const ForwardParams& params, const Execution& execution) {
+const Implementation& find(const Problem& problem, const ForwardParams& params, const Execution& execution) {
     return find_for(problem, params, execution);
 }
 
-Choice find(const Problem& problem, const BackwardParams& params, const Execution& execution) {
+const Implementation& find(const Problem& problem, const BackwardParams& params, const Execution& execution) {
     return find_for(problem, params, execution);
+}
+
+const Implementation& find_companion(const char* name, const strobe_tensor& tensor) {
+    for (const Implementation& i : implementations()) {
+        if (i.device_type == tensor.device_type && i.merge && i.dropout_mask) return i;
+    }
+    unsupported(fmt::format("{}: is on {}, for which this build of strobe has no implementation", name, device_name(tensor)));
+}
+
+std::string explain(const Problem& problem, const ForwardParams& params, const Execution& execution) {
+    return explain_for(problem, params, execution);
+}
+
+std::string explain(const Problem& problem, const BackwardParams& params, const Execution& execution) {
+    return explain_for(problem, params, execution);
 }
 
 }  // namespace strobe

@@ -36,6 +36,10 @@ struct Implementation {
     /// params.workspace holds the bytes asked for, aligned to kWorkspaceAlignment. Throws CallError.
     void (*forward)(const ForwardParams&, const Execution&);
     void (*backward)(const BackwardParams&, const Execution&);
+
+    /// Null where another implementation for the same device type does it.
+    void (*merge)(const MergeParams&, const Execution&) = nullptr;
+    void (*dropout_mask)(const DropoutMaskParams&, const Execution&) = nullptr;
 };
 
 inline constexpr size_t kWorkspaceAlignment = 256;
@@ -43,14 +47,16 @@ inline constexpr size_t kWorkspaceAlignment = 256;
 /// All implementations of this build in the order in which they are asked.
 std::span<const Implementation> implementations();
 
-/// The first implementation that serves the call (or the one that it names), with a line of explanation per candidate.
-struct Choice {
-    const Implementation* implementation = nullptr;
-    std::string explanation;
-};
+/// The first implementation that serves the call, or the one that it names. Allocates nothing when there is one; else throws
+/// CallError(unsupported) with every candidate's reason.
+const Implementation& find(const Problem& problem, const ForwardParams& params, const Execution& execution);
+const Implementation& find(const Problem& problem, const BackwardParams& params, const Execution& execution);
 
-/// Throws CallError(unsupported) with every candidate's reason when none serves the call.
-Choice find(const Problem& problem, const ForwardParams& params, const Execution& execution);
-Choice find(const Problem& problem, const BackwardParams& params, const Execution& execution);
+/// How find comes to its choice: a line per candidate, why it is passed over or, last, what it will launch.
+std::string explain(const Problem& problem, const ForwardParams& params, const Execution& execution);
+std::string explain(const Problem& problem, const BackwardParams& params, const Execution& execution);
+
+/// The implementation that merges and writes dropout masks on the tensor's device. Throws CallError(unsupported) if none does.
+const Implementation& find_companion(const char* name, const strobe_tensor& tensor);
 
 }  // namespace strobe

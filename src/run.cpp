@@ -55,13 +55,13 @@ void run(const Problem& problem, void* stream) {
     const Execution execution = execution_of(problem, stream);
     if (problem.direction == Direction::forward) {
         ForwardParams params = forward_params(problem);
-        const Implementation& impl = *find(problem, params, execution).implementation;
+        const Implementation& impl = find(problem, params, execution);
         params.workspace = place_workspace(problem.forward.workspace, problem.forward.workspace_bytes,
                                            impl.forward_workspace(params, execution));
         impl.forward(params, execution);
     } else {
         BackwardParams params = backward_params(problem);
-        const Implementation& impl = *find(problem, params, execution).implementation;
+        const Implementation& impl = find(problem, params, execution);
         params.workspace = place_workspace(problem.backward.workspace, problem.backward.workspace_bytes,
                                            impl.backward_workspace(params, execution));
         impl.backward(params, execution);
@@ -73,14 +73,12 @@ RunPlan plan(const Problem& problem) {
     const Execution execution = execution_of(problem, nullptr);
     if (problem.direction == Direction::forward) {
         const ForwardParams params = forward_params(problem);
-        const Choice choice = find(problem, params, execution);
-        return {choice.implementation, choice.explanation,
-                with_alignment(choice.implementation->forward_workspace(params, execution))};
+        const Implementation& impl = find(problem, params, execution);
+        return {&impl, explain(problem, params, execution), with_alignment(impl.forward_workspace(params, execution))};
     }
     const BackwardParams params = backward_params(problem);
-    const Choice choice = find(problem, params, execution);
-    return {choice.implementation, choice.explanation,
-            with_alignment(choice.implementation->backward_workspace(params, execution))};
+    const Implementation& impl = find(problem, params, execution);
+    return {&impl, explain(problem, params, execution), with_alignment(impl.backward_workspace(params, execution))};
 }
 
 }  // namespace strobe

@@ -2,10 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
-#include <vector>
 
 #include "error.hpp"
 #include "tensor.hpp"
@@ -20,6 +20,27 @@ constexpr int64_t kMaxBatchHeads = std::numeric_limits<int32_t>::max();
 struct Named {
     const char* name;
     const strobe_tensor& tensor;
+};
+
+/// The tensors of a call that are given, in place: a sound call allocates nothing.
+class NamedList {
+public:
+    NamedList(std::initializer_list<Named> all) {
+        for (const Named& n : all) add(n);
+    }
+    void add(const Named& n) {
+        if (given(n.tensor)) entries_[size_++] = {n.name, &n.tensor};
+    }
+    int size() const { return size_; }
+    Named operator[](int i) const { return {entries_[i].name, *entries_[i].tensor}; }
+
+private:
+    struct Entry {
+        const char* name;
+        const strobe_tensor* tensor;
+    };
+    std::array<Entry, 16> entries_{};  // no call has as many
+    int size_ = 0;
 };
 
 template <class... Args>
@@ -374,22 +395,17 @@ private:
         check_unit_stride(n);
     }
 
-    std::vector<Named> inputs() const {
-        std::vector<Named> all{{"q", a_.q}, {"k", a_.k}, {"v", a_.v}};
-        for (const Named& n : {Named{"cu_seqlens_q", a_.cu_seqlens_q}, Named{"cu_seqlens_k", a_.cu_seqlens_k},
-                               Named{"seqused_q", a_.seqused_q}, Named{"seqused_k", a_.seqused_k},
-                               Named{"alibi_slopes", a_.alibi_slopes}, Named{"bias", a_.bias}}) {
-            if (given(n.tensor)) all.push_back(n);
-        }
-        return all;
+    NamedList inputs() const {
+        return {{"q", a_.q}, {"k", a_.k}, {"v", a_.v}, {"cu_seqlens_q", a_.cu_seqlens_q}, {"cu_seqlens_k", a_.cu_seqlens_k},
+                {"seqused_q", a_.seqused_q}, {"seqused_k", a_.seqused_k}, {"alibi_slopes", a_.alibi_slopes}, {"bias", a_.bias}};
     }
 
-    void check_outputs(const std::vector<Named>& outputs, const std::vector<Named>& inputs) {
-        for (size_t i = 0; i < outputs.size(); ++i) {
+    void check_outputs(const NamedList& outputs, const NamedList& inputs) {
+        for (int i = 0; i < outputs.size(); ++i) {
             check_writable(outputs[i]);
             if (pointers_ == DataPointers::ignored) continue;
-            for (size_t j = 0; j < i; ++j) check_apart(outputs[i], outputs[j]);
-            for (const Named& input : inputs) check_apart(outputs[i], input);
+            for (int j = 0; j < i; ++j) check_apart(outputs[i], outputs[j]);
+            for (int j = 0; j < inputs.size(); ++j) check_apart(outputs[i], inputs[j]);
         }
     }
 
@@ -402,12 +418,8 @@ private:
     void check_forward() {
         const strobe_forward& f = p_.forward;
         check_like_q({"out", f.out}, size_.head_dim_v, {a_.q.dtype, STROBE_F32});
-        std::vector<Named> outputs{{"out", f.out}};
-        if (given(f.lse)) {
-            check_rows({"lse", f.lse});
-            outputs.push_back({"lse", f.lse});
-        }
-        check_outputs(outputs, inputs());
+        if (given(f.lse)) check_rows({"lse", f.lse});
+        check_outputs({{"out", f.out}, {"lse", f.lse}}, inputs());
     }
 
     void check_backward() {
@@ -428,15 +440,10 @@ private:
         if (b.accumulate && b.dq.dtype != STROBE_F32) {
             refuse("accumulate", "is set while dq is {}; gradients are added up in f32", dtype_name(b.dq.dtype));
         }
-        std::vector<Named> outputs{{"dq", b.dq}, {"dk", b.dk}, {"dv", b.dv}};
-        if (given(b.dbias)) {
-            check_dbias({"dbias", b.dbias});
-            outputs.push_back({"dbias", b.dbias});
-        }
-        std::vector<Named> read = inputs();
-        for (const Named& n : {Named{"out", b.out}, Named{"lse", b.lse}, Named{"dout", b.dout}}) read.push_back(n);
-        if (given(b.dlse)) read.push_back({"dlse", b.dlse});
-        check_outputs(outputs, read);
+        if (given(b.dbias)) check_dbias({"dbias", b.dbias});
+        NamedList read = inputs();
+        for (const Named& n : {Named{"out", b.out}, Named{"lse", b.lse}, Named{"dout", b.dout}, Named{"dlse", b.dlse}}) read.add(n);
+        check_outputs({{"dq", b.dq}, {"dk", b.dk}, {"dv", b.dv}, {"dbias", b.dbias}}, read);
     }
 
     void check_dbias(const Named& n) {

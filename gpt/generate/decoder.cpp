@@ -50,11 +50,13 @@ Decoder::Decoder(const Weights& weights, Backend& backend, int64_t capacity)
         backend.memory().copy(rope_table_.at<void>(0), table.data(), rope_table_.size_bytes());
     }
 
-    // Workspace of the two kinds of call: a full chunk against a full cache, and one row against it.
-    for (const int64_t queries : {chunk, int64_t{1}}) {
-        const AttentionForward largest = attention(caches_.front(), queries, capacity, nullptr);
-        backend.reserve_scratch(attention_workspace_bytes(exec_, largest));
+    // Workspace is not a simple function of the rows: few of them are another kind of call.
+    size_t workspace = 0;
+    for (int64_t rows = 1; rows <= chunk; ++rows) {
+        const AttentionForward largest = attention(caches_.front(), rows, capacity, nullptr);
+        workspace = std::max(workspace, attention_workspace_bytes(exec_, largest));
     }
+    backend.reserve_scratch(workspace);
 }
 
 std::span<const float> Decoder::feed(std::span<const int32_t> tokens) {

@@ -33,16 +33,27 @@ int32_t TokenSampler::sample(std::span<const float> logits) {
         std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k - 1, candidates_.end(), likelier);
         candidates_.resize(static_cast<size_t>(options_.top_k));
     }
-    std::sort(candidates_.begin(), candidates_.end(), likelier);
-
+    const float largest = std::min_element(candidates_.begin(), candidates_.end(), likelier)->logit;
     double total = 0.0;
     for (Candidate& c : candidates_) {
-        c.probability = std::exp(static_cast<double>(c.logit - candidates_.front().logit) / options_.temperature);
+        c.probability = std::exp(static_cast<double>(c.logit - largest) / options_.temperature);
         total += c.probability;
     }
-    double kept = 0.0;
-    size_t count = 0;
-    while (count < candidates_.size() && (count == 0 || kept < options_.top_p * total)) kept += candidates_[count++].probability;
+    double kept = total;
+    size_t count = candidates_.size();
+    if (options_.top_p < 1.0f) {
+        // The likeliest few nearly always suffice: a vocabulary is not sorted for each token.
+        kept = 0.0;
+        count = 0;
+        for (size_t sorted = 0; count < candidates_.size() && (count == 0 || kept < options_.top_p * total);) {
+            if (count == sorted) {
+                sorted = std::min(candidates_.size(), std::max<size_t>(64, 4 * sorted));
+                std::partial_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(count),
+                                  candidates_.begin() + static_cast<std::ptrdiff_t>(sorted), candidates_.end(), likelier);
+            }
+            kept += candidates_[count++].probability;
+        }
+    }
 
     double left = random_.uniform() * kept;
     for (size_t i = 0; i < count; ++i) {

@@ -89,6 +89,16 @@ TEST(TokenSampler, top_k_and_top_p_cut_the_tail) {
     }
 }
 
+TEST(TokenSampler, top_p_of_a_large_vocabulary) {
+    // Equally likely all: half of the probability is half of the tokens, the lower ids.
+    const std::vector<float> logits(1000, 0.25f);
+    TokenSampler sampler({.top_p = 0.5f});
+    int largest = 0;
+    for (int i = 0; i < 4000; ++i) largest = std::max(largest, sampler.sample(logits));
+    EXPECT_LE(largest, 500);
+    EXPECT_GE(largest, 490);
+}
+
 TEST(TokenSampler, refuses_nonsense) {
     EXPECT_THROW(TokenSampler({.temperature = -1.0f}), std::invalid_argument);
     EXPECT_THROW(TokenSampler({.top_k = -1}), std::invalid_argument);

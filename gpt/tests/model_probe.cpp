@@ -2,8 +2,8 @@
 // sequences, and writes all of it.
 //   gpt_model_probe CHECKPOINT INPUT.json OUTPUT_FOLDER
 // INPUT: {"sequences": [[ids ...] ...], "steps": n, "learning_rate": x, "weight_decay": x, "clip_norm": x}; the target of a
-// token is its successor. OUTPUT_FOLDER gets probe.safetensors (logits, losses, grad.NAME) and checkpoint/ (the weights before
-// the steps, as strobe saves them).
+// token is its successor. OUTPUT_FOLDER gets probe.safetensors (logits, losses, grad.NAME, logits_after of the weights after the
+// steps), checkpoint/ (the weights before the steps, as strobe saves them) and trained/ (those after).
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -43,10 +43,12 @@ void probe(const std::filesystem::path& folder, const std::filesystem::path& inp
     Backend backend;
     Model model(weights, backend, {.max_rows = rows});
 
-    std::filesystem::create_directories(out / "checkpoint");
-    write_checkpoint_files(out / "checkpoint", {.config = &weights.config, .layout = &weights.layout, .values = &weights.values});
-
-    std::vector<float> logits(static_cast<size_t>(rows * weights.config.vocab_size));
+    const auto save = [&](const char* name) {
+        std::filesystem::create_directories(out / name);
+        write_checkpoint_files(out / name, {.config = &weights.config, .layout = &weights.layout, .values = &weights.values});
+    };
+    save("checkpoint");
+    std::vector<float> logits(static_cast<size_t>(rows * weights.config.vocab_size)), logits_after(logits.size());
     model.logits(batch, logits);
     std::vector<float> losses{static_cast<float>(model.forward_backward(batch, 1.0f / targets)) / targets};
     const ParameterArena first_gradients(weights.layout);
@@ -61,8 +63,12 @@ void probe(const std::filesystem::path& folder, const std::filesystem::path& inp
         losses.push_back(static_cast<float>(model.forward_backward(batch, 1.0f / targets)) / targets);
     }
 
+    model.logits(batch, logits_after);
+    save("trained");
+
     std::vector<TensorToStore> tensors = tensors_of(weights.layout, first_gradients, "grad.");
     tensors.push_back({"logits", {rows, weights.config.vocab_size}, logits});
+    tensors.push_back({"logits_after", {rows, weights.config.vocab_size}, logits_after});
     tensors.push_back({"losses", {static_cast<int64_t>(losses.size())}, losses});
     DurableFile file(out / "probe.safetensors");
     write_safetensors(file, tensors, {{"format", "pt"}});

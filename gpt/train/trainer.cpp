@@ -221,7 +221,7 @@ void Run::step(int64_t number) {
                     .seconds_left = smooth_step_seconds_ * static_cast<double>(options_.steps - number)});
 }
 
-/// Mean loss per held-out token; nothing without held-out text. 0: all rows.
+/// Mean loss per held-out token; nothing without held-out text, or when a signal came meanwhile. 0: all rows.
 std::optional<double> Run::evaluate(uint64_t max_rows) {
     if (data_.held_out.num_tokens() < 2) return std::nullopt;
     SequentialBatches batches(data_.held_out, {.seqlen = options_.row_length(), .split_documents = options_.split_documents},
@@ -230,11 +230,11 @@ std::optional<double> Run::evaluate(uint64_t max_rows) {
     backend_.exec().times = nullptr;
     double sum = 0.0;
     int64_t targets = 0;
-    for (Batch batch; batches.next(batch);) {
+    for (Batch batch; batches.next(batch) && !InterruptGuard::requested();) {
         sum += model_.loss(batch);
         targets += count_targets(batch);
     }
-    if (targets == 0) return std::nullopt;
+    if (targets == 0 || InterruptGuard::requested()) return std::nullopt;
     return sum / static_cast<double>(targets);
 }
 

@@ -184,7 +184,7 @@ STROBE_API strobe_status strobe_lse_merge(int32_t num_parts, const strobe_tensor
                                           const strobe_tensor *out, const strobe_tensor *lse, void *stream);
 
 /* The dropout mask that `attention` applies: keep is u8 (B, H, Sq, Sk), 1 = kept. Varlen: (B, H, max_seqlen_q,
- * max_seqlen_k). Only the shapes and the dropout fields of `attention` are used. */
+ * max_seqlen_k). Only the shapes, the positions and the dropout fields of `attention` are used. */
 STROBE_API strobe_status strobe_dropout_mask(const strobe_attention *attention, const strobe_tensor *keep, void *stream);
 
 /* The text for the calling thread's last failed call; "" when none failed. Valid until its next call. */

@@ -188,26 +188,24 @@ void lse_merge(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = as_result(std::move(lse));
 }
 
-void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
+void dropout_mask_into(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const Tensor rng_state = arguments.tensor();
+    const Tensor keep = arguments.tensor(), rng_state = arguments.tensor();
     const double dropout_p = arguments.real();
-    int64_t shape[4];
-    for (int64_t& extent : shape) extent = arguments.integer();
 
     const RngState state = read_rng_state(rng_state);
+    const strobe_tensor mask = view("keep", keep);
+    if (mask.ndim != 4) throw std::invalid_argument("keep: must be (B, H, Sq, Sk)");
+    const int64_t *n = mask.shape, q_shape[4] = {n[0], n[2], n[1], 1}, k_shape[4] = {n[0], n[3], n[1], 1};
     strobe_attention a;
     strobe_attention_init(&a);
-    const int64_t q_shape[4] = {shape[0], shape[2], shape[1], 1}, k_shape[4] = {shape[0], shape[3], shape[1], 1};
     a.q = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, q_shape);
     a.k = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, k_shape);
     a.dropout_p = dropout_p;
     a.dropout_seed = state.seed;
     a.dropout_offset = state.offset;
-    Tensor keep = empty(shape, aoti_torch_dtype_uint8(), rng_state.device());
-    const strobe_tensor keep_view = view("keep", keep);
-    check_strobe(strobe_dropout_mask(&a, &keep_view, nullptr));
-    stack[0] = as_result(std::move(keep));
+    const Stream stream(mask);
+    check_strobe(strobe_dropout_mask(&a, &mask, stream.get()));
 }
 
 // ---- registration -------------------------------------------------------------------------------------------------------
@@ -220,22 +218,20 @@ constexpr const char* kSchemas[] = {
     "attention_backward_into(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, bool accumulate, Tensor dout, "
     "Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "lse_merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
-    "dropout_mask(Tensor rng_state, float dropout_p, SymInt batch, SymInt num_heads, SymInt seqlen_q, SymInt seqlen_k) "
-    "-> Tensor",
+    "dropout_mask_into(Tensor(a!) keep, Tensor rng_state, float dropout_p) -> ()",
 };
 
 using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
 struct NamedKernel {
     const char* name;
     Kernel kernel;
-    bool cuda;
 };
-constexpr NamedKernel kKernels[] = {{"attention", forward, true},
-                                    {"attention_into", forward_into, true},
-                                    {"attention_backward", backward, true},
-                                    {"attention_backward_into", backward_into, true},
-                                    {"lse_merge", lse_merge, true},
-                                    {"dropout_mask", dropout_mask, false}};
+constexpr NamedKernel kKernels[] = {{"attention", forward},
+                                    {"attention_into", forward_into},
+                                    {"attention_backward", backward},
+                                    {"attention_backward_into", backward_into},
+                                    {"lse_merge", lse_merge},
+                                    {"dropout_mask_into", dropout_mask_into}};
 
 /// Keeps the registrations for as long as the library is loaded.
 class Registration {
@@ -243,8 +239,8 @@ public:
     Registration() {
         check_torch(aoti_torch_library_init_def("strobe", __FILE__, __LINE__, &definitions_), "to define strobe's operators");
         for (const char* schema : kSchemas) check_torch(aoti_torch_library_def(definitions_, schema), schema);
-        implement("CPU", false, cpu_);
-        implement("CUDA", true, cuda_);
+        implement("CPU", cpu_);
+        implement("CUDA", cuda_);
     }
     ~Registration() {
         for (TorchLibraryHandle library : {cuda_, cpu_, definitions_}) aoti_torch_delete_library_object(library);
@@ -253,10 +249,10 @@ public:
 private:
     TorchLibraryHandle definitions_ = nullptr, cpu_ = nullptr, cuda_ = nullptr;
 
-    static void implement(const char* key, bool cuda, TorchLibraryHandle& library) {
+    static void implement(const char* key, TorchLibraryHandle& library) {
         check_torch(aoti_torch_library_init_impl("strobe", key, __FILE__, __LINE__, &library), key);
         for (const NamedKernel& k : kKernels) {
-            if (!cuda || k.cuda) check_torch(aoti_torch_library_impl(library, k.name, k.kernel), k.name);
+            check_torch(aoti_torch_library_impl(library, k.name, k.kernel), k.name);
         }
     }
 };

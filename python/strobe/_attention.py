@@ -12,6 +12,7 @@ _needs_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_functorch_active = torch._C._are_functorch_transforms_active
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 # The operators without the Python frame of OpOverload.__call__.
 _forward_op = _ops.attention._op
@@ -44,6 +45,10 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias, None
 
 
+# Function.apply binds the defaults of `forward` by inspection at every call, which costs more than the call itself.
+_record = super(torch.autograd.Function, _Attention).apply
+
+
 def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
@@ -57,7 +62,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple) 
         if bias is not None:
             options = _with_bias(options, bias)
     if _is_grad_enabled() and _needs_grad(q, k, v, bias):
-        return _Attention.apply(q, k, v, bias, options)
+        return (_Attention.apply if _is_functorch_active() else _record)(q, k, v, bias, options)
     with _below_autograd():
         return _forward_op(q, k, v, *options)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, _ops, _philox
+from . import _native, _ops
 from ._attention import _as_rng_state, _four_dimensional, _max_seqlen, _positions, attention
 
 
@@ -157,7 +157,6 @@ def dropout_mask(
     Raises:
         ValueError: a dropout_p outside [0, 1), or a rng_state of another shape or dtype.
     """
-    state = _as_rng_state(rng_state)
-    if torch.device(device).type == "cpu":
-        return _ops.dropout_mask(state.cpu(), dropout_p, *shape).bool()
-    return _philox.keep_mask(state, dropout_p, shape, device)
+    keep = torch.empty(tuple(shape), dtype=torch.uint8, device=device)
+    _ops.dropout_mask_into(keep, _as_rng_state(rng_state).cpu(), dropout_p)
+    return keep.view(torch.bool)

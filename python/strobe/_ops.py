@@ -15,7 +15,7 @@ attention_into = torch.ops.strobe.attention_into.default
 attention_backward = torch.ops.strobe.attention_backward.default
 attention_backward_into = torch.ops.strobe.attention_backward_into.default
 lse_merge = torch.ops.strobe.lse_merge.default
-dropout_mask = torch.ops.strobe.dropout_mask.default
+dropout_mask_into = torch.ops.strobe.dropout_mask_into.default
 
 _library = torch.library.Library("strobe", "FRAGMENT")
 
@@ -72,6 +72,7 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options, need_dbias
 
 @torch.library.register_fake("strobe::attention_into", lib=_library)
 @torch.library.register_fake("strobe::attention_backward_into", lib=_library)
+@torch.library.register_fake("strobe::dropout_mask_into", lib=_library)
 def _writes_its_arguments(*args, **kwargs):
     return None
 
@@ -79,11 +80,6 @@ def _writes_its_arguments(*args, **kwargs):
 @torch.library.register_fake("strobe::lse_merge", lib=_library)
 def _lse_merge_fake(outs, lses):
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
-
-
-@torch.library.register_fake("strobe::dropout_mask", lib=_library)
-def _dropout_mask_fake(rng_state, dropout_p, batch, num_heads, seqlen_q, seqlen_k):
-    return rng_state.new_empty((batch, num_heads, seqlen_q, seqlen_k), dtype=torch.uint8)
 
 
 # ---- autograd ---------------------------------------------------------------------------------------------------------------

@@ -1,87 +1,206 @@
 """Runs FlashAttention-2's own test file, unmodified, against strobe.flash_attn: a random sample of its cases.
 
-    python python/tests/fa2_suite.py test_flash_attn.py --cases 3000 --seed 0 --json results/fa2_suite.json
+    python python/tests/fa2_suite.py test_flash_attn.py --cases 3000 --seed 0 --processes 8 --json results/fa2_suite.json
 
 The file comes from the FlashAttention repository (tests/test_flash_attn.py) and needs a CUDA GPU, einops and pytest. Cases of the
-KV cache and of paged keys are left out: strobe does not have them. Exits with 1 if any case fails.
+KV cache and of paged keys are left out: strobe does not have them. Of the half a million cases only the sampled ones are made: the
+test functions are called with the values of their parametrize marks, which is what pytest would do. Exits with 1 if any case fails
+or none passes.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
+import io
 import json
+import os
 import pathlib
 import random
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+import traceback
 
-import pytest
-import torch
-
-import strobe
-
-
-class Sample:
-    """A pytest plugin: keeps a random sample of the cases and counts what becomes of them."""
-
-    def __init__(self, cases: int, seed: int):
-        self.cases, self.seed = cases, seed
-        self.available = self.passed = self.failed = self.skipped = 0
-        self.failures: list[str] = []
-
-    @staticmethod
-    def _served(item) -> bool:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        return "kvcache" not in item.nodeid and parameters.get("paged_kv_block_size") is None
-
-    def pytest_collection_modifyitems(self, items):
-        served = [item for item in items if self._served(item)]
-        self.available = len(served)
-        if self.cases < len(served):
-            served = random.Random(self.seed).sample(served, self.cases)
-        items[:] = served
-
-    def pytest_runtest_logreport(self, report):
-        if report.skipped:
-            self.skipped += 1
-        elif report.failed:
-            self.failed += 1
-            self.failures.append(report.nodeid)
-        elif report.when == "call":
-            self.passed += 1
+COUNTS = ("passed", "failed", "skipped", "not_run")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=pathlib.Path)
-    parser.add_argument("--cases", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=pathlib.Path)
-    arguments = parser.parse_args()
+class Test:
+    """One test function with the axes of its parametrize marks."""
+
+    def __init__(self, name: str, function):
+        self.name, self.function = name, function
+        self.axes: list[list[dict]] = []
+        for mark in getattr(function, "pytestmark", []):
+            if mark.name != "parametrize":
+                raise ValueError(f"{name}: has a mark {mark.name}, which this runner does not know")
+            names = [n.strip() for n in mark.args[0].split(",")]
+            values = [dict(zip(names, v if len(names) > 1 else (v,))) for v in mark.args[1]]
+            self.axes.append([v for v in values if v.get("paged_kv_block_size") is None])
+
+    def __len__(self) -> int:
+        count = 1
+        for axis in self.axes:
+            count *= len(axis)
+        return count
+
+    def case(self, index: int) -> dict:
+        """The parameters of one of its cases."""
+        parameters = {}
+        for axis in self.axes:
+            index, at = divmod(index, len(axis))
+            parameters |= axis[at]
+        return parameters
+
+
+def tests_of(path: pathlib.Path) -> list[Test]:
+    spec = importlib.util.spec_from_file_location("fa2_tests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [Test(n, f) for n, f in vars(module).items() if n.startswith("test_") and "kvcache" not in n]
+
+
+def sampled(tests: list[Test], cases: int, seed: int) -> list[tuple[Test, int]]:
+    """`cases` different cases in random order, each of all with the same chance."""
+    total = sum(map(len, tests))
+    chosen = []
+    for number in random.Random(seed).sample(range(total), min(cases, total)):
+        for test in tests:
+            if number < len(test):
+                chosen.append((test, number))
+                break
+            number -= len(test)
+    return chosen
+
+
+def outcome(test: Test, parameters: dict) -> tuple[str, str]:
+    """("passed" | "failed" | "skipped", why)."""
+    import pytest
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            test.function(**parameters)
+        return "passed", ""
+    except pytest.skip.Exception as e:
+        return "skipped", str(e)
+    except Exception as e:
+        line = traceback.extract_tb(e.__traceback__)[-1]
+        return "failed", f"{type(e).__name__}: {e} in line {line.lineno}: {line.line}"[:500]
+
+
+def run_share(arguments) -> dict:
+    """One process's share of the cases, run here."""
+    deadline = time.monotonic() + arguments.seconds
+    import strobe
 
     strobe.install_as("flash_attn")
     # The file imports the KV-cache function beside the others; its cases are not run.
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
         module.flash_attn_with_kvcache = None
-    sample = Sample(arguments.cases, arguments.seed)
-    status = pytest.main([str(arguments.file), "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"], plugins=[sample])
+    tests = tests_of(arguments.file)
+    share = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
+    counts = dict.fromkeys(COUNTS, 0)
+    by_test, failures = {}, {}
+    for done, (test, index) in enumerate(share):
+        # The order is random, so what ran until the deadline is a random sample too.
+        if time.monotonic() > deadline:
+            counts["not_run"] = len(share) - done
+            break
+        parameters = test.case(index)
+        result, why = outcome(test, parameters)
+        counts[result] += 1
+        if result == "passed":
+            by_test[test.name] = by_test.get(test.name, 0) + 1
+        elif result == "failed":
+            failures[f"{test.name}[{', '.join(f'{n}={v}' for n, v in parameters.items())}]"] = why
+    return {"available": sum(map(len, tests)), **counts, "passed_by_test": by_test, "failures": failures}
 
-    record = {
-        "command": sys.argv,
+
+def run_all(arguments) -> list[dict]:
+    """Every process's share, each in a child of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder) / f"{i}.log" for i in range(arguments.processes)]
+        results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
+        command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
+        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
+        children = []
+        try:
+            for i, (log, result) in enumerate(zip(logs, results)):
+                with log.open("w") as output:
+                    own = ["--share", str(i), "--json", str(result)]
+                    children.append(subprocess.Popen([*command, *own], stdout=output, stderr=subprocess.STDOUT))
+            for child, log, result in zip(children, logs, results):
+                child.wait()
+                if not result.exists():
+                    print(log.read_text()[-3000:])
+        finally:
+            for child in children:
+                child.kill()
+        return [json.loads(r.read_text()) if r.exists() else {"failures": {f"process {i}": "ended early"}} for i, r in enumerate(results)]
+
+
+def merged(shares: list[dict]) -> dict:
+    """The counts of all shares together; a share that ended without a result counts as a failure."""
+    total = {"available": max(s.get("available", 0) for s in shares), **dict.fromkeys(COUNTS, 0)}
+    by_test, failures = {}, {}
+    for share in shares:
+        for name in COUNTS:
+            total[name] += share.get(name, 0)
+        for test, count in share.get("passed_by_test", {}).items():
+            by_test[test] = by_test.get(test, 0) + count
+        failures.update(share["failures"])
+    return {**total, "passed_by_test": dict(sorted(by_test.items())), "failures": failures}
+
+
+def describe(arguments, total: dict, seconds: float) -> dict:
+    import torch
+
+    import strobe
+
+    return {
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": os.environ.get("STROBE_COMMIT", "unknown"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "strobe": strobe.__version__,
         "file_sha256": hashlib.sha256(arguments.file.read_bytes()).hexdigest(),
         "seed": arguments.seed,
-        "cases_available": sample.available,
-        "passed": sample.passed,
-        "failed": sample.failed,
-        "skipped": sample.skipped,
-        "failures": sample.failures,
+        "seconds": round(seconds, 1),
+        **total,
     }
-    print(f"{sample.passed} passed, {sample.failed} failed, {sample.skipped} skipped of {sample.available} (seed {arguments.seed})")
+
+
+def _stop(signal_number, frame):
+    sys.exit(1)  # by way of `finally`, which ends the children
+
+
+def main():
+    signal.signal(signal.SIGTERM, _stop)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=pathlib.Path)
+    parser.add_argument("--cases", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
+    parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
+    parser.add_argument("--json", type=pathlib.Path)
+    arguments = parser.parse_args()
+
+    if arguments.share is not None:
+        arguments.json.write_text(json.dumps(run_share(arguments)))
+        return
+    start = time.monotonic()
+    total = merged(run_all(arguments))
+    record = describe(arguments, total, time.monotonic() - start)
+    for name, text in list(total["failures"].items())[:20]:
+        print(f"{name}\n    {text}")
+    print(", ".join(f"{total[name]} {name}" for name in COUNTS) + f" of {total['available']} (seed {arguments.seed})")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(0 if status == 0 and sample.passed and not sample.failed else 1)
+    sys.exit(0 if total["passed"] and not total["failures"] else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """attn_implementation="strobe" beside "eager": logits and gradients of small models of each kind, padded and packed."""
 
 import pytest
+import reference
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -133,7 +134,7 @@ def check(kind, dtype, padding, device):
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32(kind, padding, device):
+def test_logits_and_gradients(kind, padding, device):
     check(kind, torch.float32, padding, device)
 
 
@@ -158,21 +159,26 @@ def test_packed_by_keyword(device):
     packed = model(input_ids=tokens, position_ids=positions, use_cache=False, **lengths).logits
     first = model(input_ids=tokens[:, :8], use_cache=False).logits
     second = model(input_ids=tokens[:, 8:], use_cache=False).logits
-    torch.testing.assert_close(packed, torch.cat((first, second), 1), atol=1e-5, rtol=1e-5)
+    reference.near(packed, torch.cat((first, second), 1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(kind, cache, device):
-    """Greedy decoding of a left-padded batch with a cache: the same tokens as eager."""
+    """Greedy decoding of a left-padded batch with a cache: the same scores as eager and the same tokens."""
     results = []
     for implementation in ("eager", "strobe"):
         model = model_of(kind, implementation, torch.float32, device).eval()
         torch.manual_seed(1)
         inputs, _ = batch_of("left", device)
-        options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
-        results.append(model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, **options))
-    assert torch.equal(*results)
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "output_scores": True, "return_dict_in_generate": True}
+        if cache == "static":
+            options |= {"cache_implementation": "static", "disable_compile": True}
+        results.append(model.generate(**inputs, **options))
+    eager, ours = results
+    assert torch.equal(eager.sequences, ours.sequences)
+    for expected, scores in zip(eager.scores, ours.scores):
+        reference.near(scores, expected)
 
 
 def test_dropout_is_passed_on(device):
@@ -193,7 +199,7 @@ def test_compiled_model(device):
         expected = model(tokens, attention_mask=mask, use_cache=False).logits
         ours = compiled(tokens, attention_mask=mask, use_cache=False).logits
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-5)
+        reference.near(ours[real], expected[real])
 
 
 def test_encoder_decoder_with_position_bias(device):

@@ -116,6 +116,39 @@ struct BackwardParams : AttentionParams {
     void* workspace = nullptr;
 };
 
+/// One partial result over a subset of the keys: out (batch, rows, heads, dim) of type `dtype`, lse (batch, heads, rows).
+struct PartialResult {
+    TensorRef out;
+    RowRef lse;
+    DType dtype = DType::f32;
+};
+
+/// Merging partial results. Varlen: batch = 1, rows = all of them.
+struct MergeParams {
+    int64_t batch = 0;
+    int64_t rows = 0;
+    int64_t num_heads = 0;
+    int64_t head_dim_v = 0;
+    const PartialResult* parts = nullptr;  // host memory
+    int num_parts = 0;
+    PartialResult result;                  // may be the first part
+};
+
+/// The mask that dropout applies, (batch, heads, seqlen_q, seqlen_k) bytes, 1 = kept.
+struct DropoutMaskParams {
+    Dropout dropout;
+    int64_t q_position = 0;
+    int64_t k_position = 0;
+    int64_t shape[4] = {};
+    int64_t strides[4] = {};
+    uint8_t* keep = nullptr;
+
+    STROBE_HD uint8_t value(int64_t b, int64_t h, int64_t i, int64_t j) const {
+        return !dropout.enabled() || dropout.keep(static_cast<uint32_t>(b * shape[1] + h), static_cast<uint32_t>(q_position + i),
+                                                  static_cast<uint32_t>(k_position + j));
+    }
+};
+
 /// One sequence of the batch: where its rows start, how many count, and its mask.
 struct Sequence {
     int64_t q_row = 0;   // first row of q, out, dq ... counted from the batch's start (varlen: from the tensor's start)

@@ -9,7 +9,11 @@ namespace strobe {
 enum class Arch : int { sm80 = 80, sm90 = 90 };
 enum class Direction : int { forward, backward };
 enum class MaskClass : int { full, band };       // full: only sequence ends are masked
-enum class Features : int { plain, general };    // general: softcap, ALiBi, bias, dropout, by warp-uniform branches
+enum class Features : int {
+    plain,
+    general,  // softcap, ALiBi, dropout, tensors of any alignment, by warp-uniform branches
+    biased,   // the same and an additive bias, whose operands cost the others a tenth of their speed
+};
 
 struct Variant {
     Arch arch;

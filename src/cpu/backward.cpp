@@ -118,10 +118,7 @@ private:
 
     void negate_lse(IndexRange rows) const {
         float* const to = call_.shared<float>(plan_.neg_lse) + row_index(p_, sequence_, batch_, head_, rows.begin);
-        for (int64_t r = 0; r < rows.size(); ++r) {
-            const float lse = value(p_.lse, rows.begin + r);
-            to[r] = lse == -kInfinity ? lse : -lse;
-        }
+        for (int64_t r = 0; r < rows.size(); ++r) to[r] = -value(p_.lse, rows.begin + r);
     }
 
     float value(const RowRef& ref, int64_t i) const {
@@ -266,7 +263,7 @@ private:
         const int64_t d = p_.size.head_dim, dv = p_.size.head_dim_v;
         for (int64_t x = 0; x < queries.size() * plan_.padded_dim; ++x) area(plan_.dq_tile)[x] = 0.0f;
         for (int64_t r = 0; r < queries.size(); ++r) {
-            const IndexRange seen = intersection(keys, tile_.mask().key_range(queries.begin + r, queries.begin + r + 1));
+            const IndexRange seen = intersection(keys, tile_.seen_keys(r));
             for (int64_t j = seen.begin; j < seen.end; ++j) {
                 const int64_t key = j - keys.begin;
                 const int64_t at = r / kPerWord<T> * kPerWord<T> * plan_.score_stride + key;

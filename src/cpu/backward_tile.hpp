@@ -63,7 +63,7 @@ public:
             q_rows_ = read_rows(q, p_.q.row_stride, queries_.size(), d, scratch_ + plan_.q_rows);
             dout_rows_ = read_rows(dout, p_.dout.row_stride, queries_.size(), dv, scratch_ + plan_.dout_rows);
         }
-        masked_ = false;
+        enter_rows();
         for (int64_t panel = 0; panel < panels_; ++panel) {
             rows_[panel] = panel_rows(panel);
             if (!rows_[panel].empty()) score_panel(panel);
@@ -83,6 +83,11 @@ public:
     Rows dout_down() const { return dout_down_; }
     /// Whether some element of the tile had to be hidden.
     bool masked() const { return masked_; }
+    /// The keys that row r of the block takes part with: those that the mask shows it, or none where its lse is -inf, because then every
+    /// one of its probabilities is 0 whatever the keys and values hold.
+    IndexRange seen_keys(int64_t r) const {
+        return is_dead(r) ? IndexRange{} : mask_.key_range(queries_.begin + r, queries_.begin + r + 1);
+    }
     /// P times the dropout factors, and dS: word of (row r, key j) at r / kPerWord * kPerWord * score_stride + j.
     float* p() const { return scratch_ + plan_.p; }
     float* ds() const { return scratch_ + plan_.ds; }
@@ -131,7 +136,7 @@ private:
         };
         multiply(q_rows_, plan_.k_panels, words<T>(p_.size.head_dim), p());
         multiply(dout_rows_, plan_.v_panels, words<T>(p_.size.head_dim_v), ds());
-        const bool masked = !mask_.all_visible(first, first + rows.size(), column, column + kPanel);
+        const bool masked = has_dead_rows_ || !mask_.all_visible(first, first + rows.size(), column, column + kPanel);
         masked_ |= masked;
         if (score_.plain && !p_.dropout.enabled()) {
             if (masked) {
@@ -144,31 +149,31 @@ private:
         }
     }
 
-    /// Per query row, from the block's first: what RowPass left in the workspace.
-    struct RowArrays {
-        const float* delta;
-        const float* neg_lse;
-    };
-
-    RowArrays row_arrays() const {
+    void enter_rows() {
         const int64_t first = row_index(p_, sequence_, batch_, head_, queries_.begin);
         const auto array = [&](size_t offset) {
             return reinterpret_cast<const float*>(static_cast<const char*>(p_.workspace) + offset) + first;
         };
-        return {array(plan_.delta), array(plan_.neg_lse)};
+        delta_ = array(plan_.delta);
+        neg_lse_ = array(plan_.neg_lse);
+        has_dead_rows_ = false;
+        for (int64_t r = 0; r < queries_.size(); ++r) has_dead_rows_ |= is_dead(r);
+        masked_ = has_dead_rows_;
     }
+
+    bool is_dead(int64_t r) const { return neg_lse_[r] == kInfinity; }
 
     /// Subtracted first and then brought to base 2: the other way round, two numbers of the size of the score would each be
     /// rounded before they cancel.
-    static STROBE_CPU_INLINE Vec probability(Vec score, Vec scale, const RowArrays& row, int64_t r) {
-        return exp2(min(splat(128.0f), fma(score, scale, splat(row.neg_lse[r])) * splat(kLog2E)));
+    STROBE_CPU_INLINE Vec probability(Vec score, Vec scale, int64_t r) const {
+        return exp2(min(splat(128.0f), fma(score, scale, splat(neg_lse_[r])) * splat(kLog2E)));
     }
 
-    /// Lanes of the panel that row i sees.
-    IVec visible_lanes(int64_t i, int64_t column, int lane) const {
+    /// Lanes of the panel that row r sees.
+    IVec visible_lanes(int64_t r, int64_t column, int lane) const {
         alignas(64) static constexpr int32_t kIota[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                           16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-        const IndexRange seen = mask_.key_range(i, i + 1);
+        const IndexRange seen = seen_keys(r);
         const IVec key = load(kIota + lane);
         return (key >= saturate(seen.begin - column)) & (key < saturate(seen.end - column));
     }
@@ -203,14 +208,13 @@ private:
     template <bool kMasked>
     void plain_scores(int64_t panel) {
         const int64_t column = keys_.begin + panel * kPanel;
-        const RowArrays row = row_arrays();
         const Vec scale = splat(score_.final_scale);
         replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
             const int64_t at = r * plan_.score_stride + panel * kPanel + lane;
-            Vec prob = probability(load(p() + at), scale, row, r);
-            Vec grad = prob * (load(ds() + at) - splat(row.delta[r]));
+            Vec prob = probability(load(p() + at), scale, r);
+            Vec grad = prob * (load(ds() + at) - splat(delta_[r]));
             if constexpr (kMasked) {
-                const IVec visible = visible_lanes(queries_.begin + r, column, lane);
+                const IVec visible = visible_lanes(r, column, lane);
                 prob = select(visible, prob, zero());
                 grad = select(visible, grad, zero());
             }
@@ -221,31 +225,30 @@ private:
     void general_scores(int64_t panel) {
         const IndexRange rows = rows_[panel];
         const int64_t column = keys_.begin + panel * kPanel;
-        const RowArrays row = row_arrays();
         const Vec scale = splat(score_.final_scale);
         const float slope = p_.score.alibi_slopes ? p_.score.alibi_slopes[batch_ * p_.score.alibi_batch_stride + head_] : 0.0f;
         const float* const factors = p_.dropout.enabled() ? dropout_factors(panel) : nullptr;
         alignas(64) float bias[kWidth] = {};
         replace_scores(panel, [&](int64_t r, int lane) __attribute__((always_inline)) {
             const int64_t i = queries_.begin + r, at = r * plan_.score_stride + panel * kPanel + lane;
-            const IVec visible = visible_lanes(i, column, lane);
+            const IVec visible = visible_lanes(r, column, lane);
             const Vec product = load(p() + at);
             Vec prob, cap_tanh = zero();
             if (score_.plain) {
-                prob = probability(product, scale, row, r);
+                prob = probability(product, scale, r);
             } else {
                 const int64_t first = lesser(column + lane, keys_.end);
                 if (p_.score.bias) read_bias(i, {first, lesser(first + kWidth, keys_.end)}, bias);
                 cap_tanh = score_.cap_tanh(product);
                 Vec x = score_.capped(product, cap_tanh) + load(bias);
                 if (p_.score.alibi_slopes) x += alibi(splat(slope), distances(i, column, lane));
-                prob = probability(x, scale, row, r);
+                prob = probability(x, scale, r);
             }
             const Vec factor = factors ? load(factors + (r - rows.begin) * kPanel + lane) : splat(1.0f);
             prob = select(visible, prob, zero());
-            const Vec grad = select(visible, prob * (load(ds() + at) * factor - splat(row.delta[r])), zero());
-            if (p_.dbias) store(dbias() + at, grad);
-            return Gradient{prob * factor, grad * (splat(1.0f) - cap_tanh * cap_tanh)};
+            const Vec grad = prob * (load(ds() + at) * factor - splat(delta_[r]));
+            if (p_.dbias) store(dbias() + at, select(visible, grad, zero()));
+            return Gradient{prob * factor, select(visible, grad * (splat(1.0f) - cap_tanh * cap_tanh), zero())};
         });
     }
 
@@ -289,7 +292,9 @@ private:
     BandMask mask_;
     IndexRange keys_, queries_;
     Rows q_rows_, dout_rows_, q_down_, dout_down_;
-    bool masked_ = false;
+    const float* delta_ = nullptr;    // per row of the block: what the first pass left in the workspace
+    const float* neg_lse_ = nullptr;  // +inf: a dead row
+    bool has_dead_rows_ = false, masked_ = false;
     IndexRange rows_[kMaxBlockKeys / kMinPanel];
 };
 

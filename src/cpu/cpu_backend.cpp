@@ -7,10 +7,10 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
 
 #include "cpu/kernels.hpp"
+#include "error.hpp"
 
 namespace strobe::cpu {
 namespace {
@@ -93,16 +93,15 @@ Isa best_isa() {
         for (const Isa isa : available_isas()) {
             if (isa_name(isa) == std::string(wanted)) return isa;
         }
-        throw std::invalid_argument("STROBE_CPU_ISA is \"" + std::string(wanted) + "\"; this machine and build have " +
-                                    names(available_isas()));
+        invalid_argument("STROBE_CPU_ISA is \"" + std::string(wanted) + "\"; this machine and build have " + names(available_isas()));
     }();
     return best;
 }
 
 void force_isa(Isa isa) {
     if (!is_available(isa)) {
-        throw std::invalid_argument("force_isa: " + std::string(isa_name(isa)) + " is not available; this machine and build have " +
-                                    names(available_isas()));
+        invalid_argument("force_isa: " + std::string(isa_name(isa)) + " is not available; this machine and build have " +
+                         names(available_isas()));
     }
     forced_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
 }

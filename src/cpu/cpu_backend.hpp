@@ -19,10 +19,10 @@ const char* isa_name(Isa isa);
 std::span<const Isa> available_isas();
 
 /// The best of available_isas(), or the one that the environment variable STROBE_CPU_ISA names. Throws
-/// std::invalid_argument when that variable names something that is not available.
+/// CallError when that variable names something that is not available.
 Isa best_isa();
 
-/// Forces an instruction set for all later calls of this process. Throws std::invalid_argument when not available.
+/// Forces an instruction set for all later calls of this process. Throws CallError when not available.
 void force_isa(Isa isa);
 
 /// The instruction set that forward() and backward() use now.

@@ -55,7 +55,7 @@ struct BackwardPlan {
 
     // Shared by all threads, offsets in bytes.
     size_t delta = 0;      // (num_heads, total_q) fp32: rowsum(dout * out) - dlse
-    size_t neg_lse = 0;    // (num_heads, total_q) fp32: -lse; -inf where lse is -inf
+    size_t neg_lse = 0;    // (num_heads, total_q) fp32: -lse
     size_t turns = 0;      // (batch, num_heads, blocks_q) int32: key blocks that have been added to this block of dQ
     size_t dq = 0;         // (num_heads, total_q, head_dim) fp32 unless dq_in_place
     size_t scratch = 0;

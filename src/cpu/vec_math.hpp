@@ -5,19 +5,21 @@
 
 namespace strobe::cpu::STROBE_CPU_ISA {
 
-/// 2^x for x <= 128, NaN for NaN; below -126, where the result would be subnormal, 0. The argument is split as n + f with
-/// |f| <= 1/2 by adding 1.5 * 2^23, whose low mantissa bits then hold n; 2^f is a minimax polynomial (relative error
-/// 2e-9 before rounding) and n is added to its exponent.
+/// 2^x for x < 127.5, infinity from there to 128, NaN for NaN; below -126, where the result would be subnormal, 0. The argument
+/// is split as n + f with |f| <= 1/2 by adding 1.5 * 2^23 + 127, which leaves n + 127 in the low mantissa bits: shifted
+/// into place, they are the exponent of 2^n. 2^f is a minimax polynomial (relative error 2e-9 before rounding). The two
+/// are multiplied as numbers, so that a NaN stays one whatever its bits are.
 STROBE_CPU_INLINE Vec exp2(Vec x) {
-    const Vec shifted = x + splat(12582912.0f);
-    const Vec f = x - (shifted - splat(12582912.0f));
+    const Vec magic = splat(12582912.0f + 127.0f);
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
     Vec p = fma(splat(1.534581182e-4f), f, splat(1.339993122e-3f));
     p = fma(p, f, splat(9.618488958e-3f));
     p = fma(p, f, splat(5.550328777e-2f));
     p = fma(p, f, splat(2.402264689e-1f));
     p = fma(p, f, splat(6.931472057e-1f));
     p = fma(p, f, splat(1.0f));
-    const Vec power = as_float(as_int(p) + (as_int(shifted) << 23));
+    const Vec power = p * as_float(as_int(shifted) << 23);
     return as_float(as_int(power) & ~(x < splat(-126.0f)));
 }
 

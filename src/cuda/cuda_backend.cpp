@@ -4,20 +4,18 @@
 
 #include <vector>
 
+#include "cuda/companion.hpp"
 #include "cuda/device.hpp"
 #include "cuda/select.hpp"
 #include "cuda/sm80/backward_workspace.hpp"
-#include "cuda/sm80/config.hpp"
 #include "cuda/sm90/backward_workspace.hpp"
 #include "cuda/sm90/forward_workspace.hpp"
+#include "cuda/trace.hpp"
 #include "cuda/variant_table.hpp"
 #include "error.hpp"
 #include "registry.hpp"
 
 namespace strobe::cuda {
-
-int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_bytes(v) : 0; }
-
 namespace {
 
 std::span<const Variant> variants() {
@@ -85,6 +83,7 @@ template <Arch kArch>
 void forward(const ForwardParams& p, const Execution& e) {
     const DeviceGuard guard(e.device_index);
     const VariantRow& row = row_for<kArch>(p, e);
+    const TraceRange range(row.variant);
     check(row.forward(p, context_of(e)), "forward launch");
 }
 
@@ -92,7 +91,22 @@ template <Arch kArch>
 void backward(const BackwardParams& p, const Execution& e) {
     const DeviceGuard guard(e.device_index);
     const VariantRow& row = row_for<kArch>(p, e);
+    const TraceRange range(row.variant);
     check(row.backward(p, context_of(e)), "backward launch");
+}
+
+void merge(const MergeParams& p, const Execution& e) {
+    if (p.num_parts > kMaxMergeParts) {
+        unsupported(fmt::format("num_parts: is {}; on CUDA one call merges at most {}, and the first part of the next call may be "
+                                "its result", p.num_parts, kMaxMergeParts));
+    }
+    const DeviceGuard guard(e.device_index);
+    check(launch_merge(p, context_of(e)), "merge launch");
+}
+
+void dropout_mask(const DropoutMaskParams& p, const Execution& e) {
+    const DeviceGuard guard(e.device_index);
+    check(launch_dropout_mask(p, context_of(e)), "dropout mask launch");
 }
 
 template <Arch kArch>
@@ -108,6 +122,8 @@ Implementation implementation(const char* name) {
         .backward_workspace = backward_workspace<kArch>,
         .forward = forward<kArch>,
         .backward = backward<kArch>,
+        .merge = merge,
+        .dropout_mask = dropout_mask,
     };
 }
 

@@ -14,12 +14,28 @@ void check(cudaError_t status, const char* what) {
     throw CallError(STROBE_DEVICE_ERROR, fmt::format("{}: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status)));
 }
 
+namespace {
+
+std::string why_none(cudaError_t status) {
+    if (status == cudaSuccess || status == cudaErrorNoDevice) return "no CUDA device on this machine";
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    if (status == cudaErrorInsufficientDriver && driver == 0) return "no CUDA driver on this machine";
+    if (status == cudaErrorInsufficientDriver) {
+        return fmt::format("the driver of this machine serves CUDA {}.{}, this build of strobe needs {}.{}", driver / 1000,
+                           driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    return cudaGetErrorString(status);
+}
+
+}  // namespace
+
 int device_count(std::string* reason) {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status == cudaSuccess && count > 0) return count;
     cudaGetLastError();
-    if (reason) *reason = status == cudaSuccess ? "no CUDA device on this machine" : cudaGetErrorString(status);
+    if (reason) *reason = why_none(status);
     return 0;
 }
 
@@ -64,10 +80,10 @@ DeviceInfo device_info(int device) {
 
 DeviceGuard::DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) {
-        check(cudaSetDevice(device), "cudaSetDevice");
-        switched_ = true;
-    }
+    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward) has no
+    // context, which the driver's encoder of tensor maps fails without.
+    check(cudaSetDevice(device), "cudaSetDevice");
+    switched_ = previous_ != device;
 }
 
 DeviceGuard::~DeviceGuard() {

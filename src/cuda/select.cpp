@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "core/numeric.hpp"
+#include "cuda/sm80/config.hpp"
 
 namespace strobe::cuda {
 namespace {
@@ -29,8 +30,9 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
-    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.score.bias || p.dropout.enabled() ||
+    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.dropout.enabled() ||
                 !(p.score.softmax_scale > 0);
+    r.biased = static_cast<bool>(p.score.bias);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
     return r;
@@ -38,14 +40,25 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
-/// Of two sm90 forward rows that differ in their tile alone, the larger is faster once its loop is long enough to pay for the
-/// coarser grid and, in some, the second query buffer that it has no room for.
+Features features_wanted(const Request& request, Arch arch) {
+    if (request.biased) return Features::biased;
+    // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
+    return request.general || (arch == Arch::sm80 && !request.tma_layout) ? Features::general : Features::plain;
+}
+
+/// Of two rows that serve the same problems: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
+/// per key block and is faster once its loop is long enough; in the sm80 backward the dQ pass of the
+/// deterministic mode wants the second stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
-    const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.mask, x.features); };
+    const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
+    if (served(v) != served(best)) return false;
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
-    return served(v) == served(best) && v.arch == Arch::sm90 && v.direction == Direction::forward &&
-           (request.seqlen_k > kLongSequence ? area(v) > area(best) : area(v) < area(best));
+    if (v.arch == Arch::sm90) {
+        return v.direction == Direction::forward && v.mask == best.mask &&
+               (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
+    }
+    return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
 }
 
 }  // namespace
@@ -54,6 +67,7 @@ Request request_of(const ForwardParams& p) { return shared_request(p, Direction:
 
 Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
+    r.deterministic = p.deterministic;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
     return r;
@@ -72,33 +86,45 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
         return nullptr;
     }
-    // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
-    const bool general = request.general || !request.tma_layout;
+    int largest = 0;
+    for (const Variant& v : rows) {
+        if (v.arch == arch && v.direction == request.direction && v.dtype == request.dtype) largest = std::max(largest, v.head_dim);
+    }
+    if (request.head_dim > largest) {
+        refusal = largest == 0 ? fmt::format("has no {} kernels for {}", name(request.dtype),
+                                             request.direction == Direction::forward ? "forward" : "backward")
+                               : fmt::format("head_dim and head_dim_v go up to {} on CUDA, {} is wanted; the CPU serves up to 512",
+                                             largest, request.head_dim);
+        return nullptr;
+    }
+    const Features features = features_wanted(request, arch);
     const Variant* best = nullptr;
     const auto rank = [](const Variant& v) { return std::tuple(v.head_dim, v.mask, v.features); };
     for (const Variant& v : rows) {
         const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
-                            (v.features == Features::general || !general) && smem_bytes(v) <= device.smem_per_cta;
+                            v.features >= features && smem_bytes(v) <= device.smem_per_cta;
         if (serves && (!best || rank(v) < rank(*best))) best = &v;
     }
     for (const Variant& v : rows) {
-        if (best && suits_better(v, *best, request)) best = &v;
+        if (best && suits_better(v, *best, request) && smem_bytes(v) <= device.smem_per_cta) best = &v;
     }
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
                               request.head_dim, request.band ? "band" : "full",
-                              request.general ? ", softcap / ALiBi / bias / dropout" : "", device.smem_per_cta);
+                              request.biased ? ", bias" : request.general ? ", softcap / ALiBi / dropout" : "", device.smem_per_cta);
     }
     return best;
 }
 
+int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_bytes(v) : 0; }
+
 std::string to_string(const Variant& v) {
     return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps", static_cast<int>(v.arch),
                        v.direction == Direction::forward ? "forward" : "backward", name(v.dtype), v.head_dim,
-                       v.mask == MaskClass::full ? "full" : "band", v.features == Features::plain ? "plain" : "general", v.block_m,
-                       v.block_n, v.stages, v.warps);
+                       v.mask == MaskClass::full ? "full" : "band", v.features == Features::plain ? "plain" : v.features == Features::general ? "general" : "biased",
+                       v.block_m, v.block_n, v.stages, v.warps);
 }
 
 }  // namespace strobe::cuda

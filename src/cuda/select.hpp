@@ -24,7 +24,9 @@ struct Request {
     int head_dim = 0;        // the larger of head_dim and head_dim_v
     int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window
-    bool general = false;    // softcap, ALiBi, bias, dropout, or a scale that is not positive
+    bool general = false;    // softcap, ALiBi, dropout, or a scale that is not positive
+    bool biased = false;     // an additive bias
+    bool deterministic = false;
     bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
 };
 

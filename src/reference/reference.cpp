@@ -325,15 +325,15 @@ void backward(const BackwardParams& p, Precision precision) {
     }
 }
 
-void merge(const MergeSize& size, const PartialResult* parts, int num_parts, const PartialResult& result) {
-    const int dim = static_cast<int>(size.head_dim_v);
+void merge(const MergeParams& p) {
+    const int dim = static_cast<int>(p.head_dim_v);
     std::vector<double> out(dim);
-    for (int64_t b = 0; b < size.batch; ++b) {
-        for (int64_t h = 0; h < size.num_heads; ++h) {
-            for (int64_t i = 0; i < size.rows; ++i) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+        for (int64_t h = 0; h < p.num_heads; ++h) {
+            for (int64_t i = 0; i < p.rows; ++i) {
                 LseMerge<double> merged;
                 out.assign(dim, 0);
-                for (const PartialResult* part = parts; part != parts + num_parts; ++part) {
+                for (const PartialResult* part = p.parts; part != p.parts + p.num_parts; ++part) {
                     merged.add(part->lse.data[b * part->lse.batch_stride + h * part->lse.head_stride + i]);
                     if (merged.weight_new == 0) continue;  // its lse cannot move the sum, and its out may be anything
                     const TensorRef& t = part->out;
@@ -343,11 +343,22 @@ void merge(const MergeSize& size, const PartialResult* parts, int num_parts, con
                         out[d] = merged.weight_new * x + (merged.weight_old == 0 ? 0.0 : merged.weight_old * out[d]);
                     }
                 }
-                const TensorRef& t = result.out;
+                const TensorRef& t = p.result.out;
                 const int64_t at = b * t.batch_stride + i * t.row_stride + h * t.head_stride;
-                for (int d = 0; d < dim; ++d) store_element(t.data, result.dtype, at + d, out[d]);
-                result.lse.data[b * result.lse.batch_stride + h * result.lse.head_stride + i] =
+                for (int d = 0; d < dim; ++d) store_element(t.data, p.result.dtype, at + d, out[d]);
+                p.result.lse.data[b * p.result.lse.batch_stride + h * p.result.lse.head_stride + i] =
                     static_cast<float>(merged.lse);
+            }
+        }
+    }
+}
+
+void dropout_mask(const DropoutMaskParams& p) {
+    for (int64_t b = 0; b < p.shape[0]; ++b) {
+        for (int64_t h = 0; h < p.shape[1]; ++h) {
+            for (int64_t i = 0; i < p.shape[2]; ++i) {
+                uint8_t* const row = p.keep + b * p.strides[0] + h * p.strides[1] + i * p.strides[2];
+                for (int64_t j = 0; j < p.shape[3]; ++j) row[j * p.strides[3]] = p.value(b, h, i, j);
             }
         }
     }

@@ -19,21 +19,9 @@ enum class Precision {
 void forward(const ForwardParams& params, Precision precision = Precision::fp64);
 void backward(const BackwardParams& params, Precision precision = Precision::fp64);
 
-/// One partial result over a subset of the keys: out (batch, rows, heads, dim) of type `dtype`, lse (batch, heads, rows).
-struct PartialResult {
-    TensorRef out;
-    RowRef lse;
-    DType dtype = DType::f32;
-};
+/// The attention over the union of the parts' keys. The result may be one of the parts.
+void merge(const MergeParams& params);
 
-struct MergeSize {
-    int64_t batch = 0;
-    int64_t rows = 0;  // varlen: batch = 1, rows = all of them
-    int64_t num_heads = 0;
-    int64_t head_dim_v = 0;
-};
-
-/// result = the attention over the union of the parts' keys. `result` may be one of the parts.
-void merge(const MergeSize& size, const PartialResult* parts, int num_parts, const PartialResult& result);
+void dropout_mask(const DropoutMaskParams& params);
 
 }  // namespace strobe::reference

@@ -16,6 +16,8 @@ std::span<const Implementation> backend() {
         .backward_workspace = [](const BackwardParams&, const Execution&) { return size_t{0}; },
         .forward = [](const ForwardParams& p, const Execution&) { forward(p); },
         .backward = [](const BackwardParams& p, const Execution&) { backward(p); },
+        .merge = [](const MergeParams& p, const Execution&) { merge(p); },
+        .dropout_mask = [](const DropoutMaskParams& p, const Execution&) { dropout_mask(p); },
     }};
     return rows;
 }

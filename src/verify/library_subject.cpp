@@ -19,7 +19,7 @@ struct Views {
     }
 };
 
-Attention attention(const Views& view, const std::string& implementation, int num_threads) {
+Attention attention(const Views& view) {
     const CaseData& data = view.data;
     const Case& c = data.spec;
     Attention a{.q = view(data.q), .k = view(data.k), .v = view(data.v)};
@@ -42,8 +42,6 @@ Attention attention(const Views& view, const std::string& implementation, int nu
     a.dropout_p = c.dropout_p;
     a.dropout_seed = data.dropout_seed;
     a.dropout_offset = data.dropout_offset;
-    a.num_threads = num_threads;
-    a.implementation = implementation.empty() ? nullptr : implementation.c_str();
     return a;
 }
 
@@ -78,15 +76,11 @@ LibrarySubject::LibrarySubject(Memory& memory, int device_type, int device_index
       implementation_(std::move(implementation)),
       stream_(stream) {}
 
-void LibrarySubject::forward(const CaseData& data, const Placement& placement) {
-    const Views view{data, placement, {static_cast<DeviceType>(device_type_), device_index_}};
-    run_guarded(memory_, attention(view, implementation_, num_threads_),
-                Forward{.out = view(data.out), .lse = view(data.lse)}, strobe::forward, stream_);
-}
-
-void LibrarySubject::backward(const CaseData& data, const Placement& placement) {
-    const Views view{data, placement, {static_cast<DeviceType>(device_type_), device_index_}};
-    Backward b;
+PublicCall public_call(const CaseData& data, const Placement& placement, Device device) {
+    const Views view{data, placement, device};
+    PublicCall call{.attention = attention(view)};
+    call.forward = {.out = view(data.out), .lse = view(data.lse)};
+    Backward& b = call.backward;
     b.out = view(data.out);
     b.lse = view(data.lse);
     b.dout = view(data.dout);
@@ -96,7 +90,24 @@ void LibrarySubject::backward(const CaseData& data, const Placement& placement) 
     b.dlse = view(data.dlse);
     b.dbias = view(data.dbias);
     b.accumulate = data.spec.accumulate;
-    run_guarded(memory_, attention(view, implementation_, num_threads_), b, strobe::backward, stream_);
+    return call;
+}
+
+PublicCall LibrarySubject::call(const CaseData& data, const Placement& placement) const {
+    PublicCall c = public_call(data, placement, {static_cast<DeviceType>(device_type_), device_index_});
+    c.attention.num_threads = num_threads_;
+    c.attention.implementation = implementation_.empty() ? nullptr : implementation_.c_str();
+    return c;
+}
+
+void LibrarySubject::forward(const CaseData& data, const Placement& placement) {
+    const PublicCall c = call(data, placement);
+    run_guarded(memory_, c.attention, c.forward, strobe::forward, stream_);
+}
+
+void LibrarySubject::backward(const CaseData& data, const Placement& placement) {
+    const PublicCall c = call(data, placement);
+    run_guarded(memory_, c.attention, c.backward, strobe::backward, stream_);
 }
 
 }  // namespace strobe::verify

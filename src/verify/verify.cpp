@@ -1,13 +1,17 @@
 #include "verify/verify.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <optional>
+#include <thread>
 
 #include "core/numeric.hpp"
 #include "reference/reference.hpp"
@@ -268,7 +272,8 @@ private:
 
     void judge(const std::vector<Output>& outputs, bool gradients) {
         for (const Output& o : outputs) {
-            const TensorError e = compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
+            const TensorError e =
+                compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
             if (!e.passed()) {
                 char text[160];
                 std::snprintf(text, sizeof text, "%s: error %.3g is beyond %.3g (naive error %.3g)", o.name, e.error, e.bound,
@@ -347,6 +352,32 @@ double CaseResult::worst() const {
 
 CaseResult verify_case(const Case& c, Subject& subject, const VerifyOptions& options) {
     return Verification(c, subject, options).run();
+}
+
+void verify_list(const std::vector<Case>& cases, int workers, const std::function<std::unique_ptr<Subject>()>& make_subject,
+                 const VerifyOptions& options, const std::function<void(size_t index, const CaseResult&)>& done) {
+    std::atomic<size_t> next{0};
+    std::mutex mutex;
+    std::exception_ptr broken;
+    const auto work = [&] {
+        try {
+            const std::unique_ptr<Subject> subject = make_subject();
+            for (size_t i = next++; i < cases.size(); i = next++) {
+                const CaseResult result = verify_case(cases[i], *subject, options);
+                const std::lock_guard lock(mutex);
+                done(i, result);
+            }
+        } catch (...) {
+            next = cases.size();
+            const std::lock_guard lock(mutex);
+            if (!broken) broken = std::current_exception();
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 1; i < workers; ++i) threads.emplace_back(work);
+    work();
+    for (std::thread& t : threads) t.join();
+    if (broken) std::rethrow_exception(broken);
 }
 
 }  // namespace strobe::verify

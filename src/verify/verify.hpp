@@ -9,12 +9,13 @@
 // so does the workspace, and so do all input elements that nobody may look at.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "strobe/strobe.h"
+#include "strobe/strobe.hpp"
 #include "verify/case.hpp"
 #include "verify/case_data.hpp"
 
@@ -50,6 +51,14 @@ struct Unsupported : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+/// A case as arguments of the public interface; workspaces are left to the caller.
+struct PublicCall {
+    Attention attention;
+    Forward forward;
+    Backward backward;
+};
+PublicCall public_call(const CaseData& data, const Placement& placement, Device device);
+
 /// The library itself through its public interface, on buffers in `memory` of the given device.
 class LibrarySubject : public Subject {
 public:
@@ -63,6 +72,8 @@ public:
     double gradient_factor() const override { return device_type_ == STROBE_CUDA ? 3 : 2; }
 
 private:
+    PublicCall call(const CaseData& data, const Placement& placement) const;
+
     Memory& memory_;
     int device_type_;
     int device_index_;
@@ -117,5 +128,10 @@ struct VerifyOptions {
 };
 
 CaseResult verify_case(const Case& c, Subject& subject, const VerifyOptions& options = {});
+
+/// Verifies every case on `workers` threads, each with a subject of its own: the reference is what takes the time. `done` is called
+/// with one result after another, never twice at once. Rethrows what no case can go on after, as a device that has stopped.
+void verify_list(const std::vector<Case>& cases, int workers, const std::function<std::unique_ptr<Subject>()>& make_subject,
+                 const VerifyOptions& options, const std::function<void(size_t index, const CaseResult&)>& done);
 
 }  // namespace strobe::verify

@@ -9,12 +9,13 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 /// Holds the fuzzer's bytes under a path that can be opened and mapped.
 class FuzzFile {
 public:
-    FuzzFile(const uint8_t* data, size_t size) : fd_(::memfd_create("fuzz", MFD_CLOEXEC)) {
-        if (fd_ < 0 || ::write(fd_, data, size) != static_cast<ssize_t>(size)) std::abort();
+    explicit FuzzFile(std::string_view bytes) : fd_(::memfd_create("fuzz", MFD_CLOEXEC)) {
+        if (fd_ < 0 || ::write(fd_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size())) std::abort();
     }
     FuzzFile(const FuzzFile&) = delete;
     FuzzFile& operator=(const FuzzFile&) = delete;
@@ -25,3 +26,9 @@ public:
 private:
     int fd_;
 };
+
+/// The bytes of a value as they lie in a file.
+template <class T>
+std::string bytes_of(const T& value) {
+    return {reinterpret_cast<const char*>(&value), sizeof value};
+}

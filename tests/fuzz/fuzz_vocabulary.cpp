@@ -1,5 +1,6 @@
 // Any bytes as a vocabulary: refused with a FileError, or a tokenizer that gives any text back. The first byte chooses the
-// format; text to encode follows after the last 0xFF.
+// format and whether the file is as given or the fuzzer lends the 256 tokens without which nothing behind the reader is
+// reached; text to encode follows after the last 0xFF.
 #include <algorithm>
 #include <string>
 #include <string_view>
@@ -16,30 +17,42 @@ namespace {
 
 using namespace strobe::gpt;
 
-/// Few files of a fuzzer cover all 256 bytes, without which nothing behind the reader is reached: it lends them.
-std::string with_all_bytes(std::string_view tokens, bool tiktoken) {
-    static const auto lent = [] {
-        std::pair<std::string, std::string> out;
+/// The 256 bytes as tokens 0 to 255, as lines of a .tiktoken file and as entries of a JSON vocabulary.
+struct LentTokens {
+    std::string tiktoken, json;
+
+    LentTokens() {
         for (int byte = 0; byte < 256; ++byte) {
             const std::string one(1, static_cast<char>(byte));
-            out.first += base64_encode(one) + " " + std::to_string(byte) + "\n";
-            out.second += nlohmann::json(bytes_to_printable(one)).dump() + ":" + std::to_string(byte) + ",";
+            tiktoken += base64_encode(one) + " " + std::to_string(byte) + "\n";
+            json += (byte ? "," : "") + nlohmann::json(bytes_to_printable(one)).dump() + ":" + std::to_string(byte);
         }
-        return out;
-    }();
-    return tiktoken ? lent.first + std::string(tokens) : "{" + lent.second + std::string(tokens);
+    }
+};
+
+/// What stands before the next '\1', which is removed with it.
+std::string take_part(std::string_view& text) {
+    const size_t cut = std::min(text.find('\1'), text.size());
+    const std::string part(text.substr(0, cut));
+    text.remove_prefix(std::min(cut + 1, text.size()));
+    return part;
 }
 
 Vocabulary parse(uint8_t format, std::string_view text) {
-    switch (format % 5) {
+    static const LentTokens lent;
+    switch (format % 6) {
         case 0: return parse_tokenizer_json(text, "tokenizer.json");
-        case 1: return parse_tiktoken_vocabulary(text, "x.tiktoken");
-        case 2: return parse_tiktoken_vocabulary(with_all_bytes(text, true), "x.tiktoken");
+        case 1: {
+            const std::string tokens = take_part(text), merges = take_part(text), splitting = take_part(text), added = take_part(text);
+            return parse_tokenizer_json(R"({"model":{"type":"BPE","vocab":{)" + lent.json + tokens + R"(},"merges":[)" + merges +
+                                            R"(]},"pre_tokenizer":)" + splitting + R"(,"added_tokens":[)" + added + "]}",
+                                        "tokenizer.json");
+        }
+        case 2: return parse_tiktoken_vocabulary(text, "x.tiktoken");
+        case 3: return parse_tiktoken_vocabulary(lent.tiktoken + std::string(text), "x.tiktoken");
         default: {
-            const size_t cut = std::min(text.find('\1'), text.size());
-            const std::string_view merges = text.substr(std::min(cut + 1, text.size()));
-            const std::string vocab = format % 5 == 3 ? std::string(text.substr(0, cut)) : with_all_bytes(text.substr(0, cut), false);
-            return parse_gpt2_vocabulary(vocab, "vocab.json", merges, "merges.txt");
+            const std::string tokens = take_part(text);
+            return parse_gpt2_vocabulary(format % 6 == 4 ? tokens : "{" + lent.json + tokens + "}", "vocab.json", text, "merges.txt");
         }
     }
 }

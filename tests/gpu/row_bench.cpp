@@ -31,6 +31,7 @@ struct Options {
     std::string masks = "full,causal";
     std::string feature = "none";
     bool deterministic = false;
+    bool list = false;
 };
 
 constexpr int64_t kTokens = 16384;
@@ -140,17 +141,32 @@ double median_ms(const Options& options, const Tensors& t, Launch launch) {
     return times[times.size() / 2];
 }
 
-const VariantRow* forward_for(const Variant& v, bool general) {
+/// The kernel features that --feature asks of a row.
+Features features_for(const std::string& feature) {
+    return feature == "none" ? Features::plain : feature == "bias" ? Features::biased : Features::general;
+}
+
+const VariantRow* forward_for(const Variant& v, Features features) {
     const VariantRow* found = nullptr;
     for (const VariantRow& r : cuda::variant_rows()) {
         const bool fits = r.forward && r.variant.dtype == v.dtype && r.variant.head_dim == v.head_dim &&
-                          r.variant.mask == MaskClass::band && (r.variant.features == Features::general || !general);
+                          r.variant.mask == MaskClass::band && r.variant.features >= features;
         if (fits && !found) found = &r;
     }
     return found;
 }
 
+/// The rows of this build with the shared memory that a CTA of the sm80 ones asks for; needs no GPU.
+int list_rows() {
+    for (const VariantRow& row : cuda::variant_rows()) {
+        const int bytes = cuda::smem_bytes(row.variant);
+        std::printf("%-62s %s\n", cuda::to_string(row.variant).c_str(), bytes > 0 ? fmt::format("{} bytes", bytes).c_str() : "");
+    }
+    return 0;
+}
+
 int run(const Options& options) {
+    if (options.list) return list_rows();
     std::printf("%s\n", cuda::device_info(0).name.c_str());
     const std::regex wanted(options.filter);
     const LaunchContext context{nullptr, 0, cuda::device_limits(0).num_sms};
@@ -161,7 +177,7 @@ int run(const Options& options) {
             const std::string name = cuda::to_string(v);
             if (v.dtype != dtype || !std::regex_search(name, wanted)) continue;
             if (v.arch == Arch::sm80 && cuda::smem_bytes(v) > cuda::device_limits(0).smem_per_cta) continue;
-            if (v.features == Features::plain && options.feature != "none") continue;
+            if (options.feature != "none" && v.features != features_for(options.feature)) continue;
             if (!tensors) tensors = std::make_unique<Tensors>(dtype, options.feature == "bias");
             for (bool causal : {false, true}) {
                 if (options.masks.find(causal ? "causal" : "full") == std::string::npos) continue;
@@ -175,7 +191,7 @@ int run(const Options& options) {
                     if (row.forward) {
                         ms = median_ms(options, *tensors, [&] { return row.forward(f, context); });
                     } else {
-                        if (const VariantRow* fwd = forward_for(v, options.feature != "none")) {
+                        if (const VariantRow* fwd = forward_for(v, features_for(options.feature))) {
                             cuda::check(fwd->forward(f, context), "forward");
                         }
                         flops *= 2.5;
@@ -201,7 +217,8 @@ int main(int argc, char** argv) {
     app.add_option("--seqlens", options.seqlens, "sequence lengths")->delimiter(',');
     app.add_option("--repeats", options.repeats, "timed runs, of which the median counts")->capture_default_str();
     app.add_option("--masks", options.masks, "full, causal or both")->capture_default_str();
-    app.add_option("--feature", options.feature, "none, softcap, alibi, bias or dropout: general rows only");
+    app.add_option("--feature", options.feature, "softcap, alibi or dropout: general rows only; bias: biased rows only; none: all rows");
+    app.add_flag("--list", options.list, "print the rows and stop");
     app.add_flag("--deterministic", options.deterministic, "the backward's deterministic mode");
     CLI11_PARSE(app, argc, argv);
     try {

@@ -12,7 +12,7 @@ import pytest
 
 BUILD = pathlib.Path(os.environ.get("STROBE_BUILD_DIR", "build"))
 STROBE = BUILD / "bin" / "strobe"
-KILLS = int(os.environ.get("STROBE_KILLS", "4"))
+KILLS = int(os.environ.get("STROBE_KILLS", "24"))
 STEPS = 60
 
 OPTIONS = ["--layers", "2", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "4",
@@ -81,26 +81,61 @@ def test_recomputation_changes_no_bit(text, finished, tmp_path, recompute):
     assert weights(tmp_path / "run") == weights(finished[0])
 
 
-@pytest.mark.parametrize("seed", range(KILLS))
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(text, finished, tmp_path, seed):
-    dice = random.Random(seed)
-    out = tmp_path / "run"
-    usual = finished[1]["seconds"] + 0.5
-    kills = 0
-    for attempt in range(100):
-        process = subprocess.Popen(command(text, out, "--resume", "--quiet"), stdout=subprocess.DEVNULL,
-                                   env=environment(text.parent / "cache"))
-        try:
-            # Later attempts live longer, so that the run ends.
-            status = process.wait(timeout=dice.uniform(0.0, usual) * (1 + attempt / 10))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+def wait_for_a_write(process, out, saves):
+    """Returns while the run writes a checkpoint, its `saves`-th from now; or when the process has ended."""
+    seen = set()
+    while process.poll() is None:
+        fresh = {name for name in os.listdir(out) if name.startswith(".step-")} if out.exists() else set()
+        seen |= fresh
+        if fresh and len(seen) >= saves:
+            return
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(text, tmp_path):
+    """kill -9 at random moments of a run, and at random moments of its checkpoint writes."""
+    long_run = ["--steps", "300", "--save-every", "3", "--eval-every", "0"]
+    reference = tmp_path / "reference"
+    duration = -time.monotonic()
+    train(text, reference, *long_run)
+    duration += time.monotonic()
+    last = pathlib.Path("step-00000300") / "model.safetensors"
+    expected = (reference / last).read_bytes()
+
+    def start(out):
+        return subprocess.Popen(command(text, out, "--resume", "--quiet", *long_run), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True, env=environment(text.parent / "cache"))
+
+    def finished_well(process, out):
+        """The process ended by itself: so it came to the end of the run."""
+        assert process.wait() == 0, process.stderr.read()
+        assert (out / last).read_bytes() == expected, f"{out.name} after kills {kills}"
+
+    dice = random.Random(11)
+    kills = {"anywhere": 0, "in a write": 0}
+    out = tmp_path / "run-0"
+    for attempt in range(1000):
+        if kills["anywhere"] >= KILLS // 2 and kills["in a write"] >= KILLS // 2:
+            break
+        process = start(out)
+        if kills["in a write"] < KILLS // 2 and attempt % 2:
+            wait_for_a_write(process, out, saves=dice.randint(1, 4))
+            time.sleep(dice.choice([0.0, 0.0, dice.uniform(0.0, 0.003)]))
+        else:
+            try:
+                process.wait(timeout=dice.uniform(0.0, duration))
+            except subprocess.TimeoutExpired:
+                pass
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            finished_well(process, out)
+            out = tmp_path / f"run-{attempt + 1}"
             continue
-        assert status == 0
-        break
-    assert weights(out) == weights(finished[0]), f"after {kills} kills"
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        # A killed write leaves its folder behind under a hidden name.
+        left = out.exists() and any(name.startswith(".step-") for name in os.listdir(out))
+        kills["in a write" if left else "anywhere"] += 1
+    assert min(kills.values()) >= KILLS // 2, kills
+    finished_well(start(out), out)
 
 
 def test_interrupt_saves_and_resume_goes_on(text, finished, tmp_path):

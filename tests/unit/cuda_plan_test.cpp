@@ -1,9 +1,11 @@
-// The shared memory of every sm80 row against the devices it is meant for, and the order in which CTAs take tiles. Needs no GPU.
+// The shared memory of every sm80 row against the devices it is meant for, which of two sm90 tiles serves a length, and the order in
+// which CTAs take tiles. Needs no GPU.
 #include <gtest/gtest.h>
 
 #include <set>
 #include <tuple>
 
+#include "cuda/select.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/schedule.hpp"
 
@@ -24,7 +26,7 @@ constexpr int kSm80Bytes = 163 << 10, kSm86Bytes = 99 << 10, kSm90Bytes = 227 <<
 bool served(Direction direction, DType dtype, int head_dim, Features features, int smem) {
     for (const Variant& v : kRows) {
         if (v.arch == Arch::sm80 && v.direction == direction && v.dtype == dtype && v.head_dim >= head_dim &&
-            (features == Features::plain || v.features == features) && smem_bytes(v) <= smem) {
+            v.features >= features && smem_bytes(v) <= smem) {
             return true;
         }
     }
@@ -33,15 +35,16 @@ bool served(Direction direction, DType dtype, int head_dim, Features features, i
 
 TEST(Sm80Plan, EveryRowFitsHopper) {
     for (const Variant& v : kRows) {
-        if (v.arch == Arch::sm80) EXPECT_LE(smem_bytes(v), kSm90Bytes) << v.head_dim << " " << v.block_m << "x" << v.block_n;
+        if (v.arch != Arch::sm80) continue;
+        EXPECT_LE(smem_bytes(v), kSm90Bytes) << v.head_dim << " " << v.block_m << "x" << v.block_n;
     }
 }
 
 TEST(Sm80Plan, EveryDeviceIsServed) {
     for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
         for (Direction direction : {Direction::forward, Direction::backward}) {
-            for (DType dtype : {DType::bf16, DType::f16}) {
-                for (Features features : {Features::plain, Features::general}) {
+            for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+                for (Features features : {Features::plain, Features::general, Features::biased}) {
                     for (int head_dim = 1; head_dim <= 256; ++head_dim) {
                         EXPECT_TRUE(served(direction, dtype, head_dim, features, smem)) << head_dim << " in " << smem;
                     }
@@ -53,7 +56,7 @@ TEST(Sm80Plan, EveryDeviceIsServed) {
 
 TEST(Sm80Plan, WarpsCoverTheTiles) {
     for (const Variant& v : kRows) {
-        if (v.arch != Arch::sm80 || v.direction != Direction::backward) continue;
+        if (v.arch != Arch::sm80 || v.direction != Direction::backward || v.dtype == DType::f32) continue;
         const BackwardConfig c(v);
         EXPECT_EQ(c.score_warps_n * c.score_warps_m, v.warps);
         EXPECT_EQ(c.out_warps_n * c.out_warps_d, v.warps);
@@ -64,6 +67,58 @@ TEST(Sm80Plan, WarpsCoverTheTiles) {
         EXPECT_EQ(v.head_dim / c.dq_warps_d % 16, 0);
         EXPECT_EQ(v.block_m / c.dq_warps_m % 16, 0);
     }
+}
+
+TEST(Sm80Plan, ThreadsCoverTheTilesOfFp32) {
+    for (const Variant& v : kRows) {
+        if (v.dtype != DType::f32) continue;
+        const SimtConfig c(v);
+        EXPECT_EQ(c.kThreads, v.warps * kWarpSize);
+        EXPECT_EQ(c.rows % c.kSide, 0);
+        EXPECT_EQ(c.cols % c.kSide, 0);
+        EXPECT_EQ(v.head_dim % 64, 0);
+    }
+}
+
+TEST(Sm80Plan, TheSmallestBucketThatServes) {
+    std::string refusal;
+    cuda::Request request{.direction = Direction::forward, .dtype = DType::bf16, .head_dim = 80, .band = true, .tma_layout = true};
+    const Variant* row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
+    ASSERT_NE(row, nullptr) << refusal;
+    EXPECT_EQ(row->head_dim, 96);
+    EXPECT_EQ(row->features, Features::plain);
+    request.tma_layout = false;  // the plain rows copy 16 bytes at a time
+    row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
+    ASSERT_NE(row, nullptr) << refusal;
+    EXPECT_EQ(row->features, Features::general);
+}
+
+TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
+    const auto area = [](const Variant& v) { return v.block_m * v.block_n; };
+    for (const Variant& v : kRows) {
+        if (v.arch != Arch::sm90 || v.direction != Direction::forward) continue;
+        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .band = v.mask == MaskClass::band, .tma_layout = true};
+        std::string refusal;
+        for (const int64_t seqlen_k : {1, 2047, 2048, 1 << 20}) {
+            request.seqlen_k = seqlen_k;
+            const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+            ASSERT_NE(row, nullptr) << refusal;
+            EXPECT_EQ(row->head_dim, v.head_dim);
+            EXPECT_EQ(row->mask, v.mask);
+            if (seqlen_k < 2048) EXPECT_LE(area(*row), area(v));
+            else EXPECT_GE(area(*row), area(v));
+        }
+    }
+}
+
+TEST(Sm80Plan, RefusalsSayWhatIsPossible) {
+    std::string refusal;
+    cuda::Request request{.direction = Direction::backward, .dtype = DType::bf16, .head_dim = 257};
+    EXPECT_EQ(cuda::select(kRows, Arch::sm80, request, {80, 108, kSm80Bytes}, refusal), nullptr);
+    EXPECT_EQ(refusal, "head_dim and head_dim_v go up to 256 on CUDA, 257 is wanted; the CPU serves up to 512");
+    request.head_dim = 64;
+    EXPECT_EQ(cuda::select(kRows, Arch::sm80, request, {75, 40, 64 << 10}, refusal), nullptr);
+    EXPECT_EQ(refusal, "needs compute capability 8 or more, this device has 7.5");
 }
 
 TEST(Sm80Schedule, EveryTileOnce) {

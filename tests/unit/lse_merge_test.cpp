@@ -76,15 +76,15 @@ TEST(LseMerge, OutputsOfEmptyPartsAreNotLookedAt) {
     float out_a[] = {1.0f, 2.0f}, out_b[] = {NAN, NAN}, lse_a = 0.25f, lse_b = -INFINITY, lse = NAN;
     float out[] = {NAN, NAN};
     const auto part = [](float* o, float* l) {
-        return reference::PartialResult{{o, 2, 2, 2}, {l, 1, 1}, DType::f32};
+        return PartialResult{{o, 2, 2, 2}, {l, 1, 1}, DType::f32};
     };
-    const reference::PartialResult parts[] = {part(out_b, &lse_b), part(out_a, &lse_a)};
-    reference::merge({1, 1, 1, 2}, parts, 2, part(out, &lse));
+    const PartialResult parts[] = {part(out_b, &lse_b), part(out_a, &lse_a)};
+    reference::merge({1, 1, 1, 2, parts, 2, part(out, &lse)});
     EXPECT_EQ(out[0], 1.0f);
     EXPECT_EQ(out[1], 2.0f);
     EXPECT_EQ(lse, 0.25f);
 
-    reference::merge({1, 1, 1, 2}, parts, 1, part(out, &lse));
+    reference::merge({1, 1, 1, 2, parts, 1, part(out, &lse)});
     EXPECT_EQ(out[0], 0.0f);
     EXPECT_EQ(out[1], 0.0f);
     EXPECT_EQ(lse, -INFINITY);
@@ -93,12 +93,12 @@ TEST(LseMerge, OutputsOfEmptyPartsAreNotLookedAt) {
 TEST(LseMerge, TheResultMayBeOneOfTheParts) {
     float out_a[] = {1.0f, -2.0f, 0.5f}, out_b[] = {3.0f, 1.0f, 0.0f}, lse_a[] = {0.0f, 1.0f, 2.0f}, lse_b[] = {0.0f, -1.0f, 2.5f};
     const auto part = [](float* o, float* l) {  // three rows of one value
-        return reference::PartialResult{{o, 3, 1, 1}, {l, 3, 3}, DType::f32};
+        return PartialResult{{o, 3, 1, 1}, {l, 3, 3}, DType::f32};
     };
-    const reference::PartialResult parts[] = {part(out_a, lse_a), part(out_b, lse_b)};
+    const PartialResult parts[] = {part(out_a, lse_a), part(out_b, lse_b)};
     const float a[] = {1.0f, -2.0f, 0.5f};
     const double la[] = {0, 1, 2}, lb[] = {0, -1, 2.5};
-    reference::merge({1, 3, 1, 1}, parts, 2, parts[0]);
+    reference::merge({1, 3, 1, 1, parts, 2, parts[0]});
     for (int i = 0; i < 3; ++i) {
         const double wa = std::exp(la[i]), wb = std::exp(lb[i]);
         EXPECT_NEAR(out_a[i], (wa * a[i] + wb * out_b[i]) / (wa + wb), 1e-6);

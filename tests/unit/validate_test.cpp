@@ -321,6 +321,9 @@ TEST(Validate, Structs) {
     c.attention.struct_size = 0;
     EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
     EXPECT_NE(std::string(strobe_last_error()).find("strobe_attention.struct_size: is 0"), std::string::npos);
+    c.attention.struct_size = 0xFFFFFFFFu;  // garbage: nothing so far behind the struct may be read
+    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
+    EXPECT_NE(std::string(strobe_last_error()).find("struct_size: is 4294967295; versions have from "), std::string::npos) << strobe_last_error();
 }
 
 TEST(Validate, StructsOfANewerHeaderPassWhileTheirTailIsZero) {

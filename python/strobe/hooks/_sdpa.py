@@ -32,9 +32,10 @@ def _state_for(dropout_p: float) -> Tensor | None:
 
 
 def _returned_state(state: Tensor | None, device) -> Tensor:
-    """(2) uint64 on the call's device, as torch's own kernels return it."""
-    state = torch.zeros(2, dtype=torch.int64) if state is None else state
-    return state.view(torch.uint64).to(device)
+    """(2) uint64 on the call's device, as torch's own kernels return it. The copy of a state that was drawn does not wait."""
+    if state is None:
+        return torch.zeros(2, dtype=torch.uint64, device=device)
+    return state.view(torch.uint64).to(device, non_blocking=True)
 
 
 def _saved_state(dropout_p: float, rng_state: Tensor) -> Tensor | None:
@@ -164,9 +165,14 @@ def _cpu_backward(
 
 
 class Handle:
-    """The overrides, in force until ``remove()`` or the end of the ``with`` block."""
+    """The overrides, in force until ``remove()`` or the end of the ``with`` block.
+
+    Where torch would rather take cuDNN than its flash kernel (Hopper), cuDNN is off for as long.
+    """
 
     def __init__(self):
+        self._prefers_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         cuda = torch.library.Library("aten", "IMPL", "CUDA")
         cpu = torch.library.Library("aten", "IMPL", "CPU")
         self._libraries = [cuda, cpu]
@@ -182,9 +188,12 @@ class Handle:
 
     def remove(self) -> None:
         """Puts torch's own kernels back. Safe to call twice."""
+        if not self._libraries:
+            return
         for library in self._libraries:
             library._destroy()
         self._libraries = []
+        torch.backends.cuda.enable_cudnn_sdp(self._prefers_cudnn)
 
     def __enter__(self) -> "Handle":
         return self
@@ -227,7 +236,8 @@ def sdpa() -> Handle:
     Returns:
         A handle: ``remove()`` restores torch's kernels; also a context manager. On CUDA torch picks its flash kernel for
         float16 and bfloat16 without attn_mask (``torch.nn.attention.sdpa_kernel`` insists on it); on the CPU for calls
-        without dropout. float64 on the CPU stays with torch.
+        without dropout. float64 on the CPU stays with torch. cuDNN, which torch may prefer to its flash kernel, is switched
+        off until ``remove()``.
     """
     return _RegistryHandle() if hasattr(torch.nn.attention, "activate_flash_attention_impl") else Handle()
 

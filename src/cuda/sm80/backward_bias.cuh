@@ -1,37 +1,14 @@
-// The gradient of the additive bias. One CTA owns a tile of the gradient as the caller stored it and sums dS over every
-// (batch, head, query tile, key tile) that broadcasts into it, in a fixed order: no atomics, no workspace, repeatable.
+// The gradient of the additive bias, dS summed over everything that broadcasts into a tile; see bias_gradient.cuh.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/sm80/backward_workspace.hpp"
+#include "cuda/sm80/bias_gradient.cuh"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/output.cuh"
 #include "cuda/sm80/score_gradient.cuh"
 
 namespace strobe::sm80 {
-
-/// How many of each axis a gradient tile sums over, and how many tiles there are: an axis with stride 0 is summed.
-struct BiasGradientGrid {
-    int sum_batch, sum_heads, sum_q_tiles, sum_k_tiles;
-    int batches, heads, q_tiles, k_tiles;
-
-    static BiasGradientGrid make(const BackwardParams& p) {
-        const auto tiles = [](int64_t rows, int block) { return static_cast<int>((rows + block - 1) / block); };
-        const int q = tiles(p.size.seqlen_q, BiasGradientConfig::kBlockM);
-        const int k = tiles(p.size.seqlen_k, BiasGradientConfig::kBlockN);
-        const BiasRef& g = p.dbias;
-        BiasGradientGrid r;
-        r.sum_batch = g.batch_stride == 0 ? p.size.batch : 1;
-        r.sum_heads = g.head_stride == 0 ? p.size.num_heads : 1;
-        r.sum_q_tiles = g.row_stride == 0 ? q : 1;
-        r.sum_k_tiles = g.col_stride == 0 ? k : 1;
-        r.batches = p.size.batch / r.sum_batch;
-        r.heads = p.size.num_heads / r.sum_heads;
-        r.q_tiles = g.row_stride == 0 ? 1 : q;
-        r.k_tiles = g.col_stride == 0 ? 1 : k;
-        return r;
-    }
-};
 
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
@@ -48,72 +25,63 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
     const uint32_t do_smem = q_smem + kConfig.q_bytes;
     const uint32_t k_smem = do_smem + kConfig.q_bytes;
     const uint32_t v_smem = k_smem + kConfig.kv_bytes;
-    const int my_q_tile = static_cast<int>(blockIdx.x % grid.q_tiles), my_k_tile = static_cast<int>(blockIdx.x / grid.q_tiles);
-    const int my_batch = static_cast<int>(blockIdx.z), my_head = static_cast<int>(blockIdx.y);
 
     float sum[1][kNAtoms][4];
     clear(sum);
-    for (int b = 0; b < grid.sum_batch; ++b) {
-        const int batch = my_batch + b;
+    grid.for_each_item([&](int batch, int head, int q_tile, int k_tile) {
         const Sequence seq = sequence_of(p, batch);
         const Band band(seq.mask(p.mask));
-        for (int item = 0; item < grid.sum_heads * grid.sum_q_tiles * grid.sum_k_tiles; ++item) {
-            const int k_tile = my_k_tile + item % grid.sum_k_tiles;
-            const int q_tile = my_q_tile + item / grid.sum_k_tiles % grid.sum_q_tiles;
-            const int head = my_head + item / grid.sum_k_tiles / grid.sum_q_tiles;
-            const int64_t q_begin = static_cast<int64_t>(q_tile) * kM, k_begin = static_cast<int64_t>(k_tile) * kN;
-            if (q_begin >= seq.seqlen_q || k_begin >= seq.seqlen_k) continue;
-            if (!band.any_visible(static_cast<int>(q_begin), kM, static_cast<int>(k_begin), kN)) continue;
-            const int kv_head = head / (p.size.num_heads / p.size.num_heads_k);
-            __syncthreads();  // everyone is done with the last tiles
-            const Operand q_in(p.q, batch, seq.q_row + q_begin, head);
-            const Operand do_in(p.dout, batch, seq.q_row + q_begin, head);
-            const Operand k_in(p.k, batch, seq.k_row + k_begin, kv_head);
-            const Operand v_in(p.v, batch, seq.k_row + k_begin, kv_head);
-            const int q_valid = static_cast<int>(seq.seqlen_q - q_begin), k_valid = static_cast<int>(seq.seqlen_k - k_begin);
-            load_tile<kM, kD, kThreads, false>(q_smem, q_in.data, q_in.row_stride, q_valid, p.size.head_dim,
-                                               q_in.aligned(p.size.head_dim), thread);
-            load_tile<kM, kD, kThreads, false>(do_smem, do_in.data, do_in.row_stride, q_valid, p.size.head_dim_v,
-                                               do_in.aligned(p.size.head_dim_v), thread);
-            load_tile<kN, kD, kThreads, false>(k_smem, k_in.data, k_in.row_stride, k_valid, p.size.head_dim,
-                                               k_in.aligned(p.size.head_dim), thread);
-            load_tile<kN, kD, kThreads, false>(v_smem, v_in.data, v_in.row_stride, k_valid, p.size.head_dim_v,
-                                               v_in.aligned(p.size.head_dim_v), thread);
-            cp_async_commit();
-            cp_async_wait<0>();
-            __syncthreads();
+        const int64_t q_begin = static_cast<int64_t>(q_tile) * kM, k_begin = static_cast<int64_t>(k_tile) * kN;
+        if (q_begin >= seq.seqlen_q || k_begin >= seq.seqlen_k) return;
+        if (!band.any_visible(static_cast<int>(q_begin), kM, static_cast<int>(k_begin), kN)) return;
+        const int kv_head = head / (p.size.num_heads / p.size.num_heads_k);
+        __syncthreads();  // everyone is done with the last tiles
+        const Operand q_in(p.q, batch, seq.q_row + q_begin, head);
+        const Operand do_in(p.dout, batch, seq.q_row + q_begin, head);
+        const Operand k_in(p.k, batch, seq.k_row + k_begin, kv_head);
+        const Operand v_in(p.v, batch, seq.k_row + k_begin, kv_head);
+        const int q_valid = static_cast<int>(seq.seqlen_q - q_begin), k_valid = static_cast<int>(seq.seqlen_k - k_begin);
+        load_tile<kM, kD, kThreads, false>(q_smem, q_in.data, q_in.row_stride, q_valid, p.size.head_dim,
+                                           q_in.aligned(p.size.head_dim), thread);
+        load_tile<kM, kD, kThreads, false>(do_smem, do_in.data, do_in.row_stride, q_valid, p.size.head_dim_v,
+                                           do_in.aligned(p.size.head_dim_v), thread);
+        load_tile<kN, kD, kThreads, false>(k_smem, k_in.data, k_in.row_stride, k_valid, p.size.head_dim,
+                                           k_in.aligned(p.size.head_dim), thread);
+        load_tile<kN, kD, kThreads, false>(v_smem, v_in.data, v_in.row_stride, k_valid, p.size.head_dim_v,
+                                           v_in.aligned(p.size.head_dim_v), thread);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
 
-            const int q0 = static_cast<int>(q_begin) + warp * kRows, k0 = static_cast<int>(k_begin);
-            const int64_t stat0 = ws.template first_tile<V.block_m>(p, seq, batch, head) * V.block_m;
-            float lse[2], delta[2];
+        const int q0 = static_cast<int>(q_begin) + warp * kRows, k0 = static_cast<int>(k_begin);
+        const int64_t stat0 = ws.template first_tile<V.block_m>(p, seq, batch, head) * V.block_m;
+        float lse[2], delta[2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int row = q0 + 8 * h + lane / 4;
-                lse[h] = row < seq.seqlen_q ? ws.lse_log2[stat0 + row] : INFINITY;
-                delta[h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
-            }
-            float s[1][kNAtoms][4], dp[1][kNAtoms][4];
-            multiply<V.dtype, true, 1, kNAtoms, kD / 16>(s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
-                                                   b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
-            multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
-                                                   b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
-            const MaybeScoreFunction<true> score(p, seq, batch, head);
-            const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
-            const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
-            // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.
-            ScoreGradient<V.dtype, false, true, 1, kNAtoms, false> gradient;
-            gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
-            gradient.probabilities(s, p, batch_head, origin,
-                                   [&](int, int, int h) { return float2{lse[h], lse[h]}; });
-            gradient.finish(dp, s, p.dropout, [&](int, int, int h) { return float2{delta[h], delta[h]}; });
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sum[0][j][e] += dp[0][j][e];
+        for (int h = 0; h < 2; ++h) {
+            const int row = q0 + 8 * h + lane / 4;
+            lse[h] = row < seq.seqlen_q ? ws.lse_log2[stat0 + row] : INFINITY;
+            delta[h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
         }
-    }
+        float s[1][kNAtoms][4], dp[1][kNAtoms][4];
+        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
+                                               b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
+        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
+                                               b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
+        const ScoreFunctionOf<V.features> score(p, seq, batch, head);
+        const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
+        const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
+        // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.
+        ScoreGradient<V.dtype, false, V.features, 1, kNAtoms, false> gradient;
+        gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
+        gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
+                               [&](int, int, int h) { return float2{lse[h], lse[h]}; });
+        gradient.finish(dp, s, p.dropout, [&](int, int, int h) { return float2{delta[h], delta[h]}; });
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[0][j][e] += dp[0][j][e];
+    });
 
-    // Broadcast rows and columns are summed by one thread each.
     __syncthreads();
     float* const tile = reinterpret_cast<float*>(smem);
 #pragma unroll
@@ -123,26 +91,7 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
             tile[(warp * kRows + lane / 4 + 8 * (e >> 1)) * kN + 8 * j + 2 * (lane % 4) + (e & 1)] = sum[0][j][e];
         }
     __syncthreads();
-    const BiasRef& out = p.dbias;
-    const int rows_summed = out.row_stride == 0 ? kM : 1, cols_summed = out.col_stride == 0 ? kN : 1;
-    const int rows = kM / rows_summed, cols = kN / cols_summed;
-    for (int index = thread; index < rows * cols; index += kThreads) {
-        const int row = index / cols, col = index % cols;
-        const int64_t query = static_cast<int64_t>(my_q_tile) * rows + row, key = static_cast<int64_t>(my_k_tile) * cols + col;
-        if (query >= p.size.seqlen_q || key >= p.size.seqlen_k) continue;
-        float x = 0.0f;
-        for (int r = 0; r < rows_summed; ++r) {
-            for (int c = 0; c < cols_summed; ++c) x += tile[(row + r) * kN + col + c];
-        }
-        const int64_t at = my_batch * out.batch_stride + my_head * out.head_stride + query * out.row_stride +
-                           key * out.col_stride;
-        if (p.dbias_dtype == DType::f32) {
-            static_cast<float*>(out.data)[at] = x;
-        } else {
-            static_cast<uint16_t*>(out.data)[at] = static_cast<uint16_t>(
-                p.dbias_dtype == DType::bf16 ? pack<DType::bf16>(x, 0.0f) : pack<DType::f16>(x, 0.0f));
-        }
-    }
+    grid.store(p, tile, kThreads);
 }
 
 }  // namespace strobe::sm80

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr BackwardConfig kConfig(V);
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages, kThreads = kConfig.threads;
-    constexpr bool kGeneral = V.features == Features::general;
+    constexpr bool kGeneral = V.features != Features::plain;
     constexpr int kScoreKeys = kN / kConfig.score_warps_n, kScoreQueries = kConfig.step_m / kConfig.score_warps_m;
     constexpr int kScoreM = kScoreKeys / 16, kScoreN = kScoreQueries / 8;
     constexpr int kOutRows = kN / kConfig.out_warps_n;
@@ -54,6 +54,11 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const int tile_begin = queries.empty() ? 0 : static_cast<int>(queries.begin / kM);
     const int tiles = queries.empty() ? 0 : static_cast<int>((queries.end + kM - 1) / kM) - tile_begin;
     const int steps = tiles * group;
+    // CTAs of one head run side by side. Where all of them see all queries each starts at another query tile, lest they all add
+    // to the same dQ at once. (Where loads and products alternate, with one stage, they drift apart by themselves.)
+    constexpr bool kSpreadsStarts = kStages > 1 && !kPInRegisters;
+    const int first_tile =
+        tile_begin + (kSpreadsStarts && !p.mask.is_band() ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles) : 0);
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int score_key = warp % kConfig.score_warps_n * kScoreKeys;
@@ -109,19 +114,19 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                                                k_in.aligned(p.size.head_dim), thread);
         load_tile<kN, kD, kThreads, !kGeneral>(v_smem, v_in.data, v_in.row_stride, valid, p.size.head_dim_v,
                                                v_in.aligned(p.size.head_dim_v), thread);
-        load_queries(kv_head * group, tile_begin, 0);
+        load_queries(kv_head * group, first_tile, 0);
     }
 
-    int head = kv_head * group, tile = tile_begin;
+    int head = kv_head * group, tile = first_tile;
     for (int step = 0; step < steps; ++step) {
         const int stage = kStages > 1 ? step & 1 : 0;
-        const bool last_of_head = tile + 1 == tile_begin + tiles;
-        const int next_head = last_of_head ? head + 1 : head;
-        const int next_tile = last_of_head ? tile_begin : tile + 1;
+        const bool wraps = tile + 1 == tile_begin + tiles;
+        const int next_tile = wraps ? tile_begin : tile + 1;
+        const int next_head = (kSpreadsStarts ? next_tile == first_tile : wraps) ? head + 1 : head;
         cp_async_wait<0>();
         __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
         if (kStages > 1 && step + 1 < steps) load_queries(next_head, next_tile, stage ^ 1);
-        const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
+        const ScoreFunctionOf<V.features> score(p, seq, batch, head);
         const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
         const uint32_t to_stage = stage * kConfig.q_bytes;
         const uint32_t my_stats = stat_smem + stage * 2 * kConfig.stat_bytes + 8 * (lane % 4);
@@ -143,11 +148,11 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const auto queries_b = query_rows.moved(to_stage + part * (kConfig.step_m * kD * 2));
             multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b));
             const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
-            ScoreGradient<V.dtype, true, kGeneral, kScoreM, kScoreN> gradient;
+            ScoreGradient<V.dtype, true, V.features, kScoreM, kScoreN> gradient;
             gradient.scores(s, score, band, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys));
             multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
                                                                b_rows(queries_b + kToDout));
-            gradient.probabilities(s, p, batch_head, origin,
+            gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
                                    [&](int, int j, int) { return load_shared_pair(my_stats + 4 * (query + 8 * j)); });
             if constexpr (!kPInRegisters) packed_to_tile(gradient.probability, store + kToP);
             gradient.finish(dp, s, p.dropout, [&](int, int j, int) {
@@ -168,19 +173,27 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         // behind the others; with one stage it comes last, behind the next step's loads.
         const auto add_dq = [&] {
             if (!ws.dq) return;
-            float dq[kDqM][kDqN][4];
-            multiply<V.dtype, true, kDqM, kDqN, kN / 16>(dq, a_columns<kDqM>(score_cols), b_columns<kDqWarpsD>(key_cols));
             float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
                               warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
+            // In halves where all of it beside dK and dV would not fit in registers.
+            constexpr int kParts = kD == 256 && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
+#pragma unroll 1
+            for (int part = 0; part < kParts; ++part) {
+                float dq[kDqM][kPartN][4];
+                multiply<V.dtype, true, kDqM, kPartN, kN / 16>(
+                    dq, a_columns<kDqM>(score_cols), [&](int k, int j, uint32_t(&b)[4]) {
+                        ldmatrix_transposed(b, key_cols.at(16 * k, 16 * kDqWarpsD * (j + part * kPartN / 2)));
+                    });
 #pragma unroll
-            for (int i = 0; i < kDqM; ++i)
+                for (int i = 0; i < kDqM; ++i)
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
+                    for (int h = 0; h < 2; ++h)
 #pragma unroll
-                    for (int j = 0; j < kDqN; j += 2) {
-                        add_dq_group(to + ((2 * i + h) * (kDqN / 2) + j / 2) * 128, dq[i][j][2 * h], dq[i][j][2 * h + 1],
-                                     dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
-                    }
+                        for (int j = 0; j < kPartN; j += 2) {
+                            add_dq_group(to + ((2 * i + h) * (kDqN / 2) + (j + part * kPartN) / 2) * 128, dq[i][j][2 * h],
+                                         dq[i][j][2 * h + 1], dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
+                        }
+            }
         };
         if constexpr (kStages > 1) add_dq();
         if constexpr (!kPInRegisters) {

@@ -6,10 +6,12 @@
 #include "cuda/sm80/backward_bias.cuh"
 #include "cuda/sm80/backward_kernel.cuh"
 #include "cuda/sm80/backward_query.cuh"
+#include "cuda/sm80/simt/backward.cuh"
 
 namespace strobe::sm80 {
 
 template <Variant V>
+    requires(V.dtype != DType::f32)
 cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
     constexpr uint64_t kCode = cuda::encode_variant(V);
     constexpr BackwardConfig kConfig(V);
@@ -49,17 +51,21 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
     }
 
-    if constexpr (V.features == Features::general) {
+    if constexpr (V.features == Features::biased) {
         if (p.dbias && p.size.seqlen_q > 0 && p.size.seqlen_k > 0) {
-            const BiasGradientGrid grid = BiasGradientGrid::make(p);
+            const BiasGradientGrid grid = BiasGradientGrid::make(p, kBias.kBlockM, kBias.kBlockN);
             const auto kernel = backward_bias_gradient<kCode>;
             if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kBias.smem_bytes); e != cudaSuccess) return e;
-            const dim3 size(static_cast<unsigned>(static_cast<int64_t>(grid.q_tiles) * grid.k_tiles),
-                            static_cast<unsigned>(grid.heads), static_cast<unsigned>(grid.batches));
-            kernel<<<size, kBias.kWarps * kWarpSize, kBias.smem_bytes, stream>>>(p, grid, ws);
+            kernel<<<grid.size(), kBias.kWarps * kWarpSize, kBias.smem_bytes, stream>>>(p, grid, ws);
         }
     }
     return cudaGetLastError();
+}
+
+template <Variant V>
+    requires(V.dtype == DType::f32)
+cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
+    return simt::launch_backward<V>(p, context);
 }
 
 }  // namespace strobe::sm80

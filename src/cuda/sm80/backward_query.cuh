@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     constexpr int kD = V.head_dim, kM = kConfig.block_m, kN = kConfig.block_n, kRows = kConfig.rows;
     constexpr int kThreads = QueryGradientConfig::kWarps * kWarpSize, kStages = kConfig.stages;
     constexpr int kMAtoms = kRows / 16, kNAtoms = kN / 8, kDAtoms = kD / 8;
-    constexpr bool kGeneral = V.features == Features::general;
+    constexpr bool kGeneral = V.features != Features::plain;
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
         load_keys(tile_begin, 0);
     }
 
-    const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
+    const ScoreFunctionOf<V.features> score(p, seq, batch, head);
     const uint32_t batch_head = static_cast<uint32_t>(index.head);
     const auto q_operand = FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows);
     const auto do_operand = FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows);
@@ -94,11 +94,11 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(k_tile, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
-            ScoreGradient<V.dtype, false, kGeneral, kMAtoms, kNAtoms> gradient;
+            ScoreGradient<V.dtype, false, V.features, kMAtoms, kNAtoms> gradient;
             gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
-            gradient.probabilities(s, p, batch_head, origin,
+            gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
                                    [&](int i, int, int h) { return float2{lse[i][h], lse[i][h]}; });
             gradient.finish(dp, s, p.dropout, [&](int i, int, int h) { return float2{delta[i][h], delta[i][h]}; });
             uint32_t ds[kMAtoms][kNAtoms][2];

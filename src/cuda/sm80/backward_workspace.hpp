@@ -50,6 +50,7 @@ inline int64_t backward_dq_bytes(const ProblemSize& size, bool varlen, const Var
 }
 
 inline int64_t backward_workspace_bytes(const ProblemSize& size, bool varlen, bool deterministic, const Variant& v) {
+    if (v.dtype == DType::f32) return size.num_heads * 4 * (varlen ? size.total_q : size.batch * size.seqlen_q);  // delta
     const int64_t tiles = BackwardWorkspace::total_tiles(size, varlen, v.block_m);
     return 2 * BackwardWorkspace::stat_bytes(tiles, v.block_m) + (deterministic ? 0 : backward_dq_bytes(size, varlen, v));
 }

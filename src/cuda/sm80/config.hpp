@@ -32,7 +32,7 @@ struct ForwardConfig {
           // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
           // kernels address bias and dropout bits besides.
           ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
-                                                      (v.features == Features::general ? 72 : 40))) {}
+                                                      (v.features == Features::plain ? 40 : 72))) {}
 };
 
 /// Backward, one CTA per key tile. Scores are computed transposed (keys x queries). When a warp's keys meet all queries
@@ -98,7 +98,7 @@ struct QueryGradientConfig {
 
     STROBE_HD constexpr explicit QueryGradientConfig(const Variant& v)
         : block_m(v.head_dim <= 128 ? 128 : 64),
-          block_n(32),
+          block_n(v.head_dim <= 64 && v.features == Features::plain ? 64 : 32),
           rows(block_m / kWarps),
           stages(v.head_dim <= 96 ? 2 : 1),
           q_bytes(block_m * v.head_dim * 2),
@@ -120,12 +120,33 @@ struct BiasGradientConfig {
           smem_bytes(2 * q_bytes + 2 * kv_bytes) {}
 };
 
+/// fp32 rows (simt/): 16 x 16 threads share a tile of scores of `rows` stationary times `cols` streamed rows. The forward and dQ
+/// keep queries, the backward of the keys keeps keys.
+struct SimtConfig {
+    static constexpr int kSide = 16;
+    static constexpr int kThreads = kSide * kSide;
+    static constexpr int kPadding = 4;  // floats behind each row in shared memory: 16-byte reads of 8 rows meet all banks
+    int rows, cols, head_dim;
+    int smem_bytes;
+
+    STROBE_HD constexpr explicit SimtConfig(const Variant& v)
+        : rows(v.direction == Direction::forward ? v.block_m : v.block_n),
+          cols(v.direction == Direction::forward ? v.block_n : v.block_m),
+          head_dim(v.head_dim),
+          smem_bytes(0) {
+        const int stationary = v.direction == Direction::forward ? 1 : 2;
+        smem_bytes = 4 * (stationary * operand_floats(rows) + operand_floats(cols) + rows * (cols + kPadding));
+    }
+    STROBE_HD constexpr int operand_floats(int n) const { return n * (head_dim + kPadding); }
+};
+
 /// Dynamic shared memory of the row's largest kernel.
 STROBE_HD constexpr int smem_bytes(const Variant& v) {
+    if (v.dtype == DType::f32) return SimtConfig(v).smem_bytes;
     if (v.direction == Direction::forward) return ForwardConfig(v).smem_bytes;
     int bytes = BackwardConfig(v).smem_bytes;
     if (const int dq = QueryGradientConfig(v).smem_bytes; dq > bytes) bytes = dq;
-    if (const int db = BiasGradientConfig(v).smem_bytes; v.features == Features::general && db > bytes) bytes = db;
+    if (const int db = BiasGradientConfig(v).smem_bytes; v.features == Features::biased && db > bytes) bytes = db;
     return bytes;
 }
 

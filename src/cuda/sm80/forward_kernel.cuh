@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages;
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
-    constexpr bool kGeneral = V.features == Features::general;
+    constexpr bool kGeneral = V.features != Features::plain;
     // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
     // no registers for it.)
     constexpr bool kSpreadsV = kStages == 1 && kD == 256 && !kGeneral;
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
     float o[kMAtoms][kDAtoms][4];
     clear(o);
-    const MaybeScoreFunction<kGeneral> score(p, seq, batch, head);
-    OnlineSoftmax<kMAtoms> softmax(kGeneral ? 1.0f : p.score.softmax_scale * kLog2e);
+    const ScoreFunctionOf<V.features> score(p, seq, batch, head);
+    OnlineSoftmax<kMAtoms> softmax(score.unit_log2(p));
 
     if (tile_begin < tile_end) {
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride, static_cast<int>(seq.seqlen_q - q_begin),
@@ -197,6 +197,10 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
         const int k0 = tile * kN;
         const bool works = V.mask == MaskClass::full || band.any_visible(q0, kRows, k0, kN);
+        BiasAhead<kMAtoms, kNAtoms> bias;
+        if constexpr (V.features == Features::biased) {
+            if (works) score.ask_bias(bias, {q0 + lane / 4, k0 + 2 * (lane % 4)});
+        }
         float s[kMAtoms][kNAtoms][4];
         const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane);
         if constexpr (kSpreadsV) {
@@ -226,7 +230,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         }
         if (works) {
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
-            if constexpr (kGeneral) score.apply(s, origin);
+            if constexpr (kGeneral) score.apply(s, origin, bias);
             if (!band.all_visible(q0, kRows, k0, kN)) apply_mask(s, band, origin, -INFINITY);
             softmax.update(s, o);
             if constexpr (kGeneral) {

@@ -3,10 +3,12 @@
 
 #include "cuda/common/launch.hpp"
 #include "cuda/sm80/forward_kernel.cuh"
+#include "cuda/sm80/simt/forward.cuh"
 
 namespace strobe::sm80 {
 
 template <Variant V>
+    requires(V.dtype != DType::f32)
 cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     constexpr ForwardConfig kConfig(V);
     const auto kernel = forward_kernel<cuda::encode_variant(V)>;
@@ -18,6 +20,12 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
     kernel<<<static_cast<unsigned>(order.size()), kConfig.threads, kConfig.smem_bytes, context.stream>>>(p, order);
     return cudaGetLastError();
+}
+
+template <Variant V>
+    requires(V.dtype == DType::f32)
+cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
+    return simt::launch_forward<V>(p, context);
 }
 
 }  // namespace strobe::sm80

@@ -3,6 +3,7 @@
 // the same for the whole grid.
 #pragma once
 
+#include "core/variant.hpp"
 #include "cuda/sm80/ptx.cuh"
 
 namespace strobe::sm80 {
@@ -81,25 +82,44 @@ struct HalfBias {
     __device__ static float2 two(uint32_t x) { return unpack2<kType>(x); }
 };
 
-/// The score function of one (batch, head): everything between q.k and the softmax, in base 2 (score * log2(e)).
+/// Bias elements of 16 bits that a tile of scores will need, asked for before its product so that they arrive under it.
+template <int kMAtoms, int kNAtoms>
+struct BiasAhead {
+    uint32_t words[kMAtoms][2][kNAtoms];
+    bool held = false;  // the same for the whole warp
+};
+
+/// What plain kernels, whose score is softmax_scale * q.k, carry in place of a ScoreFunction.
+struct NoScoreFunction {
+    __device__ NoScoreFunction(const AttentionParams&, const Sequence&, int, int) {}
+    __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
+};
+
+/// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
+/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway.
+template <bool kBias>
 struct ScoreFunction {
-    float scale_log2;
-    float cap_log2;     // softcap * log2(e); 0: none
-    float scale_inner;  // softmax_scale / softcap
-    float slope_log2;   // 0: no ALiBi
+    float unit;       // score = unit * what the fragments hold
+    float prescale;   // 1 unless softmax_scale is no good unit: not positive, or tiny
+    float inverse;    // 1 / unit
+    float cap;        // softcap / unit; 0: none
+    float slope;      // of ALiBi, / unit; 0: none
     int diagonal;
-    const void* bias;  // of this (batch, head); null: none
+    const void* bias; // of this (batch, head); null: none
     DType bias_dtype;
     int64_t bias_row_stride;
     int64_t bias_col_stride;
     int seqlen_q;
     int seqlen_k;
 
+    static constexpr float kSmallestUnit = 1e-6f;
+
     __device__ ScoreFunction(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : scale_log2(p.score.softmax_scale * kLog2e),
-          cap_log2(p.score.softcap * kLog2e),
-          scale_inner(p.score.softcap > 0.0f ? p.score.softmax_scale / p.score.softcap : 0.0f),
-          slope_log2(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * kLog2e : 0.0f),
+        : unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
+          prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
+          inverse(1.0f / unit),
+          cap(p.score.softcap * inverse),
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * inverse : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(nullptr),
           bias_dtype(p.bias_dtype),
@@ -113,15 +133,49 @@ struct ScoreFunction {
         bias = static_cast<const char*>(b.data) + offset * (bias_dtype == DType::f32 ? 4 : 2);
     }
 
-    /// s: q.k in, base-2 score out.
+    __device__ float unit_log2(const AttentionParams&) const { return unit * kLog2e; }
+
+    /// Reads the tile's bias if it has 16 bits, lies inside the sequence and two keys side by side can be read as one word.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void ask_bias(BiasAhead<kMAtoms, kNAtoms>& ahead, const FragmentOrigin<false>& origin) const {
+        ahead.held = false;
+        if (!bias || bias_dtype == DType::f32) return;
+        const uint16_t* const from = bias_at<uint16_t>(origin);
+        if (!__all_sync(0xffffffffu, inside<kMAtoms, kNAtoms>(origin) && paired(from))) return;
+        ahead.held = true;
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint16_t* const row = from + (16 * i + 8 * h) * bias_row_stride;
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j) ahead.words[i][h][j] = __ldg(reinterpret_cast<const uint32_t*>(row + 8 * j));
+            }
+    }
+
+    /// s: q.k in, score out.
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
-        if (cap_log2 > 0.0f) {
-            for_each(s, [&](float& x, int, int, int) { x = cap_log2 * tanh_fast(x * scale_inner); });
-        } else {
-            for_each(s, [&](float& x, int, int, int) { x *= scale_log2; });
+    __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
+                                          const BiasAhead<kMAtoms, kNAtoms>& ahead) const {
+        scale(s);
+        if (cap > 0.0f) {
+            const float inner = 1.0f / cap;
+            if (all_small(s)) {
+                for_each(s, [&](float& x, int, int, int) { x *= tanh_ratio(x * x * (inner * inner)); });
+            } else {
+                for_each(s, [&](float& x, int, int, int) { x = cap * tanh_fast(x * inner); });
+            }
         }
-        add_bias_and_slope(s, origin);
+        if constexpr (kBias) {
+            if (!ahead.held) {
+                add_bias(s, origin);
+            } else if (bias_dtype == DType::bf16) {
+                add_words<DType::bf16>(s, ahead);
+            } else {
+                add_words<DType::f16>(s, ahead);
+            }
+        }
+        add_slope(s, origin);
     }
 
     /// The same, and slope_of_cap = d score / d (softmax_scale * q.k) in the kernel's 16-bit type, two columns a word.
@@ -129,23 +183,16 @@ struct ScoreFunction {
     __device__ __forceinline__ void apply_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
                                                         uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
                                                         const FragmentOrigin<kTransposed>& origin) const {
-        if (cap_log2 > 0.0f) {
-#pragma unroll
-            for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-                for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const float t0 = tanh_fast(s[i][j][2 * h] * scale_inner);
-                        const float t1 = tanh_fast(s[i][j][2 * h + 1] * scale_inner);
-                        s[i][j][2 * h] = cap_log2 * t0;
-                        s[i][j][2 * h + 1] = cap_log2 * t1;
-                        slope_of_cap[i][j][h] = pack<kType>(1.0f - t0 * t0, 1.0f - t1 * t1);
-                    }
-        } else {
-            for_each(s, [&](float& x, int, int, int) { x *= scale_log2; });
+        scale(s);
+        if (cap > 0.0f) {
+            if (all_small(s)) {
+                cap_with_gradient<kType>(s, slope_of_cap, [](float x) { return x * tanh_ratio(x * x); });
+            } else {
+                cap_with_gradient<kType>(s, slope_of_cap, [](float x) { return tanh_fast(x); });
+            }
         }
-        add_bias_and_slope(s, origin);
+        if constexpr (kBias) add_bias(s, origin);
+        add_slope(s, origin);
     }
 
 private:
@@ -159,25 +206,85 @@ private:
                 for (int e = 0; e < 4; ++e) f(s[i][j][e], i, j, e);
     }
 
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void scale(float (&s)[kMAtoms][kNAtoms][4]) const {
+        if (prescale != 1.0f) for_each(s, [&](float& x, int, int, int) { x *= prescale; });
+    }
+
+    /// No score of the warp's tile is beyond the softcap, so that the short form of tanh serves.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ bool all_small(float (&s)[kMAtoms][kNAtoms][4]) const {
+        float largest = 0.0f;
+        for_each(s, [&](float& x, int, int, int) { largest = fmaxf(largest, fabsf(x)); });
+        return __all_sync(0xffffffffu, largest <= cap);
+    }
+
+    template <DType kType, int kMAtoms, int kNAtoms, typename Tanh>
+    __device__ __forceinline__ void cap_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
+                                                      uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2], Tanh tanh) const {
+        const float inner = 1.0f / cap;
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float t0 = tanh(s[i][j][2 * h] * inner), t1 = tanh(s[i][j][2 * h + 1] * inner);
+                    s[i][j][2 * h] = cap * t0;
+                    s[i][j][2 * h + 1] = cap * t1;
+                    slope_of_cap[i][j][h] = pack<kType>(1.0f - t0 * t0, 1.0f - t1 * t1);
+                }
+    }
+
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add_bias_and_slope(float (&s)[kMAtoms][kNAtoms][4],
-                                                       const FragmentOrigin<kTransposed>& origin) const {
+    __device__ __forceinline__ void add_slope(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
         using Origin = FragmentOrigin<kTransposed>;
-        if (bias) {
-            if (bias_dtype == DType::f32) {
-                add_bias<FloatBias>(s, origin);
-            } else if (bias_dtype == DType::bf16) {
-                add_bias<HalfBias<DType::bf16>>(s, origin);
-            } else {
-                add_bias<HalfBias<DType::f16>>(s, origin);
-            }
-        }
-        if (slope_log2 != 0.0f) {
-            const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);
-            for_each(s, [&](float& x, int i, int j, int e) {
-                const float step = static_cast<float>(Origin::query_step(i, j, e) - Origin::key_step(i, j, e));
-                x -= slope_log2 * fabsf(distance0 + step);
-            });
+        if (slope == 0.0f) return;
+        const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);
+        for_each(s, [&](float& x, int i, int j, int e) {
+            const float step = static_cast<float>(Origin::query_step(i, j, e) - Origin::key_step(i, j, e));
+            x = fmaf(-slope, fabsf(distance0 + step), x);
+        });
+    }
+
+    template <typename T, bool kTransposed>
+    __device__ __forceinline__ const T* bias_at(const FragmentOrigin<kTransposed>& origin) const {
+        return static_cast<const T*>(bias) + origin.query * bias_row_stride + origin.key * bias_col_stride;
+    }
+    template <int kMAtoms, int kNAtoms, bool kTransposed>
+    __device__ __forceinline__ bool inside(const FragmentOrigin<kTransposed>& origin) const {
+        using Origin = FragmentOrigin<kTransposed>;
+        return origin.query + Origin::query_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_q &&
+               origin.key + Origin::key_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_k && bias_col_stride == 1;
+    }
+    template <typename T>
+    __device__ __forceinline__ bool paired(const T* from) const {
+        return bias_row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % (2 * sizeof(T)) == 0;
+    }
+
+    template <DType kType, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void add_words(float (&s)[kMAtoms][kNAtoms][4], const BiasAhead<kMAtoms, kNAtoms>& ahead) const {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j) {
+                    const float2 x = unpack2<kType>(ahead.words[i][h][j]);
+                    s[i][j][2 * h] = fmaf(x.x, inverse, s[i][j][2 * h]);
+                    s[i][j][2 * h + 1] = fmaf(x.y, inverse, s[i][j][2 * h + 1]);
+                }
+    }
+
+    template <bool kTransposed, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void add_bias(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
+        if (!bias) return;
+        if (bias_dtype == DType::f32) {
+            add_bias_of<FloatBias>(s, origin);
+        } else if (bias_dtype == DType::bf16) {
+            add_bias_of<HalfBias<DType::bf16>>(s, origin);
+        } else {
+            add_bias_of<HalfBias<DType::f16>>(s, origin);
         }
     }
 
@@ -185,17 +292,14 @@ private:
     /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is addressed
     /// and checked by itself.
     template <typename Elements, bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add_bias(float (&s)[kMAtoms][kNAtoms][4],
-                                             const FragmentOrigin<kTransposed>& origin) const {
+    __device__ __forceinline__ void add_bias_of(float (&s)[kMAtoms][kNAtoms][4],
+                                                const FragmentOrigin<kTransposed>& origin) const {
         using Origin = FragmentOrigin<kTransposed>;
         using T = typename Elements::One;
         using T2 = typename Elements::Two;
-        const T* const from = static_cast<const T*>(bias) + origin.query * bias_row_stride + origin.key * bias_col_stride;
-        const bool inside = origin.query + Origin::query_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_q &&
-                            origin.key + Origin::key_step(kMAtoms - 1, kNAtoms - 1, 3) < seqlen_k && bias_col_stride == 1;
-        const bool paired = !kTransposed && inside && bias_row_stride % 2 == 0 &&
-                            reinterpret_cast<uintptr_t>(from) % sizeof(T2) == 0;
-        if (__all_sync(0xffffffffu, paired)) {
+        const T* const from = bias_at<T>(origin);
+        const bool whole = inside<kMAtoms, kNAtoms>(origin);
+        if (!kTransposed && __all_sync(0xffffffffu, whole && paired(from))) {
 #pragma unroll
             for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -207,40 +311,35 @@ private:
 #pragma unroll
                     for (int j = 0; j < kNAtoms; ++j) {
                         const float2 x = Elements::two(words[j]);
-                        s[i][j][2 * h] = fmaf(x.x, kLog2e, s[i][j][2 * h]);
-                        s[i][j][2 * h + 1] = fmaf(x.y, kLog2e, s[i][j][2 * h + 1]);
+                        s[i][j][2 * h] = fmaf(x.x, inverse, s[i][j][2 * h]);
+                        s[i][j][2 * h + 1] = fmaf(x.y, inverse, s[i][j][2 * h + 1]);
                     }
                 }
-        } else if (__all_sync(0xffffffffu, inside)) {
+        } else if (__all_sync(0xffffffffu, whole)) {
             for_each(s, [&](float& x, int i, int j, int e) {
-                x = fmaf(Elements::one(__ldg(from + Origin::query_step(i, j, e) * bias_row_stride + Origin::key_step(i, j, e))), kLog2e, x);
+                x = fmaf(Elements::one(__ldg(from + Origin::query_step(i, j, e) * bias_row_stride + Origin::key_step(i, j, e))), inverse, x);
             });
         } else {
             for_each(s, [&](float& x, int i, int j, int e) {
                 const int query = Origin::query_step(i, j, e), key = Origin::key_step(i, j, e);
                 if (origin.query + query < seqlen_q && origin.key + key < seqlen_k) {
-                    x = fmaf(Elements::one(__ldg(from + query * bias_row_stride + key * bias_col_stride)), kLog2e, x);
+                    x = fmaf(Elements::one(__ldg(from + query * bias_row_stride + key * bias_col_stride)), inverse, x);
                 }
             });
         }
     }
 };
 
-/// What plain kernels, whose score is softmax_scale * q.k, carry in its place.
-struct NoScoreFunction {
-    __device__ NoScoreFunction(const AttentionParams&, const Sequence&, int, int) {}
-};
-
-template <bool kGeneral>
+template <Features kFeatures>
 struct ScoreFunctionChoice {
-    using Type = NoScoreFunction;
+    using Type = ScoreFunction<kFeatures == Features::biased>;
 };
 template <>
-struct ScoreFunctionChoice<true> {
-    using Type = ScoreFunction;
+struct ScoreFunctionChoice<Features::plain> {
+    using Type = NoScoreFunction;
 };
-template <bool kGeneral>
-using MaybeScoreFunction = typename ScoreFunctionChoice<kGeneral>::Type;
+template <Features kFeatures>
+using ScoreFunctionOf = typename ScoreFunctionChoice<kFeatures>::Type;
 
 /// Calls f(element, kept) for every element of the warp's tile. Bits are addressed by position: on one axis with other
 /// blocks when the caller placed them (MaskParams::has_positions), else from the sequence's start.
@@ -250,6 +349,7 @@ __device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], c
     using Origin = FragmentOrigin<kTransposed>;
     const uint32_t query0 = origin.query + (place.has_positions ? static_cast<uint32_t>(place.q_position) : 0u);
     const uint32_t key0 = origin.key + (place.has_positions ? static_cast<uint32_t>(place.k_position) : 0u);
+    const uint32_t drop_high = dropout.drop_below << 16;  // a word is below it iff its upper half is below drop_below
     const bool shifted = place.has_positions && ((place.q_position | place.k_position) & 15) != 0;
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
@@ -276,8 +376,8 @@ __device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], c
 #pragma unroll
                 for (int word = 0; word < 4; ++word) {
                     float (&atom)[4] = s[i][j + (word & 1)];
-                    f(atom[2 * (word >> 1)], (bits.word[word] & 0xFFFFu) >= dropout.drop_below);
-                    f(atom[2 * (word >> 1) + 1], bits.word[word] >> 16 >= dropout.drop_below);
+                    f(atom[2 * (word >> 1)], bits.word[word] << 16 >= drop_high);
+                    f(atom[2 * (word >> 1) + 1], bits.word[word] >= drop_high);
                 }
             } else {
                 const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
@@ -290,10 +390,10 @@ __device__ __forceinline__ void for_each_kept(float (&s)[kMAtoms][kNAtoms][4], c
                     const uint32_t theirs = __shfl_xor_sync(0xffffffffu, __byte_perm(low, high, others), 4);
                     const uint32_t even_query = odd ? theirs : mine, odd_query = odd ? mine : theirs;
                     float (&atom)[4] = s[i][j + col_high];
-                    f(atom[0], (even_query & 0xFFFFu) >= dropout.drop_below);
-                    f(atom[1], (odd_query & 0xFFFFu) >= dropout.drop_below);
-                    f(atom[2], even_query >> 16 >= dropout.drop_below);
-                    f(atom[3], odd_query >> 16 >= dropout.drop_below);
+                    f(atom[0], even_query << 16 >= drop_high);
+                    f(atom[1], odd_query << 16 >= drop_high);
+                    f(atom[2], even_query >= drop_high);
+                    f(atom[3], odd_query >= drop_high);
                 }
             }
         }

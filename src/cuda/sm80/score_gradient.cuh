@@ -7,25 +7,26 @@ namespace strobe::sm80 {
 
 /// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the softcap
 /// was given (softmax_scale * q.k), else of what it returned.
-template <DType kType, bool kTransposed, bool kGeneral, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
+template <DType kType, bool kTransposed, Features kFeatures, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
 struct ScoreGradient {
+    static constexpr bool kGeneral = kFeatures != Features::plain;
     uint32_t probability[kMAtoms][kNAtoms][2];  // as multiplied with v in the forward: dropped elements are zero
     uint32_t slope_of_cap[kMAtoms][kNAtoms][2];
 
     /// s: q.k in, scores out. All that branches is here, so that `probabilities`, which does not (in a plain kernel), can
     /// share its basic block with the product dp = dout.v and run under it.
-    __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const MaybeScoreFunction<kGeneral>& score,
+    __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const ScoreFunctionOf<kFeatures>& score,
                                            const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked) {
         if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin);
         if (masked) apply_mask(s, band, origin, -INFINITY);
     }
 
-    /// s becomes P times the softcap's slope, the factor of dS. lse(i, j, h) gives the base-2 LSE of the queries of elements
-    /// 2h and 2h + 1 of an atom; delta likewise.
+    /// s becomes P times the softcap's slope, the factor of dS. scale_log2: base-2 score per unit of s. lse(i, j, h) gives the
+    /// base-2 LSE of the queries of elements 2h and 2h + 1 of an atom; delta likewise.
     template <typename Lse>
     __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
-                                                  uint32_t batch_head, const FragmentOrigin<kTransposed>& origin, Lse lse) {
-        const float scale_log2 = kGeneral ? 1.0f : p.score.softmax_scale * kLog2e;
+                                                  float scale_log2, uint32_t batch_head,
+                                                  const FragmentOrigin<kTransposed>& origin, Lse lse) {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll

@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     const int chunk0 = thread % kLanes;
     const uint32_t dst = tile + Layout::offset(row0, chunk0);
     const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
-    if (kAligned && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
 #pragma unroll
         for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
             if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;

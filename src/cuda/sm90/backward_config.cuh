@@ -32,6 +32,8 @@ struct BackwardConfig {
     static constexpr int kDsStages = 2;
     static constexpr int kSlots = 8;                  // of QuerySlot
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
+    // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
+    static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;

@@ -82,13 +82,11 @@ struct KeyWorker {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
                 }
-                fence_async_proxy();
-                __syncwarp();
-                if (lane == 0) smem.ds_full[ds_stage.index].arrive();
-
+                if constexpr (!C::kFenceBehindDk) publish(ds_stage.index, lane);
                 wgmma_fence();
                 F::multiply_over_queries(dk, ds, q);
                 wgmma_commit();
+                if constexpr (C::kFenceBehindDk) publish(ds_stage.index, lane);
                 previous = stage.index;
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
@@ -109,6 +107,12 @@ struct KeyWorker {
     }
 
 private:
+    __device__ __forceinline__ void publish(int ds_stage, int lane) {
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) smem.ds_full[ds_stage].arrive();
+    }
+
     __device__ __forceinline__ void free_stage(int stage, int lane) {
         __syncwarp();
         if (lane == 0) smem.stage_free[stage].arrive();

@@ -33,9 +33,11 @@ struct LoadWorker {
                 if (lane == 0) smem.k_full.arrive();
                 return;
             }
-            claimed = claim();  // early: the answer takes most of a microsecond
             load_keys(tile);
             load_queries(tile, stage, slot);
+            // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
+            // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
+            claimed = claim();
         }
     }
 
@@ -64,7 +66,7 @@ private:
     }
 
     /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
-    /// side by side and find each other's traffic in L2.
+    /// side by side, in the direction that their round goes, and find each other's traffic in L2.
     __device__ __forceinline__ void load_queries(const BackwardTile& tile, RingPosition& stage, RingPosition& slot_at) {
         const Sequence seq = sequence_of(params, tile.batch);
         const int group = params.size.num_heads / params.size.num_heads_k;
@@ -72,7 +74,8 @@ private:
                              static_cast<int>(seq.q_row + seq.seqlen_q), params.seqlens.cu_seqlens_q ? 0 : tile.batch};
         const int first = static_cast<int>(first_padded_tile(params, seq, tile.batch, C::kBlockM));
         const int tiles = static_cast<int>(launch.tiles);
-        for (int m = tile.m_begin; m < tile.m_end; ++m) {
+        for (int i = 0; i < tile.m_end - tile.m_begin; ++i) {
+            const int m = tile.down ? tile.m_end - 1 - i : tile.m_begin + i;
             QuerySlot slot{0, tile.n_block - tile.mask.first_key(m * C::kBlockM) / C::kBlockN, m * C::kBlockM, 0};
 #pragma unroll
             for (int w = 0; w < C::kKeyUnits; ++w) {

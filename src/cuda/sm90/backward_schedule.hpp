@@ -1,8 +1,12 @@
 // Which (batch, key head, key tile) a CTA works on next, and which query tiles that takes.
 //
-// Heads are taken in groups whose q, dout and dq accumulators fit in L2 together. Inside a group the key tile is the slow
-// index, the one with most query tiles first, so that a causal mask's long tiles start early and its short ones fill the end.
-// Where the query heads of one key head are too much for L2 already, balance is all there is to gain: one group.
+// Heads are taken in groups whose key tiles fill the machine about once: a *round*. Inside a group the key tile is the slow
+// index, the one with most query tiles first. A causal mask's long tiles start early, and as the CTAs of one round finish in the
+// opposite order, the next round's long tiles fall to those that had short ones.
+//
+// That is also what keeps the CTAs of a causal head at the same query tile, so that all but one find q, dout and dq in L2.
+// Rounds with an even number walk the query tiles down: their CTAs start together at the last one, and leave one after the
+// other at the diagonal. Rounds with an odd number walk up: each CTA joins at its diagonal just when the others pass it.
 #pragma once
 
 #include <climits>
@@ -16,6 +20,8 @@ struct BackwardSchedule {
     int key_tiles = 0;        // of the longest sequence
     int heads = 0;            // batch * num_heads_k
     int heads_per_group = 1;
+    int rounds = 1;           // in which a group is worked on: more than one only for a single head
+    int round_tiles = 1;      // work tiles of a round
     int work_tiles = 0;       // heads * key_tiles
 };
 
@@ -59,21 +65,30 @@ struct BackwardTile {
     int n_block = 0;
     int m_begin = 0;
     int m_end = 0;
+    bool down = false;  // from m_end - 1 to m_begin
     TileMask mask;
 };
 
+template <Variant V>
+STROBE_HD TileMask tile_mask(const BackwardParams& p, const Sequence& seq) {
+    if constexpr (V.mask == MaskClass::band) return TileMask::of(seq.mask(p.mask));
+    TileMask mask;
+    mask.seqlen_k = static_cast<int>(seq.seqlen_k);
+    return mask;
+}
+
 inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
-    constexpr int64_t kL2Budget = 24 << 20;
+    constexpr int kMachine = 132;    // CTAs at work at a time; another number costs L2 hits, nothing else
     BackwardSchedule s;
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
-    const int64_t group = p.size.num_heads / p.size.num_heads_k;
-    const int64_t head_bytes = p.size.seqlen_q * group * v.head_dim * (2 + 2 + 4);
-    const int64_t fitting = head_bytes > 0 ? kL2Budget / head_bytes : s.heads;
-    const bool uneven = p.mask.window_right >= 0 && p.mask.window_left < 0;
-    const bool hopeless = fitting < 1 && group > 1;
-    s.heads_per_group = static_cast<int>((uneven && hopeless) || fitting > s.heads ? s.heads : fitting < 1 ? 1 : fitting);
     s.work_tiles = s.heads * s.key_tiles;
+    if (s.work_tiles == 0) return s;
+    const int heads = (kMachine + s.key_tiles / 2) / s.key_tiles;
+    s.heads_per_group = heads < 1 ? 1 : heads > s.heads ? s.heads : heads;
+    const int rounds = (s.key_tiles + kMachine / 2) / kMachine;
+    s.rounds = rounds < 1 ? 1 : rounds;
+    s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     return s;
 }
 
@@ -87,6 +102,7 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
     tile.n_block = rest / group_heads;
     const int head = group * s.heads_per_group + rest - tile.n_block * group_heads;
+    tile.down = (group * s.rounds + rest / s.round_tiles) % 2 == 0;
     tile.batch = head / p.size.num_heads_k;
     tile.head_k = head - tile.batch * p.size.num_heads_k;
 
@@ -94,12 +110,8 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     const int64_t key0 = static_cast<int64_t>(tile.n_block) * V.block_n;
     if (key0 >= seq.rows_k) return false;
     IndexRange rows{0, key0 < seq.seqlen_k ? seq.seqlen_q : 0};
-    tile.mask.seqlen_k = static_cast<int>(seq.seqlen_k);
-    if constexpr (V.mask == MaskClass::band) {
-        const BandMask mask = seq.mask(p.mask);
-        rows = mask.query_range(key0, key0 + V.block_n);
-        tile.mask = TileMask::of(mask);
-    }
+    if constexpr (V.mask == MaskClass::band) rows = seq.mask(p.mask).query_range(key0, key0 + V.block_n);
+    tile.mask = tile_mask<V>(p, seq);
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
     return true;

@@ -60,64 +60,24 @@ __device__ void store_output_f32(const AttentionParams& p, const ForwardTile& ti
     }
 }
 
-/// Lane t of a quad holds words t of four 16-byte vectors and receives all four words of vector t.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-        const bool upper = threadIdx.x & step;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int low = step == 1 ? 2 * i : i, high = low + step;
-            const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[low] : x[high], step);
-            x[low] = upper ? received : x[low];
-            x[high] = upper ? x[high] : received;
-        }
-    }
-}
-
-/// Straight from registers, for tiles without shared memory to spare; a quad writes 64 contiguous bytes of a row.
-template <typename Config, DType kType>
-__device__ __forceinline__ void store_output_direct(const AttentionParams& p, const ForwardTile& tile, const OutputRows& rows,
-                                                    const float (&o)[Config::kHeadDim / 2]) {
-    const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        uint16_t* out = static_cast<uint16_t*>(p.out.data) + out_offset(p, tile, rows.row[r]) + 8 * quad_lane;
-#pragma unroll
-        for (int g = 0; g < Config::kHeadDim / 32; ++g) {
-            uint32_t x[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int j = 4 * (4 * g + i) + 2 * r;
-                x[i] = pack<kType>(scaled(o[j], rows.inverse[r]), scaled(o[j + 1], rows.inverse[r]));
-            }
-            transpose_quad(x);
-            if (rows.stored[r] && 32 * g + 8 * quad_lane < p.size.head_dim_v) {
-                store_global_vector(out + 32 * g, uint4{x[0], x[1], x[2], x[3]});
-            }
-        }
-    }
-}
-
-/// Through shared memory: `staging` is this warp's 16 rows of a spent query buffer, chunked and swizzled as such. The
+/// Through shared memory: `staging` is this warp's 16 rows of a buffer that is chunked and swizzled like queries. The
 /// copy engine takes whole blocks of rows; where a varlen sequence ends inside the block, the warp stores what exists.
 template <typename Config, DType kType>
 __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, const ForwardTile& tile, int warp_row,
                                                     const OutputRows& rows, const float (&o)[Config::kHeadDim / 2],
-                                                    uint16_t* staging) {
+                                                    uint32_t staging) {
     constexpr int kSpan = Config::kSpan;
     constexpr uint32_t kSwizzleMask = kSpan == 128 ? 7 : 3;
-    constexpr int kChunkBytes = Config::kBlockM * kSpan;
+    constexpr int kChunkBytes = Config::kGroupChunkBytes;
     const AttentionParams& p = args.params;
     const int lane = threadIdx.x % 32;
     const auto swizzled = [](uint32_t address) { return address ^ (address >> 7 & kSwizzleMask) << 4; };
 
     // Lane l addresses row l % 16 of the left (l < 16) or right half of 16 columns.
-    const uint32_t base = smem_address(staging);
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
         const uint32_t column = i * 32 + lane / 16 * 16;  // bytes
-        const uint32_t address = base + column / kSpan * kChunkBytes + lane % 16 * kSpan + column % kSpan;
+        const uint32_t address = staging + column / kSpan * kChunkBytes + lane % 16 * kSpan + column % kSpan;
         uint32_t x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -129,10 +89,10 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
     __syncwarp();
     const bool whole = !p.seqlens.cu_seqlens_q || warp_row + 16 <= tile.rows_q;
     if (whole) {
-        if (lane == 0) {
+        if (lane == 0 && warp_row < tile.rows_q) {
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_store(&args.out_map, base + c * kChunkBytes, c * Config::kChunkCols, tile.q_row + warp_row, tile.head,
+                tma_store(&args.out_map, staging + c * kChunkBytes, c * Config::kChunkCols, tile.q_row + warp_row, tile.head,
                           p.seqlens.cu_seqlens_q ? 0 : tile.batch);
             }
             bulk_commit();
@@ -144,7 +104,7 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
         for (int i = lane; i < count; i += 32) {
             const int row = i / kVectors, column = i % kVectors * 8;
             if (column >= p.size.head_dim_v) continue;
-            const uint32_t address = base + column * 2 / kSpan * kChunkBytes + row * kSpan + column * 2 % kSpan;
+            const uint32_t address = staging + column * 2 / kSpan * kChunkBytes + row * kSpan + column * 2 % kSpan;
             const uint4 x = load_shared_vector(swizzled(address));
             store_global_vector(static_cast<uint16_t*>(p.out.data) + out_offset(p, tile, warp_row + row) + column, x);
         }

@@ -27,7 +27,7 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
                                      {rows, Config::kChunkCols, static_cast<cuda::Swizzle>(Config::kSpan)});
     };
     ForwardArgs args{};
-    cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, V.block_m);
+    cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, 64);
     if (status == cudaSuccess) {
         status = map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
     }
@@ -40,6 +40,7 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     if (status != cudaSuccess) return status;
 
     args.params = p;
+    args.heads_per_key_head = size.num_heads / size.num_heads_k;
     args.scale_log2 = p.score.softmax_scale * 1.4426950408889634f;
     args.clean_tails = varlen_k || p.seqlens.seqused_k;
 
@@ -47,33 +48,32 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     // its SMs read.
     constexpr int64_t kL2Budget = int64_t{16} << 20;
     const int64_t head_bytes = std::max<int64_t>(size.seqlen_k, 1) * (size.head_dim + size.head_dim_v) * 2;
-    const int group_size = size.num_heads / size.num_heads_k;
     const int64_t pairs = int64_t{size.batch} * size.num_heads;
     const int64_t blocks = (size.seqlen_q + V.block_m - 1) / V.block_m;
     ForwardSchedule& schedule = args.schedule;
     schedule.num_blocks = static_cast<int>(blocks);
     schedule.num_pairs = static_cast<int>(pairs);
-    schedule.num_tiles = blocks * pairs;
+    schedule.num_tiles = static_cast<int>(blocks * pairs);
     schedule.order.num_heads = size.num_heads;
-    const int64_t groups = std::max<int64_t>(1, pairs / group_size * head_bytes / kL2Budget);
+    const int64_t groups = std::max<int64_t>(1, pairs / args.heads_per_key_head * head_bytes / kL2Budget);
     schedule.order.heads_per_group = static_cast<int>((pairs + groups - 1) / groups);
     schedule.order.longest_first = V.mask == MaskClass::band;
     // A varlen batch has at most as many tiles as if each sequence ended in a partial one.
     const int64_t most_tiles =
         varlen_q ? (size.total_q / V.block_m + size.batch) * size.num_heads : schedule.num_tiles;
-    const int grid = static_cast<int>(std::min<int64_t>(most_tiles, context.num_sms));
-    schedule.next_tile = nullptr;
-    if (p.workspace && forward_workspace_bytes(p) > 0) {
-        schedule.next_tile = static_cast<unsigned*>(p.workspace);
-        status = cudaMemsetAsync(p.workspace, 0, sizeof(unsigned), context.stream);
-        if (status != cudaSuccess) return status;
-    }
+    const int grid = static_cast<int>(std::min<int64_t>(most_tiles, int64_t{context.num_sms} * Config::kCtasPerSm));
 
     constexpr int kSmemBytes = sizeof(ForwardSmem<Config>);
-    static_assert(kSmemBytes <= kSmemLimit);
+    static_assert(kSmemBytes <= Config::kSmemBudget);
     const auto kernel = forward_kernel<cuda::encode_variant(V)>;
     status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
     if (status != cudaSuccess) return status;
+
+    if (p.workspace && forward_workspace_bytes(p) > 0) {
+        schedule.next_tile = static_cast<unsigned*>(p.workspace);
+        status = cudaMemsetAsync(schedule.next_tile, 0, sizeof(unsigned), context.stream);
+        if (status != cudaSuccess) return status;
+    }
     kernel<<<grid, Config::kThreads, kSmemBytes, context.stream>>>(args);
     return cudaGetLastError();
 }

@@ -1,99 +1,156 @@
-// The forward kernel's producers: one thread decides the tiles and loads queries and keys, one warp loads values.
+// The forward kernel's producers: what decides the tiles and loads queries, keys and values.
 #pragma once
 
 #include "cuda/sm90/forward_config.cuh"
 
 namespace strobe::sm90 {
 
-/// One thread decides the tiles and loads queries and keys.
+/// Streams queries and keys; used by one thread.
 template <typename Config>
-__device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Config>& smem) {
-    constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
-    const int group_size = args.params.size.num_heads / args.params.size.num_heads_k;
-    const bool varlen_q = args.params.seqlens.cu_seqlens_q, varlen_k = args.params.seqlens.cu_seqlens_k;
-    TileSource<kBlockM, kBlockN> source(args.params, args.schedule);
-    uint32_t q_count = 0, k_count = 0;
-    for (uint32_t tile_count = 0;; ++tile_count) {
-        const ForwardTile tile = source.next();
-        const int slot = ring_slot<kTileSlots>(tile_count);
-        smem.tile_empty[slot].wait(ring_phase<kTileSlots>(tile_count) ^ 1);
-        smem.tiles[slot] = tile;
-        smem.tile_full[slot].arrive();
-        if (tile.is_end()) return;
-        if (!tile.has_keys()) continue;
-        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, ++k_count) {
-            const int k = ring_slot<Config::kStages>(k_count);
-            smem.k_empty[k].wait(ring_phase<Config::kStages>(k_count) ^ 1);
-            smem.k_full[k].arrive_expect(sizeof(smem.k[0]));
+class QueryKeyLoader {
+    static constexpr int kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
+
+public:
+    __device__ QueryKeyLoader(const ForwardArgs& args, ForwardSmem<Config>& smem) : args_(args), smem_(smem) {}
+
+    __device__ __forceinline__ void load_keys(const ForwardTile& tile, int n) {
+        const int slot = ring_slot<Config::kStages>(k_count_);
+        smem_.k_empty[slot].wait(ring_phase<Config::kStages>(k_count_) ^ 1);
+        smem_.k_full[slot].arrive_expect(sizeof(smem_.k[0]));
+        const int batch = args_.params.seqlens.cu_seqlens_k ? 0 : tile.batch;
+#pragma unroll
+        for (int c = 0; c < Config::kChunks; ++c) {
+            tma_load(&smem_.k[slot][c * kBlockN * kCols], &args_.k_map, smem_.k_full[slot], c * kCols,
+                     tile.k_row + n * kBlockN, tile.head / args_.heads_per_key_head, batch, CachePolicy::evict_last);
+        }
+        ++k_count_;
+    }
+
+    __device__ __forceinline__ void load_queries(const ForwardTile& tile) {
+        const int slot = ring_slot<Config::kQStages>(q_count_);
+        const int batch = args_.params.seqlens.cu_seqlens_q ? 0 : tile.batch;
+#pragma unroll
+        for (int g = 0; g < Config::kConsumers; ++g) {
+            Barrier& full = smem_.q_full[g][slot];
+            smem_.q_empty[g][slot].wait(ring_phase<Config::kQStages>(q_count_) ^ 1);
+            // No box that lies outside the tensor altogether; nothing is stored of rows that do not exist.
+            if (tile.row + 64 * g >= tile.rows_q) {
+                full.arrive();
+                continue;
+            }
+            full.arrive_expect(sizeof(smem_.q[0][0]));
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_load(&smem.k[k][c * kBlockN * kCols], &args.k_map, smem.k_full[k], c * kCols,
-                         tile.k_row + n * kBlockN, tile.head / group_size, varlen_k ? 0 : tile.batch,
-                         CachePolicy::evict_last);
-            }
-            if (n == tile.n_end - 1) {
-                const int q = ring_slot<Config::kQStages>(q_count);
-                smem.q_empty[q].wait(ring_phase<Config::kQStages>(q_count) ^ 1);
-                smem.q_full[q].arrive_expect(sizeof(smem.q[0]));
-#pragma unroll
-                for (int c = 0; c < Config::kChunks; ++c) {
-                    tma_load(&smem.q[q][c * kBlockM * kCols], &args.q_map, smem.q_full[q], c * kCols,
-                             tile.q_row + tile.row, tile.head, varlen_q ? 0 : tile.batch, CachePolicy::evict_first);
-                }
-                ++q_count;
+                tma_load(&smem_.q[slot][g][c * 64 * kCols], &args_.q_map, full, c * kCols, tile.q_row + tile.row + 64 * g,
+                         tile.head, batch, CachePolicy::evict_first);
             }
         }
+        ++q_count_;
     }
-}
 
-/// Zeroes the rows of a value block from `row` on: their weights are zero, but zero times NaN is not.
+private:
+    const ForwardArgs& args_;
+    ForwardSmem<Config>& smem_;
+    uint32_t q_count_ = 0, k_count_ = 0;
+};
+
+/// Streams values; used by one warp.
 template <typename Config>
-__device__ void zero_rows_from(uint16_t* block, int row) {
-    constexpr int kVectorsPerRow = Config::kSpan / 16;
-    const int lane = threadIdx.x % 32;
-    for (int c = 0; c < Config::kChunks; ++c) {
-        uint4* chunk = reinterpret_cast<uint4*>(block + c * Config::kBlockN * Config::kChunkCols);
-        for (int i = row * kVectorsPerRow + lane; i < Config::kBlockN * kVectorsPerRow; i += 32) chunk[i] = uint4{0, 0, 0, 0};
+class ValueLoader {
+    static constexpr int kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
+
+public:
+    __device__ ValueLoader(const ForwardArgs& args, ForwardSmem<Config>& smem) : args_(args), smem_(smem) {}
+
+    __device__ __forceinline__ void load(const ForwardTile& tile, int n) {
+        const int slot = ring_slot<Config::kStages>(count_);
+        const bool ragged = args_.clean_tails && (n + 1) * kBlockN > tile.seqlen_k;
+        smem_.v_empty[slot].wait(ring_phase<Config::kStages>(count_) ^ 1);
+        if (leader()) {
+            Barrier& arrival = ragged ? smem_.v_tail : smem_.v_full[slot];
+            arrival.arrive_expect(sizeof(smem_.v[0]));
+            const int batch = args_.params.seqlens.cu_seqlens_k ? 0 : tile.batch;
+#pragma unroll
+            for (int c = 0; c < Config::kChunks; ++c) {
+                tma_load(&smem_.v[slot][c * kBlockN * kCols], &args_.v_map, arrival, c * kCols, tile.k_row + n * kBlockN,
+                         tile.head / args_.heads_per_key_head, batch, CachePolicy::evict_last);
+            }
+        }
+        if (ragged) {
+            smem_.v_tail.wait(tail_phase_);
+            tail_phase_ ^= 1;
+            zero_rows_from(smem_.v[slot], tile.seqlen_k - n * kBlockN);
+            fence_async_proxy();
+            __syncwarp();
+            if (leader()) smem_.v_full[slot].arrive();
+        }
+        ++count_;
+    }
+
+    /// Hands each consumer an empty buffer for its output.
+    __device__ __forceinline__ void lend_for_output() {
+#pragma unroll
+        for (int g = 0; g < Config::kConsumers; ++g, ++count_) {
+            const int slot = ring_slot<Config::kStages>(count_);
+            smem_.v_empty[slot].wait(ring_phase<Config::kStages>(count_) ^ 1);
+            if (leader()) smem_.v_full[slot].arrive();
+        }
+    }
+
+private:
+    __device__ static bool leader() { return threadIdx.x % 32 == 0; }
+
+    /// Zeroes the rows of a value block from `row` on: their weights are zero, but zero times NaN is not.
+    __device__ static void zero_rows_from(uint16_t* block, int row) {
+        constexpr int kVectorsPerRow = Config::kSpan / 16;
+        const int lane = threadIdx.x % 32;
+        for (int c = 0; c < Config::kChunks; ++c) {
+            uint4* chunk = reinterpret_cast<uint4*>(block + c * kBlockN * kCols);
+            for (int i = row * kVectorsPerRow + lane; i < kBlockN * kVectorsPerRow; i += 32) chunk[i] = uint4{0, 0, 0, 0};
+        }
+    }
+
+    const ForwardArgs& args_;
+    ForwardSmem<Config>& smem_;
+    uint32_t count_ = 0, tail_phase_ = 0;
+};
+
+/// One thread decides the tiles and loads queries and keys, ...
+template <typename Config>
+__device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Config>& smem) {
+    TileSource<Config::kBlockM, Config::kBlockN> source(args.params, args.schedule);
+    QueryKeyLoader<Config> loader(args, smem);
+    for (uint32_t count = 0;; ++count) {
+        const int slot = ring_slot<kTileSlots>(count);
+        const ForwardTile& tile = smem.tiles[slot];
+        smem.tile_empty[slot].wait(ring_phase<kTileSlots>(count) ^ 1);
+        smem.tiles[slot] = source.tile();
+        smem.tile_full[slot].arrive();
+        if (tile.is_end()) return;
+        for (int n = tile.n_end - 1; n >= tile.n_begin; --n) {
+            // One block ahead: a counter takes a microsecond to answer.
+            if (n == tile.n_begin) source.advance();
+            loader.load_keys(tile, n);
+            if (n == tile.n_end - 1) loader.load_queries(tile);
+        }
+        if (!tile.has_keys()) source.advance();
     }
 }
 
-/// One warp loads the values.
+/// ... and one warp loads the values.
 template <typename Config>
 __device__ void produce_values(const ForwardArgs& args, ForwardSmem<Config>& smem) {
-    constexpr int kBlockN = Config::kBlockN, kCols = Config::kChunkCols;
-    const int group_size = args.params.size.num_heads / args.params.size.num_heads_k;
-    const bool varlen_k = args.params.seqlens.cu_seqlens_k;
-    const bool leader = threadIdx.x % 32 == 0;
-    uint32_t v_count = 0, tail_phase = 0;
-    for (uint32_t tile_count = 0;; ++tile_count) {
-        const int slot = ring_slot<kTileSlots>(tile_count);
-        smem.tile_full[slot].wait(ring_phase<kTileSlots>(tile_count));
+    ValueLoader<Config> loader(args, smem);
+    for (uint32_t count = 0;; ++count) {
+        const int slot = ring_slot<kTileSlots>(count);
+        smem.tile_full[slot].wait(ring_phase<kTileSlots>(count));
         const ForwardTile tile = smem.tiles[slot];
         __syncwarp();
-        if (leader) smem.tile_empty[slot].arrive();
+        if (threadIdx.x % 32 == 0) smem.tile_empty[slot].arrive();
         if (tile.is_end()) return;
-        for (int n = tile.n_end - 1; n >= tile.n_begin; --n, ++v_count) {
-            const int v = ring_slot<Config::kStages>(v_count);
-            const bool ragged = args.clean_tails && (n + 1) * kBlockN > tile.seqlen_k;
-            smem.v_empty[v].wait(ring_phase<Config::kStages>(v_count) ^ 1);
-            if (leader) {
-                Barrier& arrival = ragged ? smem.v_tail : smem.v_full[v];
-                arrival.arrive_expect(sizeof(smem.v[0]));
-#pragma unroll
-                for (int c = 0; c < Config::kChunks; ++c) {
-                    tma_load(&smem.v[v][c * kBlockN * kCols], &args.v_map, arrival, c * kCols,
-                             tile.k_row + n * kBlockN, tile.head / group_size, varlen_k ? 0 : tile.batch,
-                             CachePolicy::evict_last);
-                }
-            }
-            if (ragged) {
-                smem.v_tail.wait(tail_phase);
-                tail_phase ^= 1;
-                zero_rows_from<Config>(smem.v[v], tile.seqlen_k - n * kBlockN);
-                fence_async_proxy();
-                __syncwarp();
-                if (leader) smem.v_full[v].arrive();
-            }
+        for (int n = tile.n_end - 1; n >= tile.n_begin; --n) loader.load(tile, n);
+        if constexpr (Config::kOutputInValues) {
+            if (tile.has_keys()) loader.lend_for_output();
         }
     }
 }

@@ -34,7 +34,7 @@ struct ForwardSchedule {
     unsigned* next_tile;  // zeroed counter: workers take tiles as they come free; null: tiles are dealt in turn
     int num_blocks;     // query blocks per sequence (dense)
     int num_pairs;      // batch * heads
-    int64_t num_tiles;  // dense; varlen batches end where the sequences do
+    int num_tiles;      // dense; varlen batches end where the sequences do
 };
 
 /// Beyond any row or key index, and safe to add to one.
@@ -46,8 +46,13 @@ public:
     __device__ TileSource(const AttentionParams& params, const ForwardSchedule& schedule)
         : params_(params), schedule_(schedule) {}
 
-    __device__ ForwardTile next() {
-        const int64_t index = take();
+    /// Takes the next tile. Tiles of unequal length are balanced by taking them late: when the one before is nearly done.
+    __device__ void advance() {
+        index_ = gridDim.x + (schedule_.next_tile ? atomicAdd(schedule_.next_tile, 1u) : index_);
+    }
+
+    __device__ ForwardTile tile() {
+        const int index = static_cast<int>(index_);
         TileIndex at;
         if (params_.seqlens.cu_seqlens_q) {
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
@@ -58,23 +63,12 @@ public:
             at.batch = cursor_.batch;
         } else {
             if (index >= schedule_.num_tiles) return end();
-            at = schedule_.order.tile(static_cast<int>(index), schedule_.num_blocks, schedule_.num_pairs);
+            at = schedule_.order.tile(index, schedule_.num_blocks, schedule_.num_pairs);
         }
         return resolve(at);
     }
 
 private:
-    /// Tiles of unequal length are balanced by taking the next one only when the last is nearly done.
-    __device__ int64_t take() {
-        const int64_t index = next_;
-        if (schedule_.next_tile) {
-            next_ = -1;
-            return index >= 0 ? index : int64_t{gridDim.x} + atomicAdd(schedule_.next_tile, 1u);
-        }
-        next_ += gridDim.x;
-        return index;
-    }
-
     __device__ static ForwardTile end() {
         ForwardTile t{};
         t.batch = -1;
@@ -108,7 +102,7 @@ private:
     const AttentionParams& params_;
     const ForwardSchedule& schedule_;
     SequenceCursor cursor_;
-    int64_t next_ = blockIdx.x;
+    uint32_t index_ = blockIdx.x;
 };
 
 }  // namespace strobe::sm90

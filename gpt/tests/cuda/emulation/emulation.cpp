@@ -49,7 +49,8 @@ struct Fiber {
     void* place = nullptr;
     State state = State::ready;
     dim3 thread;
-    uint64_t value = 0;
+    uint64_t values[2] = {};  // of this shuffle and the one before it
+    unsigned turn = 0;
 };
 
 std::vector<Fiber> fibers;
@@ -78,6 +79,7 @@ void prepare(Fiber& fiber) {
     for (int i = 0; i < 6; ++i) words[i] = nullptr;
     fiber.place = words;
     fiber.state = State::ready;
+    fiber.turn = 0;
 }
 
 void resume(Fiber& fiber) {
@@ -99,7 +101,6 @@ void run_warp(Fiber* first, unsigned lanes) {
         bool all = true;
         for (unsigned i = 0; i < lanes; ++i) all &= first[i].state == State::at_shuffle;
         if (!all || waits) throw std::logic_error("emulation: a shuffle that not the whole warp reaches");
-        // Everybody's value is in place, and is read before it changes: the lanes first all read, then go on.
         for (unsigned i = 0; i < lanes; ++i) first[i].state = State::ready;
     }
 }
@@ -125,13 +126,14 @@ void run_block(unsigned threads) {
 void barrier() { give_way(State::at_barrier); }
 
 uint64_t shuffle_xor(uint64_t value, int mask) {
-    // Two turns: after the first every lane has written, after the second every lane has read.
-    current->value = value;
+    // When a lane goes on, all have written; it writes the other slot next, so nobody's is overwritten before it is read.
+    Fiber& mine = *current;
+    const unsigned turn = mine.turn;
+    mine.values[turn] = value;
+    mine.turn ^= 1;
     give_way(State::at_shuffle);
-    const auto index = static_cast<unsigned>(current - fibers.data());
-    const uint64_t other = fibers[index / kWarp * kWarp + ((index % kWarp) ^ static_cast<unsigned>(mask))].value;
-    give_way(State::at_shuffle);
-    return other;
+    const auto index = static_cast<unsigned>(&mine - fibers.data());
+    return fibers[index / kWarp * kWarp + ((index % kWarp) ^ static_cast<unsigned>(mask))].values[turn];
 }
 
 void* dynamic_shared() { return shared.data(); }

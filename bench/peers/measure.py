@@ -1,0 +1,128 @@
+"""Runs cells: prepares contenders, checks their results against strobe's, times them, and measures peak memory."""
+
+import dataclasses
+
+import torch
+
+import cases
+import contenders as peers
+import machine
+import timing
+
+# Relative difference (norm) between two right answers in bfloat16; dQ of a long sequence is the least certain.
+_AGREE = 2e-2
+
+
+def difference(ours, theirs) -> float:
+    """||ours - theirs|| / ||ours||, the largest over the tensors."""
+
+    def one(a, b):
+        a, b = a.float(), b.float()
+        return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).item()
+
+    return max(one(a, b) for a, b in zip(ours, theirs))
+
+
+class Runner:
+    def __init__(self, names: list[str], seconds_per_cell: float):
+        self._names = names
+        self._seconds = seconds_per_cell
+        self._clock = timing.Clock()
+        self._missing: dict[str, str] = {}
+
+    def contenders(self, section: str) -> list[str]:
+        """The chosen contenders that take part in a section."""
+        return [n for n, c in peers.CONTENDERS.items() if n in self._names and section in c.sections]
+
+    def _prepare(self, case: cases.Case, x: peers.Inputs):
+        """({name: call}, {name: out with its graph}, {name: reason}); a contender that disagrees with strobe is refused."""
+        calls, outs, refused = {}, {}, {}
+        expected = None
+        for name in self.contenders(case.section):
+            contender = peers.CONTENDERS[name]
+            if name in self._missing:
+                refused[name] = self._missing[name]
+                continue
+            try:
+                call = contender.prepare(case, x)
+                out = call()
+                results = (out.detach(), *contender.gradients(out, x))
+                torch.cuda.synchronize()
+            except ImportError as e:
+                refused[name] = self._missing[name] = str(e)
+                continue
+            except (peers.Refused, RuntimeError, ValueError) as e:
+                refused[name] = (str(e).splitlines() or [type(e).__name__])[0][:300]
+                continue
+            if expected is None:
+                expected = results
+            elif name not in peers.OTHER_RESULTS:
+                apart = difference(expected, results)
+                if not apart < _AGREE:
+                    refused[name] = f"its result differs from strobe's by {apart:.2g}"
+                    continue
+            calls[name], outs[name] = call, out
+            del results
+        return calls, outs, refused
+
+    def cell(self, case: cases.Case) -> dict:
+        """The record of one cell: per contender seconds and TFLOP/s of forward, backward and both, or why it has none."""
+        x = peers.make_inputs(case)
+        calls, outs, refused = self._prepare(case, x)
+
+        def without_graph(call):
+            def forward():
+                with torch.no_grad():
+                    call()
+
+            return forward
+
+        def backward(name):
+            return lambda: peers.CONTENDERS[name].gradients(outs[name], x)
+
+        before = machine.clocks()
+        forward = timing.measure(self._clock, {n: without_graph(c) for n, c in calls.items()}, self._seconds * 0.3)
+        gradients = timing.measure(self._clock, {n: backward(n) for n in calls}, self._seconds * 0.7)
+        results = {}
+        for name in calls:
+            both = {key: forward[name][key] + gradients[name][key] for key in ("seconds", "least")}
+            both["runs"] = min(forward[name]["runs"], gradients[name]["runs"])
+            results[name] = {"forward": forward[name], "backward": gradients[name], "both": both}
+            for direction, numbers in results[name].items():
+                numbers["tflops"] = cases.flops(case, direction) / numbers["seconds"] * 1e-12
+        return {
+            "case": dataclasses.asdict(case) | {"mask": case.mask},
+            "clocks": {"before": before, "after": machine.clocks()},
+            "results": results,
+            "refused": refused,
+        }
+
+    def memory(self, quick: bool):
+        """Rows of peak bytes beyond q, k, v and dout, of one forward and backward, by sequence length and contender."""
+        for seqlen in cases.MEMORY_SEQLENS[:: 3 if quick else 1]:
+            case = cases.memory_case(seqlen)
+            x = peers.make_inputs(case)
+            row = {"seqlen": seqlen, "inputs": sum(t.nbytes for t in (*x.leaves, x.dout)), "peak": {}, "seconds": {}, "refused": {}}
+            for name in self.contenders("memory"):
+                try:
+                    call = peers.CONTENDERS[name].prepare(case, x)
+                    row["peak"][name] = _peak(call, x)
+                    row["seconds"][name] = self._clock.start(lambda call=call: _both(call, x))()
+                except (peers.Refused, ImportError, RuntimeError) as e:
+                    row["refused"][name] = str(e).splitlines()[0][:300]
+            yield row
+
+
+def _both(call, x):
+    return torch.autograd.grad(call(), x.leaves, x.dout)
+
+
+def _peak(call, x) -> int:
+    """Bytes that one forward and backward hold at their peak beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _both(call, x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

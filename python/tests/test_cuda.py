@@ -1,0 +1,194 @@
+"""What only a CUDA device shows: streams, graphs, no waiting, memory, the CPU's results, and refusals."""
+
+import subprocess
+import sys
+
+import pytest
+import reference
+import torch
+
+import strobe
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def qkv(batch=2, rows=300, heads=4, heads_k=2, dim=64, dtype=torch.bfloat16, grad=False):
+    shapes = ((batch, rows, heads, dim), (batch, rows, heads_k, dim), (batch, rows, heads_k, dim))
+    return [torch.randn(s, device="cuda", dtype=dtype, requires_grad=grad) for s in shapes]
+
+
+def step(q, k, v, dout):
+    out = strobe.attention(q, k, v, causal=True)
+    return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+
+FIRST_IN_ITS_THREAD = """
+import torch, strobe
+q, k, v = (torch.randn(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+grads = torch.autograd.grad(strobe.attention(q, k, v), (q, k, v), torch.ones_like(q))
+assert all(torch.isfinite(g).all() for g in grads)
+"""
+
+
+def test_a_backward_that_is_the_first_call_of_its_thread():
+    """Nothing has made the device current in autograd's thread before."""
+    script = f"import sys; sys.path[:0] = {sys.path!r}\n{FIRST_IN_ITS_THREAD}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def no_waiting():
+    """Calls of torch that wait for the device are errors."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_call_waits_for_the_device(no_waiting):
+    q, k, v = qkv(grad=True)
+    cu = torch.arange(3, device="cuda", dtype=torch.int32) * 300
+    step(q, k, v, torch.ones_like(q))
+    strobe.attention(q, k, v, dropout_p=0.1, softcap=20.0)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    out = strobe.attention(*flat, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=300, max_seqlen_k=300)
+    torch.autograd.grad(out.sum(), (q, k, v))
+    strobe.flash_attn.flash_attn_func(q, k, v, causal=True)
+    with strobe.hooks.sdpa():
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, q, q)), is_causal=True)
+
+
+def test_a_captured_graph_repeats_forward_and_backward():
+    static = qkv(grad=True)
+    dout = torch.randn_like(static[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*static, dout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*static, dout)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh = qkv(grad=True)
+        with torch.no_grad():
+            for buffer, x in zip(static, fresh):
+                buffer.copy_(x)
+        for tensor in captured:
+            tensor.fill_(torch.nan)
+        graph.replay()
+        out, dq, dk, dv = step(*fresh, dout)
+        assert torch.equal(captured[0], out) and torch.equal(captured[2], dk) and torch.equal(captured[3], dv)
+        reference.near(captured[1], dq)
+
+
+def test_two_streams_at_once():
+    inputs = [qkv(grad=True) for _ in range(2)]
+    dout = torch.randn_like(inputs[0][0])
+    expected = [step(*x, dout) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for stream, x in zip(streams, inputs):
+            with torch.cuda.stream(stream):
+                results.append(step(*x, dout))
+        torch.cuda.synchronize()
+        for ours, alone in zip(results, expected):
+            assert torch.equal(ours[0], alone[0]) and torch.equal(ours[2], alone[2]) and torch.equal(ours[3], alone[3])
+            reference.near(ours[1], alone[1])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 64, 65, 128])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_few_rows_and_heads(rows, heads):
+    """One sequence and one head: tensors with axes of one element."""
+    q, k, v = qkv(batch=1, rows=rows, heads=heads, heads_k=1, grad=True)
+    dout = torch.randn_like(q)
+    double = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact, _ = reference.attention(*double, causal=True)
+    ours = step(q, k, v, dout)
+    for a, b in zip(ours, (exact, *torch.autograd.grad(exact, double, dout.double()))):
+        reference.near(a, b)
+
+
+def test_deterministic_gradients_are_the_same_bits():
+    q, k, v = qkv(rows=1000, grad=True)
+    dout = torch.randn_like(q)
+    runs = [torch.autograd.grad(strobe.attention(q, k, v, causal=True, deterministic=True), (q, k, v), dout) for _ in range(20)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+def test_compiled_with_cuda_graphs():
+    q, k, v = qkv(grad=True)
+    dout = torch.randn_like(q)
+    compiled = torch.compile(lambda *x: strobe.attention(*x, causal=True) * 2, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        out = compiled(q, k, v)
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        out = out.clone()
+    expected = strobe.attention(q, k, v, causal=True) * 2
+    reference.near(out, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected, (q, k, v), dout)):
+        reference.near(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "varlen"])
+def test_merge_is_the_cpus(dtype, layout):
+    shape, lse_shape = ((3, 2, 50, 4, 40), (3, 2, 4, 50)) if layout == "dense" else ((3, 100, 4, 40), (3, 4, 100))
+    outs, lses = torch.randn(shape).to(dtype), torch.randn(lse_shape) * 3
+    lses[0, ..., :5] = -torch.inf
+    lses[:, ..., 7] = -torch.inf
+    expected, expected_lse = strobe.merge(outs, lses)
+    out, lse = strobe.merge(outs.cuda(), lses.cuda())
+    assert out.is_cuda and out.dtype == dtype and lse.dtype == torch.float32
+    reference.near(out.cpu(), expected)
+    reference.near(lse.cpu(), expected_lse)
+    assert (lse[..., 7] == -torch.inf).all()
+
+
+def test_dropout_mask_is_the_cpus():
+    state = torch.tensor([-3, 2**62 + 5])
+    for shape in ((2, 3, 37, 53), (1, 1, 16, 16), (1, 2, 1, 100), (2, 2, 200, 130)):
+        ours = strobe.dropout_mask(state, 0.3, shape, "cuda")
+        assert ours.is_cuda and torch.equal(ours.cpu(), strobe.dropout_mask(state, 0.3, shape))
+
+
+def test_forward_is_the_cpus():
+    """The same call on both devices, with everything that changes scores, and the same dropout."""
+    for options in ({"causal": True}, {"window_size": (40, 3), "softcap": 5.0}, {"dropout_p": 0.2, "rng_state": (7, 8)}):
+        tensors = [x.cpu() for x in qkv(dtype=torch.float16, rows=90)]
+        expected, expected_lse = strobe.attention(*tensors, **options, return_lse=True)
+        out, lse = strobe.attention(*(x.cuda() for x in tensors), **options, return_lse=True)
+        reference.near(out.cpu(), expected)
+        torch.testing.assert_close(lse.cpu(), expected_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_refusals_say_what_there_is():
+    q, k, v = qkv(rows=8)
+    with pytest.raises(RuntimeError, match="no implementation serves this call"):
+        strobe.attention(*(x.repeat(1, 1, 1, 8) for x in (q, k, v)))
+    with pytest.raises(ValueError, match="k: is on cpu, but q is on cuda:0"):
+        strobe.attention(q, k.cpu(), v)
+    with pytest.raises(ValueError, match="rng_state: must be on the cpu"):
+        strobe.attention(q, k, v, dropout_p=0.1, rng_state=torch.zeros(2, dtype=torch.int64, device="cuda"))
+    with pytest.raises(ValueError, match="implementation: is \"cpu\""):
+        strobe.attention(q, k, v, implementation="cpu")
+    strobe.attention(q, k, v)
+
+
+def test_the_memory_is_linear_in_the_length():
+    """Beside inputs and gradients, a call holds less than a few rows' worth of memory, never a matrix."""
+    extra = []
+    for rows in (4096, 8192):
+        q, k, v = qkv(batch=1, rows=rows, heads=2, heads_k=2, grad=True)
+        dout = torch.ones_like(q)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(q, k, v, dout)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    assert extra[1] < 2.2 * extra[0] and extra[1] < 8192 * 2 * 64 * 2 * 16

@@ -1,0 +1,112 @@
+// The CPU kernels of every instruction set that this machine has, and the bfloat16-pair code of AVX-512-BF16 with its one
+// instruction written out, so that machines without it test it too.
+#include <gtest/gtest.h>
+
+#include "cpu/cpu_backend.hpp"
+#include "cpu/plan.hpp"
+#include "error.hpp"
+#include "strobe/strobe.hpp"
+#include "verify/verify.hpp"
+
+namespace strobe::cpu {
+
+namespace emulated_pairs {
+void forward(const ForwardParams&, const ForwardPlan&);
+void backward(const BackwardParams&, const BackwardPlan&);
+}  // namespace emulated_pairs
+
+namespace {
+
+using namespace strobe::verify;
+
+/// A part of the case list that meets every head dimension, option and ragged edge of one dtype or all.
+std::vector<Case> sample(std::string_view filter, size_t every) {
+    const std::vector<Case> all = filtered(verify_cases(), filter);
+    std::vector<Case> some;
+    for (size_t n = 0; n < all.size(); n += every) {
+        if (all[n].seqlen_k <= 1000) some.push_back(all[n]);
+    }
+    return some;
+}
+
+void expect_passed(const std::vector<Case>& cases, Subject& subject) {
+    EXPECT_GT(cases.size(), 200u);
+    for (const Case& c : cases) {
+        const CaseResult r = verify_case(c, subject);
+        EXPECT_EQ(r.outcome, Outcome::passed) << r.name << ": " << r.message;
+    }
+}
+
+class EachIsa : public testing::TestWithParam<Isa> {
+protected:
+    EachIsa() { force_isa(GetParam()); }
+    ~EachIsa() override { force_isa(best_isa()); }
+};
+
+TEST_P(EachIsa, ServesTheCaseList) {
+    LibrarySubject subject("cpu", 3);
+    expect_passed(sample("", 7), subject);
+}
+
+TEST_P(EachIsa, IsTheOneThatThePlanNames) {
+    EXPECT_EQ(current_isa(), GetParam());
+    float x[8] = {};
+    Attention a{.q = {x, {1, 2, 1, 4}}, .k = {x, {1, 2, 1, 4}}, .v = {x, {1, 2, 1, 4}}};
+    a.implementation = "cpu";
+    const std::string text = plan(a, Forward{.out = {x, {1, 2, 1, 4}}}).explanation;
+    EXPECT_EQ(text.rfind(std::string("cpu: ") + isa_name(GetParam()) + ", ", 0), 0u) << text;
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, EachIsa, testing::ValuesIn(available_isas().begin(), available_isas().end()),
+                         [](const auto& info) { return std::string(isa_name(info.param)); });
+
+TEST(Isa, OnesThatAreNotThereAreRefusedByName) {
+    EXPECT_EQ(available_isas().front(), Isa::portable);
+    for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+        if (isa <= available_isas().back()) continue;
+        try {
+            force_isa(isa);
+            ADD_FAILURE() << isa_name(isa);
+        } catch (const CallError& e) {
+            EXPECT_EQ(e.status(), STROBE_INVALID_ARGUMENT);
+            EXPECT_NE(std::string(e.what()).find(std::string(isa_name(isa)) + " is not available"), std::string::npos) << e.what();
+        }
+    }
+}
+
+/// Calls the kernels past the registry, which does not know them.
+class EmulatedPairs : public Subject {
+public:
+    Memory& memory() override { return host_memory(); }
+
+    void forward(const CaseData& data, const Placement& placement) override {
+        ForwardParams p = forward_params(data, placement);
+        const ForwardPlan plan = plan_forward(p, 3);
+        const GuardedWorkspace workspace(memory(), plan.bytes());
+        p.workspace = workspace.data();
+        emulated_pairs::forward(p, plan);
+        workspace.check();
+    }
+
+    void backward(const CaseData& data, const Placement& placement) override {
+        BackwardParams p = backward_params(data, placement);
+        const BackwardPlan plan = plan_backward(p, 3);
+        const GuardedWorkspace workspace(memory(), plan.bytes());
+        p.workspace = workspace.data();
+        emulated_pairs::backward(p, plan);
+        workspace.check();
+    }
+};
+
+TEST(BFloat16Pairs, ServeTheCaseList) {
+    EmulatedPairs subject;
+    expect_passed(sample("bf16", 2), subject);
+}
+
+TEST(BFloat16Pairs, LeaveTheOtherTypesAlone) {
+    EmulatedPairs subject;
+    expect_passed(sample("!bf16", 12), subject);
+}
+
+}  // namespace
+}  // namespace strobe::cpu
