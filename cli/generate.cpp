@@ -47,6 +47,7 @@ void add_generate_command(CLI::App& app) {
     command->option_defaults()->take_last();
     struct Arguments {
         GenerateOptions options;
+        std::string device = "cpu", precision;
         bool no_cache = false, endless = false, json = false;
     };
     const auto a = std::make_shared<Arguments>();
@@ -61,9 +62,13 @@ void add_generate_command(CLI::App& app) {
     command->add_flag("--no-cache", a->no_cache, "Read the whole text again for every token (to compare)");
     command->add_flag("--endless", a->endless, "Go on behind an end-of-text token");
     command->add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
+    command->add_option("--device", a->device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+    command->add_option("--precision", a->precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
     command->add_flag("--json", a->json, "One JSON object on standard output instead of streamed text");
     command->callback([a] {
         a->options.cache = !a->no_cache;
+        a->options.device = device_from_string(a->device);
+        a->options.precision = precision_for(a->options.device, a->precision);
         a->options.stop_at_end_of_text = !a->endless;
         run_generate(a->options, a->json);
     });

@@ -20,8 +20,9 @@ struct Arguments {
     TrainOptions options;
     std::string architecture = "llama";
     std::string recompute = "none";
+    std::string device = "cpu", precision;
     int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
-    bool across_documents = false, untied = false, plan = false, json = false;
+    bool across_documents = false, untied = false, plan = false, json = false, nondeterministic = false;
 };
 
 /// Fills what follows from other options.
@@ -41,6 +42,9 @@ TrainOptions complete(const Arguments& a) {
     m.tied_head = !a.untied;
     o.recompute = recompute_from_string(a.recompute);
     o.split_documents = !a.across_documents;
+    o.device = device_from_string(a.device);
+    o.precision = precision_for(o.device, a.precision);
+    o.deterministic = !a.nondeterministic;
     return o;
 }
 
@@ -62,7 +66,7 @@ nlohmann::ordered_json to_json(const TrainResult& r) {
 }
 
 void print_summary(const TrainResult& r) {
-    fmt::print("{} after {} steps; {:.1f} s in steps, {:.0f} tokens/s, {:.1f} GFLOP/s, {:.0f} % of the measured peak\n",
+    fmt::print("{} after {} steps; {:.1f} s in steps, {:.0f} tokens/s, {:.1f} GFLOP/s, {:.0f} % of the peak\n",
                r.interrupted ? "stopped" : "done", r.steps, r.seconds, r.tokens_per_second, r.flops_per_second * 1e-9,
                100.0 * r.flops_per_second / r.peak_flops_per_second);
     for (const auto& [name, row] : r.operators.items())
@@ -143,6 +147,9 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--eval-every", o.eval_every, "Steps; 0: only at the end")->capture_default_str();
     command.add_option("--eval-rows", o.eval_rows, "Rows of an evaluation on the way; the last takes all")->capture_default_str();
     command.add_option("--save-every", o.save_every, "Steps; 0: only at the end")->capture_default_str();
+    command.add_option("--device", a.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+    command.add_option("--precision", a.precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
+    command.add_flag("--non-deterministic", a.nondeterministic, "cuda: attention's backward may differ by rounding between runs, and is faster");
     command.add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
     command.add_flag("--plan", a.plan, "Print sizes and memory of the run, and leave");
     command.add_flag("--json", a.json, "One JSON object on standard output instead of progress and summary");

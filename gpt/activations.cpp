@@ -9,10 +9,26 @@ namespace strobe::gpt {
 
 namespace {
 
-// Logits of this many numbers stay in cache between the three passes over them; fewer rows than the minimum would make the
-// head's weight gradient a product too thin to be fast.
-constexpr int64_t kLogitsTarget = int64_t{1} << 19;
+// On a CPU, logits of this many numbers stay in cache between the three passes over them; fewer rows than the minimum would
+// make the head's weight gradient a product too thin to be fast. On a GPU products want many rows, and each chunk adds once to
+// the whole gradient of the head.
+constexpr int64_t kHostLogits = int64_t{1} << 19;
+constexpr int64_t kDeviceLogits = int64_t{1} << 29;
 constexpr int64_t kMinHeadChunk = 256;
+
+// Rows of logits start on a vector's border of a GPU whatever the vocabulary.
+constexpr int64_t kDeviceStride = 64;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/// Chunks of nearly equal size.
+int64_t head_chunk(int64_t rows, int64_t stride, Device device) {
+    const int64_t target = device == Device::cpu ? kHostLogits : kDeviceLogits;
+    const int64_t largest = std::min(rows, std::max(kMinHeadChunk, target / stride));
+    if (device == Device::cpu) return largest;
+    const int64_t chunks = (rows + largest - 1) / largest;
+    return std::min(rows, round_up((rows + chunks - 1) / chunks, 128));
+}
 
 }  // namespace
 
@@ -31,10 +47,16 @@ Recompute recompute_from_string(std::string_view name) {
     throw std::invalid_argument(fmt::format("recompute '{}' is unknown; choose none, pointwise or block", name));
 }
 
-Activations lay_out(const ModelConfig& c, int64_t rows, Recompute recompute, bool with_gradients, std::byte* base,
-                    size_t* total_bytes) {
+Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std::byte* base, size_t* total_bytes) {
+    const int64_t rows = options.rows;
+    const bool with_gradients = options.with_gradients;
+    const Recompute recompute = options.recompute;
     ArenaPlan plan;
     const auto take = [&](int64_t columns) {
+        const size_t offset = plan.reserve(rows * columns, size_of(options.precision));
+        return Buffer(base ? base + offset : nullptr, options.precision);
+    };
+    const auto take_f32 = [&](int64_t columns) {
         const size_t offset = plan.reserve(rows * columns);
         return base ? reinterpret_cast<float*>(base + offset) : nullptr;
     };
@@ -48,12 +70,12 @@ Activations lay_out(const ModelConfig& c, int64_t rows, Recompute recompute, boo
         const bool first = layer == 0;
         if (first || with_gradients) b.x = take(c.hidden_size);
         if (first || keep_products) {
-            b.mean1 = take(1);
-            b.rstd1 = take(1);
-            b.mean2 = take(1);
-            b.rstd2 = take(1);
+            b.mean1 = take_f32(1);
+            b.rstd1 = take_f32(1);
+            b.mean2 = take_f32(1);
+            b.rstd2 = take_f32(1);
             b.qkv = take(c.qkv_size());
-            b.lse = take(c.num_heads);
+            b.lse = take_f32(c.num_heads);
             b.attn = take(c.q_size());
             b.mid = take(c.hidden_size);
             b.up = take(up_columns);
@@ -66,14 +88,17 @@ Activations lay_out(const ModelConfig& c, int64_t rows, Recompute recompute, boo
         a.blocks.push_back(b);
     }
     a.branch = take(c.hidden_size);
-    a.final_x = with_gradients ? take(c.hidden_size) : b.x.f32();
+    a.final_x = with_gradients ? take(c.hidden_size) : b.x;
     a.final_norm = take(c.hidden_size);
-    a.final_mean = take(1);
-    a.final_rstd = take(1);
-    a.losses = take(1);
-    a.head_chunk = std::min(rows, std::max(kMinHeadChunk, kLogitsTarget / c.vocab_size));
-    const size_t logits = plan.reserve(a.head_chunk * c.vocab_size);
-    a.logits = base ? reinterpret_cast<float*>(base + logits) : nullptr;
+    a.final_mean = take_f32(1);
+    a.final_rstd = take_f32(1);
+    a.losses = take_f32(1);
+    const size_t loss_sum = plan.reserve(1, sizeof(double));
+    a.loss_sum = base ? reinterpret_cast<double*>(base + loss_sum) : nullptr;
+    a.logits_stride = options.device == Device::cpu ? c.vocab_size : round_up(c.vocab_size, kDeviceStride);
+    a.head_chunk = head_chunk(rows, a.logits_stride, options.device);
+    const size_t logits = plan.reserve(a.head_chunk * a.logits_stride, size_of(options.precision));
+    a.logits = Buffer(base ? base + logits : nullptr, options.precision);
     if (with_gradients) {
         a.dstream = take(c.hidden_size);
         a.dnorm = take(c.hidden_size);

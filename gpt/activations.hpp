@@ -39,7 +39,8 @@ struct Activations {
     Buffer final_norm;    // (T, hidden)
     float *final_mean, *final_rstd;
     float* losses;        // (T)
-    Buffer logits;        // (head_chunk, vocab)
+    double* loss_sum;     // (1)
+    Buffer logits;        // (head_chunk, vocab) at logits_stride
 
     // Gradients in flight.
     Buffer dstream;       // (T, hidden) of the residual stream
@@ -48,12 +49,19 @@ struct Activations {
     Buffer dqkv;          // (T, qkv_size)
     Buffer dattn;         // (T, q_size)
 
-    int64_t head_chunk = 0;  // rows of logits that exist at a time
+    int64_t head_chunk = 0;     // rows of logits that exist at a time
+    int64_t logits_stride = 0;  // elements from row to row
+};
+
+struct ActivationOptions {
+    int64_t rows = 0;
+    Recompute recompute = Recompute::none;
+    bool with_gradients = true;  // false leaves out what only the backward needs
+    Device device = Device::cpu;
+    Precision precision = Precision::fp32;
 };
 
 /// Lays out a pass over at most `rows` tokens. With a null base the pointers mean nothing and only the size counts.
-/// `with_gradients` false leaves out what only the backward needs.
-Activations lay_out(const ModelConfig& config, int64_t rows, Recompute recompute, bool with_gradients, std::byte* base,
-                    size_t* total_bytes);
+Activations lay_out(const ModelConfig& config, const ActivationOptions& options, std::byte* base, size_t* total_bytes);
 
 }  // namespace strobe::gpt

@@ -4,17 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
-#include <span>
 
 #include "gpt/device.hpp"
+#include "gpt/memory.hpp"
 
 namespace strobe::gpt {
-
-inline constexpr size_t kArenaAlignment = 64;
 
 /// Hands out aligned byte offsets.
 class ArenaPlan {
@@ -31,29 +26,27 @@ private:
     size_t total_ = 0;
 };
 
-/// One zeroed block of host memory; a device's arena is made by that device's backend.
+struct ReleaseTo {
+    Memory* memory = nullptr;
+    void operator()(std::byte* p) const { memory->release(p); }
+};
+
+/// One zeroed block. Its memory must outlive it.
 class Arena {
 public:
     Arena() = default;
-    explicit Arena(size_t bytes) : bytes_(bytes) {
-        if (bytes == 0) return;
-        const size_t rounded = (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
-        memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kArenaAlignment, rounded)));
-        if (!memory_) throw std::bad_alloc();
-        std::memset(memory_.get(), 0, rounded);
+    explicit Arena(size_t bytes, Memory& memory = host_memory()) : bytes_(bytes) {
+        if (bytes > 0) data_ = {memory.allocate(bytes), ReleaseTo{&memory}};
     }
 
     size_t size_bytes() const { return bytes_; }
     template <class T>
     T* at(size_t offset) const {
-        return reinterpret_cast<T*>(memory_.get() + offset);
+        return reinterpret_cast<T*>(data_.get() + offset);
     }
 
 private:
-    struct Free {
-        void operator()(std::byte* p) const { std::free(p); }
-    };
-    std::unique_ptr<std::byte, Free> memory_;
+    std::unique_ptr<std::byte, ReleaseTo> data_;
     size_t bytes_ = 0;
 };
 

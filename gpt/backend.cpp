@@ -1,40 +1,33 @@
 #include "gpt/backend.hpp"
 
-#include <algorithm>
-#include <chrono>
-
 namespace strobe::gpt {
 
-Backend::Backend(Device device, int threads) : team_(threads) {
+Backend::Backend(Device device, int threads)
+    : team_(device == Device::cpu ? threads : 1),
+      runtime_(device == Device::cpu ? make_host_runtime() : cuda::make_runtime()) {
     exec_.device = device;
-    exec_.ops = &ops_for(device);
     exec_.team = &team_;
     exec_.times = &times_;
+    runtime_->equip(exec_);
+}
+
+OpTimes& Backend::times() {
+    runtime_->collect(times_);
+    return times_;
 }
 
 void Backend::reserve_scratch(size_t bytes) {
     if (bytes <= exec_.scratch_bytes) return;
-    scratch_ = Arena(bytes);
+    runtime_->synchronize();
+    scratch_ = Arena();
+    scratch_ = Arena(bytes, *runtime_);
     exec_.scratch = scratch_.at<void>(0);
     exec_.scratch_bytes = bytes;
 }
 
-double Backend::measure_peak() {
-    constexpr int64_t kSize = 1024;
-    constexpr int kRepeats = 6;
-    ArenaPlan plan;
-    const size_t x = plan.reserve(kSize * kSize), w = plan.reserve(kSize * kSize), y = plan.reserve(kSize * kSize);
-    const Arena arena(plan.total_bytes());
-    for (int64_t i = 0; i < kSize * kSize; ++i) arena.at<float>(x)[i] = arena.at<float>(w)[i] = 1e-3f * static_cast<float>(i % 997);
-    const LinearForward product{.rows = kSize, .in = kSize, .out = kSize, .x = arena.at<float>(x),
-                                .weight = arena.at<float>(w), .bias = {}, .y = arena.at<float>(y)};
-    double best = 1e30;
-    for (int i = 0; i < kRepeats; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        exec_.ops->linear_forward(exec_, product);
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return detail::gemm_flops(kSize, kSize, kSize) / best;
+void narrow_values(Backend& backend, const Weights& weights) {
+    if (weights.precision == Precision::fp32) return;
+    run(backend.exec(), Narrow{.size = weights.values.size(), .values = weights.values.data(), .narrow = weights.all()});
 }
 
 }  // namespace strobe::gpt

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 namespace strobe::gpt {
@@ -12,6 +13,22 @@ enum class Precision : int { fp32, bf16 };
 
 constexpr std::string_view to_string(Device device) { return device == Device::cpu ? "cpu" : "cuda"; }
 constexpr std::string_view to_string(Precision precision) { return precision == Precision::fp32 ? "fp32" : "bf16"; }
+/// Throw std::invalid_argument naming the choices.
+inline Device device_from_string(std::string_view name) {
+    if (name == "cpu") return Device::cpu;
+    if (name == "cuda") return Device::cuda;
+    throw std::invalid_argument("device '" + std::string(name) + "' is unknown; choose cpu or cuda");
+}
+inline Precision precision_from_string(std::string_view name) {
+    if (name == "fp32") return Precision::fp32;
+    if (name == "bf16") return Precision::bf16;
+    throw std::invalid_argument("precision '" + std::string(name) + "' is unknown; choose fp32 or bf16");
+}
+/// "" is what the device computes in when nobody asks.
+inline Precision precision_for(Device device, std::string_view name) {
+    if (name.empty()) return device == Device::cpu ? Precision::fp32 : Precision::bf16;
+    return precision_from_string(name);
+}
 constexpr size_t size_of(Precision precision) { return precision == Precision::fp32 ? 4 : 2; }
 
 /// Memory of one activation, weight or gradient with its element type; the shape is said by the operator's arguments.

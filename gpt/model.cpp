@@ -9,21 +9,77 @@ namespace strobe::gpt {
 
 namespace {
 
+ActivationOptions activation_options(const ModelOptions& o) {
+    return {.rows = o.max_rows, .recompute = o.recompute, .with_gradients = o.training, .device = o.device, .precision = o.precision};
+}
+
 size_t arena_bytes(const ModelConfig& config, const ModelOptions& options) {
     size_t bytes = 0;
-    lay_out(config, options.max_rows, options.recompute, options.training, nullptr, &bytes);
+    lay_out(config, activation_options(options), nullptr, &bytes);
     return bytes;
+}
+
+/// Of all operators but attention.
+size_t scratch_bytes(const ModelConfig& c, const ModelOptions& options, int parts) {
+    const int64_t up = (c.architecture == Architecture::llama ? 2 : 1) * c.ffn_size;
+    size_t bytes = norm_scratch_bytes(parts, c.hidden_size);
+    bytes = std::max(bytes, linear_scratch_bytes(parts, std::max({c.qkv_size(), up, c.hidden_size})));
+    bytes = std::max(bytes, squared_norm_scratch_bytes(parts));
+    if (options.device == Device::cuda) bytes = std::max(bytes, embedding_scratch_bytes(options.max_rows, c.hidden_size));
+    return bytes;
+}
+
+/// Stretches of the arena between the gradients that one product computes whole.
+std::vector<std::pair<int64_t, int64_t>> outside_products(const ModelConfig& c, const ParameterLayout& layout) {
+    std::vector<std::pair<int64_t, int64_t>> products;
+    const auto add = [&](int parameter, int64_t size) {
+        const int64_t begin = layout[parameter].offset;
+        products.emplace_back(begin, begin + size);
+    };
+    const int64_t up = (c.architecture == Architecture::llama ? 2 : 1) * c.ffn_size;
+    for (int64_t layer = 0; layer < c.num_layers; ++layer) {
+        const BlockParameters& p = layout.block(layer);
+        add(p.qkv_weight, c.qkv_size() * c.hidden_size);
+        add(p.proj_weight, c.hidden_size * c.q_size());
+        add(p.up_weight, up * c.hidden_size);
+        add(p.down_weight, c.hidden_size * c.ffn_size);
+    }
+    add(layout.head(), c.vocab_size * c.hidden_size);
+    std::sort(products.begin(), products.end());
+    std::vector<std::pair<int64_t, int64_t>> between;
+    int64_t at = 0;
+    for (const auto& [begin, end] : products) {
+        if (begin > at) between.emplace_back(at, begin);
+        at = end;
+    }
+    if (at < layout.arena_elements()) between.emplace_back(at, layout.arena_elements());
+    return between;
+}
+
+ModelOptions placed(ModelOptions options, const Weights& weights, const Backend& backend) {
+    options.device = backend.device();
+    options.precision = weights.precision;
+    return options;
 }
 
 }  // namespace
 
 MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
-    const size_t arena = static_cast<size_t>(ParameterLayout(config).arena_elements()) * sizeof(float);
+    const auto elements = static_cast<size_t>(ParameterLayout(config).arena_elements());
+    const size_t arena = elements * sizeof(float);
     MemoryPlan plan;
     plan.values = arena;
+    plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
     plan.gradients = options.training ? arena : 0;
     plan.moments = options.training ? 2 * arena : 0;
     plan.activations = arena_bytes(config, options);
+    constexpr int kTypicalParts = 264;
+    plan.scratch = scratch_bytes(config, options, options.device == Device::cpu ? 1 : kTypicalParts);
+    if (options.device == Device::cuda) {
+        // The backward's fp32 sums of dq and its row statistics.
+        const int64_t per_row = config.q_size() + 4 * config.num_heads;
+        plan.scratch = std::max(plan.scratch, static_cast<size_t>(options.max_rows * per_row) * sizeof(float));
+    }
     return plan;
 }
 
@@ -32,70 +88,49 @@ Model::Model(const Weights& weights, Backend& backend, const ModelOptions& optio
       config_(weights.config),
       backend_(backend),
       exec_(backend.exec()),
-      options_(options),
+      options_(placed(options, weights, backend)),
       norm_kind_(config_.architecture == Architecture::gpt2 ? NormKind::layernorm : NormKind::rmsnorm),
       activation_kind_(config_.architecture == Architecture::gpt2 ? ActivationKind::gelu : ActivationKind::swiglu),
-      arena_(arena_bytes(config_, options)),
-      gradients_(options.training ? ParameterArena(weights.layout) : ParameterArena()) {
+      fuses_gelu_(activation_kind_ == ActivationKind::gelu && exec_.ops->fuses_gelu),
+      arena_(arena_bytes(config_, options_), backend.memory()),
+      gradients_(options.training ? ParameterArena(weights.layout, backend.memory()) : ParameterArena()),
+      inputs_(config_, backend, options.max_rows) {
     size_t bytes = 0;
-    act_ = lay_out(config_, options.max_rows, options.recompute, options.training, arena_.at<std::byte>(0), &bytes);
-    backend_.reserve_scratch(norm_scratch_bytes(backend_.team().size(), config_.hidden_size));
-    if (config_.has_rope()) rope_table_ = rope_table(config_.context_length, config_.head_dim, config_.rope_theta);
-    positions_.reserve(static_cast<size_t>(options.max_rows));
+    act_ = lay_out(config_, activation_options(options_), arena_.at<std::byte>(0), &bytes);
+    backend_.reserve_scratch(scratch_bytes(config_, options_, exec_.parts));
+    if (options.training) added_to_ = outside_products(config_, weights.layout);
+    if (!config_.has_rope()) return;
+    const std::vector<float> table = rope_table(config_.context_length, config_.head_dim, config_.rope_theta);
+    rope_table_ = Arena(table.size() * sizeof(float), backend.memory());
+    backend.memory().copy(rope_table_.at<void>(0), table.data(), table.size() * sizeof(float));
 }
 
 void Model::clear_gradients() {
-    const std::span<float> all = gradients_.all();
-    exec_.team->ranges(gradients_.size(), 4096, [&](int64_t begin, int64_t end, int) {
-        std::fill(all.begin() + begin, all.begin() + end, 0.0f);
-    });
+    for (const auto& [begin, end] : added_to_)
+        backend_.memory().zero(gradients_.data() + begin, static_cast<size_t>(end - begin) * sizeof(float));
+    fresh_ = true;
 }
 
 float* Model::gradient(int index) const {
     return index < 0 ? nullptr : gradients_.data() + weights_.layout[index].offset;
 }
 
-// Checks everything that operators rely on: no operator looks at indices again.
-void Model::load(const Batch& batch) {
-    const auto fail = [](const std::string& text) { throw std::invalid_argument("batch: " + text); };
-    rows_ = static_cast<int64_t>(batch.tokens.size());
-    if (rows_ == 0 || rows_ > options_.max_rows)
-        fail(fmt::format("{} tokens, must be between 1 and {}", rows_, options_.max_rows));
-    if (!batch.targets.empty() && batch.targets.size() != batch.tokens.size())
-        fail(fmt::format("{} targets for {} tokens", batch.targets.size(), rows_));
-    if (batch.cu_seqlens.size() < 2 || batch.cu_seqlens.front() != 0 || batch.cu_seqlens.back() != rows_)
-        fail(fmt::format("cu_seqlens must start at 0 and end at {}", rows_));
-    for (const int32_t token : batch.tokens)
-        if (token < 0 || token >= config_.vocab_size)
-            fail(fmt::format("token {} is outside the vocabulary of {}", token, config_.vocab_size));
-    for (const int32_t target : batch.targets)
-        if (target != kIgnoreTarget && (target < 0 || target >= config_.vocab_size))
-            fail(fmt::format("target {} is outside the vocabulary of {}", target, config_.vocab_size));
-    max_seqlen_ = 0;
-    positions_.clear();
-    for (size_t b = 0; b + 1 < batch.cu_seqlens.size(); ++b) {
-        const int32_t length = batch.cu_seqlens[b + 1] - batch.cu_seqlens[b];
-        if (length < 0) fail("cu_seqlens must not decrease");
-        if (length > config_.context_length)
-            fail(fmt::format("a sequence of {} tokens exceeds the context of {}", length, config_.context_length));
-        max_seqlen_ = std::max<int64_t>(max_seqlen_, length);
-        for (int32_t i = 0; i < length; ++i) positions_.push_back(i);
-    }
-    batch_ = &batch;
+void Model::load(const Batch& batch, float gradient_scale) {
+    inputs_.load(batch, gradient_scale);
+    rows_ = inputs_.rows();
     const BlockActivations& a = act_.blocks.front();
-    size_t workspace = attention_workspace_bytes(attention(a), exec_.team->size());
-    if (options_.training)
-        workspace = std::max(workspace, attention_workspace_bytes(attention_backward(a), exec_.team->size()));
+    size_t workspace = attention_workspace_bytes(exec_, attention(a));
+    if (options_.training) workspace = std::max(workspace, attention_workspace_bytes(exec_, attention_backward(a)));
     backend_.reserve_scratch(workspace);
 }
 
 NormForward Model::norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const {
     return {.kind = norm_kind_, .rows = rows_, .hidden = config_.hidden_size, .eps = config_.norm_eps, .x = x, .branch = {},
-            .sum = {}, .weight = weights_[weight], .bias = weights_[bias], .out = out, .mean = mean, .rstd = rstd};
+            .sum = {}, .weight = weights_.master(weight), .bias = weights_.master(bias), .out = out, .mean = mean, .rstd = rstd};
 }
 
 NormBackward Model::norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const {
-    return {.kind = norm_kind_, .rows = rows_, .hidden = config_.hidden_size, .x = x, .weight = weights_[weight],
+    return {.kind = norm_kind_, .rows = rows_, .hidden = config_.hidden_size, .x = x, .weight = weights_.master(weight),
             .mean = mean, .rstd = rstd, .dout = dout, .dx = act_.dstream, .dweight = gradient(weight),
             .dbias = gradient(bias)};
 }
@@ -106,16 +141,15 @@ LinearForward Model::linear(Buffer x, Buffer y, int weight, int bias, int64_t in
 
 LinearBackward Model::linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const {
     return {.rows = rows_, .in = in, .out = out, .x = x, .weight = weights_[weight], .dy = dy, .dx = dx,
-            .dweight = gradient(weight), .dbias = gradient(bias)};
+            .dweight = gradient(weight), .dbias = gradient(bias), .overwrite = fresh_};
 }
 
 AttentionForward Model::attention(const BlockActivations& a) const {
-    const int32_t* cu_seqlens = batch_->cu_seqlens.data();
     const int64_t stride = config_.qkv_size();
-    return {.shape = {.batch = static_cast<int64_t>(batch_->cu_seqlens.size()) - 1, .num_heads = config_.num_heads,
-                      .num_heads_k = config_.num_heads_k, .head_dim = config_.head_dim, .total_q = rows_, .total_k = rows_,
-                      .max_seqlen_q = max_seqlen_, .max_seqlen_k = max_seqlen_, .cu_seqlens_q = cu_seqlens,
-                      .cu_seqlens_k = cu_seqlens},
+    return {.shape = {.batch = inputs_.num_sequences(), .num_heads = config_.num_heads, .num_heads_k = config_.num_heads_k,
+                      .head_dim = config_.head_dim, .total_q = rows_, .total_k = rows_, .max_seqlen_q = inputs_.max_seqlen(),
+                      .max_seqlen_k = inputs_.max_seqlen(), .cu_seqlens_q = inputs_.cu_seqlens(),
+                      .cu_seqlens_k = inputs_.cu_seqlens(), .uniform = inputs_.uniform()},
             .q_stride = stride, .k_stride = stride, .v_stride = stride, .out_stride = config_.q_size(), .q = a.qkv,
             .k = a.qkv.offset(config_.q_size()), .v = a.qkv.offset(config_.q_size() + config_.kv_size()), .out = a.attn,
             .lse = a.lse};
@@ -129,8 +163,8 @@ AttentionBackward Model::attention_backward(const BlockActivations& a) const {
 
 Rope Model::rope(Buffer qkv, bool inverse) const {
     return {.rows = rows_, .heads = config_.num_heads + config_.num_heads_k, .head_dim = config_.head_dim,
-            .row_stride = config_.qkv_size(), .x = qkv, .positions = positions_.data(), .cos = rope_table_.data(),
-            .sin = rope_table_.data() + rope_table_.size() / 2, .inverse = inverse};
+            .row_stride = config_.qkv_size(), .x = qkv, .positions = inputs_.positions(), .cos = rope_table_.at<float>(0),
+            .sin = rope_table_.at<float>(rope_table_.size_bytes() / 2), .inverse = inverse};
 }
 
 // `again`: the backward wants the block's activations back. The stream x is still there, and neither the branch of the
@@ -157,16 +191,22 @@ void Model::forward_block(int64_t layer, bool again) {
     norm2.sum = a.mid;
     run(exec_, norm2);
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
-    run(exec_, linear(a.norm2, a.up, p.up_weight, p.up_bias, hidden, up));
-    run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
+    if (fuses_gelu_) {
+        LinearForward both = linear(a.norm2, a.act, p.up_weight, p.up_bias, hidden, up);
+        both.gelu_input = a.up;
+        run(exec_, both);
+    } else {
+        run(exec_, linear(a.norm2, a.up, p.up_weight, p.up_bias, hidden, up));
+        run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
+    }
     if (!again) run(exec_, linear(a.act, act_.branch, p.down_weight, p.down_bias, config_.ffn_size, hidden));
 }
 
 // Embedding to final norm.
 void Model::forward_stream() {
     const ParameterLayout& layout = weights_.layout;
-    run(exec_, EmbeddingForward{.rows = rows_, .hidden = config_.hidden_size, .tokens = batch_->tokens.data(),
-                                .positions = positions_.data(), .table = weights_[layout.embedding()],
+    run(exec_, EmbeddingForward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_.tokens(),
+                                .positions = inputs_.positions(), .table = weights_[layout.embedding()],
                                 .position_table = weights_[layout.positions()], .out = act_.blocks.front().x});
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) forward_block(layer, false);
     NormForward last = norm(act_.blocks.back().mid, act_.final_norm, layout.final_norm_weight(), layout.final_norm_bias(),
@@ -190,12 +230,20 @@ void Model::backward_block(int64_t layer) {
     if (options_.recompute == Recompute::block) forward_block(layer, true);
     if (options_.recompute == Recompute::pointwise) recompute_pointwise(a, p);
 
-    run(exec_, linear_backward(a.act, act_.dstream, act_.dact, p.down_weight, p.down_bias, config_.ffn_size, hidden));
-    // The gradient takes the place of the saved input, which nothing reads after this.
-    run(exec_, ActivationBackward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up,
-                                  .dy = act_.dact, .dx = a.up});
+    LinearBackward down = linear_backward(a.act, act_.dstream, act_.dact, p.down_weight, p.down_bias, config_.ffn_size, hidden);
+    Buffer dup = act_.dact;
+    if (fuses_gelu_) {
+        down.gelu_input = a.up;
+        run(exec_, down);
+    } else {
+        run(exec_, down);
+        // The gradient takes the place of the saved input, which nothing reads after this.
+        dup = a.up;
+        run(exec_, ActivationBackward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up,
+                                      .dy = act_.dact, .dx = dup});
+    }
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
-    run(exec_, linear_backward(a.norm2, a.up, act_.dnorm, p.up_weight, p.up_bias, hidden, up));
+    run(exec_, linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up));
     run(exec_, norm_backward(a.mid, act_.dnorm, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
 
     run(exec_, linear_backward(a.attn, act_.dstream, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size(), hidden));
@@ -208,65 +256,78 @@ void Model::backward_block(int64_t layer) {
 // From dnorm, the gradient of the final norm's output, down to the embedding.
 void Model::backward_stream() {
     const ParameterLayout& layout = weights_.layout;
-    std::fill_n(act_.dstream.f32(), rows_ * config_.hidden_size, 0.0f);
+    backend_.memory().zero(act_.dstream.data, static_cast<size_t>(rows_ * config_.hidden_size) * size_of(act_.dstream.precision));
     run(exec_, norm_backward(act_.final_x, act_.dnorm, layout.final_norm_weight(), layout.final_norm_bias(),
                              act_.final_mean, act_.final_rstd));
     for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) backward_block(layer);
-    run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = batch_->tokens.data(),
-                                 .positions = positions_.data(), .dout = act_.dstream,
-                                 .dtable = gradient(layout.embedding()), .dposition_table = gradient(layout.positions())});
+    run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_.tokens(),
+                                 .positions = inputs_.positions(), .dout = act_.dstream,
+                                 .dtable = gradient(layout.embedding()), .dposition_table = gradient(layout.positions()),
+                                 .token_groups = inputs_.token_groups(), .position_groups = inputs_.position_groups()});
 }
 
-double Model::sum_losses() const {
+double Model::take_loss() {
     double sum = 0.0;
-    for (int64_t r = 0; r < rows_; ++r) sum += static_cast<double>(act_.losses[r]);
+    if (has_loss_) backend_.memory().copy(&sum, act_.loss_sum, sizeof sum);
+    has_loss_ = false;
     return sum;
 }
 
 double Model::loss(const Batch& batch) {
-    load(batch);
+    load(batch, 0.0f);
     forward_stream();
-    head(false, 1.0f);
-    return sum_losses();
+    head(false);
+    return take_loss();
+}
+
+void Model::accumulate(const Batch& batch, float gradient_scale) {
+    if (!options_.training) throw std::logic_error("model: made without gradients");
+    load(batch, gradient_scale);
+    forward_stream();
+    head(true);
+    backward_stream();
+    fresh_ = false;
 }
 
 double Model::forward_backward(const Batch& batch, float gradient_scale) {
-    if (!options_.training) throw std::logic_error("model: made without gradients");
-    load(batch);
-    forward_stream();
-    head(true, gradient_scale);
-    backward_stream();
-    return sum_losses();
+    accumulate(batch, gradient_scale);
+    return take_loss();
 }
 
-// The head and its loss, a chunk of rows at a time: the logits of a whole batch never exist. With `gradient` leaves the
+// The head and its loss, a chunk of rows at a time: the logits of a whole batch never exist. With `gradient_too` leaves the
 // gradient of the final norm's output in dnorm.
-void Model::head(bool gradient_too, float gradient_scale) {
-    if (batch_->targets.empty()) throw std::invalid_argument("batch: a loss needs targets");
+void Model::head(bool gradient_too) {
+    if (!inputs_.has_targets()) throw std::invalid_argument("batch: a loss needs targets");
     const int64_t hidden = config_.hidden_size, vocab = config_.vocab_size;
     const int weight = weights_.layout.head();
     for (int64_t begin = 0; begin < rows_; begin += act_.head_chunk) {
         const int64_t rows = std::min(act_.head_chunk, rows_ - begin);
         const Buffer x = act_.final_norm.offset(begin * hidden);
         run(exec_, LinearForward{.rows = rows, .in = hidden, .out = vocab, .x = x, .weight = weights_[weight], .bias = {},
-                                 .y = act_.logits});
-        run(exec_, CrossEntropy{.rows = rows, .vocab = vocab, .targets = batch_->targets.data() + begin,
-                                .logits = act_.logits, .losses = act_.losses + begin, .gradient = gradient_too,
-                                .gradient_scale = gradient_scale});
+                                 .y = act_.logits, .y_stride = act_.logits_stride});
+        run(exec_, CrossEntropy{.rows = rows, .vocab = vocab, .targets = inputs_.targets() + begin, .logits = act_.logits,
+                                .losses = act_.losses + begin, .gradient_scale = gradient_too ? inputs_.gradient_scale() : nullptr,
+                                .stride = act_.logits_stride});
         if (gradient_too)
             run(exec_, LinearBackward{.rows = rows, .in = hidden, .out = vocab, .x = x, .weight = weights_[weight],
                                       .dy = act_.logits, .dx = act_.dnorm.offset(begin * hidden),
-                                      .dweight = gradient(weight), .dbias = nullptr});
+                                      .dweight = gradient(weight), .dbias = nullptr, .dy_stride = act_.logits_stride,
+                                      .overwrite = fresh_ && begin == 0});
     }
+    run(exec_, LossSum{.rows = rows_, .losses = act_.losses, .sum = act_.loss_sum, .add = has_loss_});
+    has_loss_ = true;
 }
 
 void Model::logits(const Batch& batch, std::span<float> out) {
-    load(batch);
-    if (static_cast<int64_t>(out.size()) != rows_ * config_.vocab_size)
-        throw std::invalid_argument(fmt::format("logits: room for {} numbers, need {}", out.size(), rows_ * config_.vocab_size));
+    load(batch, 0.0f);
+    const int64_t vocab = config_.vocab_size, hidden = config_.hidden_size;
+    if (static_cast<int64_t>(out.size()) != rows_ * vocab)
+        throw std::invalid_argument(fmt::format("logits: room for {} numbers, need {}", out.size(), rows_ * vocab));
     forward_stream();
-    run(exec_, LinearForward{.rows = rows_, .in = config_.hidden_size, .out = config_.vocab_size, .x = act_.final_norm,
-                             .weight = weights_[weights_.layout.head()], .bias = {}, .y = out.data()});
+    const Arena rows(out.size_bytes(), backend_.memory());
+    run(exec_, LinearForward{.rows = rows_, .in = hidden, .out = vocab, .x = act_.final_norm,
+                             .weight = weights_[weights_.layout.head()], .bias = {}, .y = rows.at<float>(0)});
+    backend_.memory().copy(out.data(), rows.at<void>(0), out.size_bytes());
 }
 
 }  // namespace strobe::gpt

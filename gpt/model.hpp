@@ -3,10 +3,13 @@
 #pragma once
 
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "gpt/activations.hpp"
 #include "gpt/backend.hpp"
 #include "gpt/batch.hpp"
+#include "gpt/step_inputs.hpp"
 #include "gpt/weights.hpp"
 
 namespace strobe::gpt {
@@ -15,12 +18,16 @@ struct ModelOptions {
     int64_t max_rows = 0;  // tokens of the largest batch
     Recompute recompute = Recompute::none;
     bool training = true;  // false: no gradients, activations of one block only
+    // Of the plan alone: a model takes them from its backend and weights.
+    Device device = Device::cpu;
+    Precision precision = Precision::fp32;
 };
 
 /// Bytes by purpose, known before the first allocation.
 struct MemoryPlan {
-    size_t values = 0, gradients = 0, moments = 0, activations = 0;
-    size_t total() const { return values + gradients + moments + activations; }
+    size_t values = 0, narrow_values = 0, gradients = 0, moments = 0, activations = 0;
+    size_t scratch = 0;  // of operators; on a GPU an estimate, for attention's part depends on the kernels that it finds
+    size_t total() const { return values + narrow_values + gradients + moments + activations + scratch; }
 };
 MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options);
 
@@ -34,20 +41,25 @@ public:
     /// The same, and adds gradient_scale * d loss / d parameter to gradients().
     double forward_backward(const Batch& batch, float gradient_scale);
 
-    /// (rows, vocab) of every token of the batch.
+    /// The same without waiting for a device: the loss is added to what take_loss() returns next.
+    void accumulate(const Batch& batch, float gradient_scale);
+    double take_loss();
+
+    /// (rows, vocab) of every token of the batch, in host memory.
     void logits(const Batch& batch, std::span<float> out);
 
     const ParameterArena& gradients() const { return gradients_; }
+    /// The next pass starts from zero. Those that a product computes are not cleared but overwritten then.
     void clear_gradients();
 
     const Weights& weights() const { return weights_; }
     Backend& backend() { return backend_; }
 
 private:
-    void load(const Batch& batch);
+    void load(const Batch& batch, float gradient_scale);
     void forward_stream();
     void forward_block(int64_t layer, bool again);
-    void head(bool gradient_too, float gradient_scale);
+    void head(bool gradient_too);
     void backward_stream();
     void backward_block(int64_t layer);
     void recompute_pointwise(const BlockActivations& a, const BlockParameters& p);
@@ -58,7 +70,6 @@ private:
     AttentionForward attention(const BlockActivations& a) const;
     AttentionBackward attention_backward(const BlockActivations& a) const;
     Rope rope(Buffer qkv, bool inverse) const;
-    double sum_losses() const;
     float* gradient(int index) const;
 
     const Weights& weights_;
@@ -68,16 +79,16 @@ private:
     ModelOptions options_;
     NormKind norm_kind_;
     ActivationKind activation_kind_;
+    bool fuses_gelu_;
     Arena arena_;
     Activations act_;
     ParameterArena gradients_;
-    std::vector<float> rope_table_;
-
-    // Of the batch at hand.
-    const Batch* batch_ = nullptr;
-    int64_t rows_ = 0;
-    int64_t max_seqlen_ = 0;
-    std::vector<int32_t> positions_;
+    Arena rope_table_;
+    StepInputs inputs_;    // of the batch at hand
+    int64_t rows_ = 0;     // of the batch at hand
+    bool has_loss_ = false;
+    bool fresh_ = false;   // the next pass overwrites the gradients of products
+    std::vector<std::pair<int64_t, int64_t>> added_to_;  // [begin, end) of the gradients that are no product's
 };
 
 }  // namespace strobe::gpt

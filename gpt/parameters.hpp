@@ -74,18 +74,29 @@ private:
 class ParameterArena {
 public:
     ParameterArena() = default;
-    explicit ParameterArena(const ParameterLayout& layout)
-        : arena_(static_cast<size_t>(layout.arena_elements()) * sizeof(float)), size_(layout.arena_elements()) {}
+    explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory())
+        : arena_(static_cast<size_t>(layout.arena_elements()) * sizeof(float), memory), memory_(&memory),
+          size_(layout.arena_elements()) {}
 
     float* data() const { return arena_.at<float>(0); }
     int64_t size() const { return size_; }
+    size_t size_bytes() const { return static_cast<size_t>(size_) * sizeof(float); }
+    Memory& memory() const { return *memory_; }
+
+    /// In host memory only.
     std::span<float> all() const { return {data(), static_cast<size_t>(size_)}; }
     std::span<float> operator[](const Parameter& p) const {
         return {data() + p.offset, static_cast<size_t>(p.size)};
     }
 
+    /// From an arena of the same layout; at least one of the two is in host memory, or both are on one device.
+    void copy_from(const ParameterArena& other) const {
+        (memory_->on_host() ? *other.memory_ : *memory_).copy(data(), other.data(), size_bytes());
+    }
+
 private:
     Arena arena_;
+    Memory* memory_ = &host_memory();
     int64_t size_ = 0;
 };
 

@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
     }
     batch.cu_seqlens.push_back(static_cast<int32_t>(batch.tokens.size()));
 
-    const double peak = backend.measure_peak();
+    const double peak = backend.peak();
     std::vector<double> seconds, cpu_seconds;
     double loss = 0.0;
     for (int64_t step = 1; step <= steps + 1; ++step) {
@@ -48,7 +48,7 @@ int main(int argc, char** argv) {
         const std::clock_t cpu_start = std::clock();
         model.clear_gradients();
         loss = model.forward_backward(batch, 1.0f / static_cast<float>(batch.tokens.size()));
-        optimizer.apply(backend.exec(), weights.values, model.gradients(), step, 1e-4f);
+        optimizer.apply(backend.exec(), weights, model.gradients(), step, 1e-4f);
         if (step == 1) continue;
         seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
         cpu_seconds.push_back(static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC);

@@ -1,7 +1,9 @@
 #include "gpt/generate/decoder.hpp"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -14,39 +16,47 @@ constexpr int64_t kChunk = 256;  // prompt tokens read at a time
 }  // namespace
 
 Decoder::Decoder(const Weights& weights, Backend& backend, int64_t capacity)
-    : weights_(weights), config_(weights.config), exec_(backend.exec()), capacity_(capacity) {
+    : weights_(weights), config_(weights.config), backend_(backend), exec_(backend.exec()), capacity_(capacity) {
     if (capacity < 1 || capacity > config_.context_length)
         throw std::invalid_argument(
             fmt::format("decoder: capacity is {}, must be between 1 and the model's context of {}", capacity, config_.context_length));
     const int64_t chunk = std::min(kChunk, capacity);
     const int64_t up = (config_.architecture == Architecture::llama ? 2 : 1) * config_.ffn_size;
+    const Precision precision = weights.precision;
     ArenaPlan plan;
-    const size_t cache = plan.reserve(2 * config_.num_layers * capacity * config_.kv_size());
-    const size_t x = plan.reserve(chunk * config_.hidden_size), norm = plan.reserve(chunk * config_.hidden_size);
-    const size_t qkv = plan.reserve(chunk * config_.qkv_size()), attn = plan.reserve(chunk * config_.q_size());
-    const size_t branch = plan.reserve(chunk * config_.hidden_size), wide = plan.reserve(chunk * up);
-    const size_t act = plan.reserve(chunk * config_.ffn_size), logits = plan.reserve(config_.vocab_size);
-    arena_ = Arena(plan.total_bytes());
-    float* rows = arena_.at<float>(cache);
-    for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-        const int64_t size = capacity * config_.kv_size();
-        caches_.push_back({rows + 2 * layer * size, rows + (2 * layer + 1) * size});
+    std::vector<std::pair<Buffer*, size_t>> places;
+    const auto place = [&](Buffer& buffer, int64_t count) { places.emplace_back(&buffer, plan.reserve(count, size_of(precision))); };
+    caches_.resize(static_cast<size_t>(config_.num_layers));
+    for (Cache& cache : caches_) {
+        place(cache.k, capacity * config_.kv_size());
+        place(cache.v, capacity * config_.kv_size());
     }
-    x_ = arena_.at<float>(x);
-    norm_ = arena_.at<float>(norm);
-    qkv_ = arena_.at<float>(qkv);
-    attn_ = arena_.at<float>(attn);
-    branch_ = arena_.at<float>(branch);
-    up_ = arena_.at<float>(wide);
-    act_ = arena_.at<float>(act);
+    place(x_, chunk * config_.hidden_size);
+    place(norm_, chunk * config_.hidden_size);
+    place(qkv_, chunk * config_.qkv_size());
+    place(attn_, chunk * config_.q_size());
+    place(branch_, chunk * config_.hidden_size);
+    place(up_, chunk * up);
+    place(act_, chunk * config_.ffn_size);
+    const size_t logits = plan.reserve(config_.vocab_size);
+    arena_ = Arena(plan.total_bytes(), backend.memory());
+    for (const auto& [buffer, offset] : places) *buffer = Buffer(arena_.at<void>(offset), precision);
     logits_ = arena_.at<float>(logits);
-    if (config_.has_rope()) rope_table_ = rope_table(capacity, config_.head_dim, config_.rope_theta);
+    answer_.resize(static_cast<size_t>(config_.vocab_size));
+    inputs_ = backend.runtime().make_stage(static_cast<size_t>(2 * chunk + 4) * sizeof(int32_t));
+    if (config_.has_rope()) {
+        const std::vector<float> table = rope_table(capacity, config_.head_dim, config_.rope_theta);
+        rope_table_ = Arena(table.size() * sizeof(float), backend.memory());
+        backend.memory().copy(rope_table_.at<void>(0), table.data(), rope_table_.size_bytes());
+    }
 
     // Workspace is not a simple function of the rows: few of them are another kind of call.
+    size_t workspace = 0;
     for (int64_t rows = 1; rows <= chunk; ++rows) {
         const AttentionForward largest = attention(caches_.front(), rows, capacity, nullptr);
-        backend.reserve_scratch(attention_workspace_bytes(largest, exec_.team->size()));
+        workspace = std::max(workspace, attention_workspace_bytes(exec_, largest));
     }
+    backend.reserve_scratch(workspace);
 }
 
 std::span<const float> Decoder::feed(std::span<const int32_t> tokens) {
@@ -61,7 +71,8 @@ std::span<const float> Decoder::feed(std::span<const int32_t> tokens) {
         feed_chunk(tokens.first(count));
         tokens = tokens.subspan(count);
     }
-    return {logits_.f32(), static_cast<size_t>(config_.vocab_size)};
+    backend_.memory().copy(answer_.data(), logits_, answer_.size() * sizeof(float));
+    return answer_;
 }
 
 AttentionForward Decoder::attention(const Cache& cache, int64_t rows, int64_t keys, const int32_t* cu_seqlens) const {
@@ -72,36 +83,32 @@ AttentionForward Decoder::attention(const Cache& cache, int64_t rows, int64_t ke
             .out_stride = config_.q_size(), .q = qkv_, .k = cache.k, .v = cache.v, .out = attn_, .lse = nullptr};
 }
 
-void Decoder::append(const Cache& cache, int64_t rows) {
-    const int64_t size = config_.kv_size();
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* k = qkv_.f32() + r * config_.qkv_size() + config_.q_size();
-        std::copy_n(k, size, cache.k.f32() + (length_ + r) * size);
-        std::copy_n(k + size, size, cache.v.f32() + (length_ + r) * size);
-    }
-}
-
 void Decoder::feed_chunk(std::span<const int32_t> tokens) {
     const auto rows = static_cast<int64_t>(tokens.size());
     const int64_t hidden = config_.hidden_size;
     const bool gpt2 = config_.architecture == Architecture::gpt2;
     const ParameterLayout& layout = weights_.layout;
     const auto keys = static_cast<int32_t>(length_ + rows);
-    const int32_t cu_seqlens[4] = {0, static_cast<int32_t>(rows), 0, keys};
-    positions_.resize(tokens.size());
-    for (size_t i = 0; i < tokens.size(); ++i) positions_[i] = static_cast<int32_t>(length_) + static_cast<int32_t>(i);
+    auto* host = reinterpret_cast<int32_t*>(inputs_->host());
+    std::copy(tokens.begin(), tokens.end(), host);
+    for (int64_t i = 0; i < rows; ++i) host[rows + i] = static_cast<int32_t>(length_ + i);
+    const std::array<int32_t, 4> borders{0, static_cast<int32_t>(rows), 0, keys};
+    std::copy(borders.begin(), borders.end(), host + 2 * rows);
+    const auto* tokens_there = reinterpret_cast<const int32_t*>(inputs_->send(static_cast<size_t>(2 * rows + 4) * sizeof(int32_t)));
+    const int32_t* positions = tokens_there + rows;
+    const int32_t* cu_seqlens = positions + rows;
 
     const auto norm = [&](Buffer x, Buffer branch, int64_t count, int weight, int bias) {
         run(exec_, NormForward{.kind = gpt2 ? NormKind::layernorm : NormKind::rmsnorm, .rows = count, .hidden = hidden,
-                               .eps = config_.norm_eps, .x = x, .branch = branch, .sum = x, .weight = weights_[weight],
-                               .bias = weights_[bias], .out = norm_, .mean = nullptr, .rstd = nullptr});
+                               .eps = config_.norm_eps, .x = x, .branch = branch, .sum = x, .weight = weights_.master(weight),
+                               .bias = weights_.master(bias), .out = norm_, .mean = nullptr, .rstd = nullptr});
     };
     const auto linear = [&](Buffer x, Buffer y, int64_t count, int weight, int bias, int64_t in, int64_t out) {
         run(exec_, LinearForward{.rows = count, .in = in, .out = out, .x = x, .weight = weights_[weight],
                                  .bias = weights_[bias], .y = y});
     };
 
-    run(exec_, EmbeddingForward{.rows = rows, .hidden = hidden, .tokens = tokens.data(), .positions = positions_.data(),
+    run(exec_, EmbeddingForward{.rows = rows, .hidden = hidden, .tokens = tokens_there, .positions = positions,
                                 .table = weights_[layout.embedding()], .position_table = weights_[layout.positions()],
                                 .out = x_});
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
@@ -111,9 +118,11 @@ void Decoder::feed_chunk(std::span<const int32_t> tokens) {
         linear(norm_, qkv_, rows, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size());
         if (config_.has_rope())
             run(exec_, Rope{.rows = rows, .heads = config_.num_heads + config_.num_heads_k, .head_dim = config_.head_dim,
-                            .row_stride = config_.qkv_size(), .x = qkv_, .positions = positions_.data(),
-                            .cos = rope_table_.data(), .sin = rope_table_.data() + rope_table_.size() / 2});
-        append(cache, rows);
+                            .row_stride = config_.qkv_size(), .x = qkv_, .positions = positions,
+                            .cos = rope_table_.at<float>(0), .sin = rope_table_.at<float>(rope_table_.size_bytes() / 2)});
+        run(exec_, CacheAppend{.rows = rows, .columns = config_.kv_size(), .stride = config_.qkv_size(), .position = length_,
+                               .k = qkv_.offset(config_.q_size()), .v = qkv_.offset(config_.q_size() + config_.kv_size()),
+                               .k_cache = cache.k, .v_cache = cache.v});
         run(exec_, attention(cache, rows, keys, cu_seqlens));
         linear(attn_, branch_, rows, p.proj_weight, p.proj_bias, config_.q_size(), hidden);
         norm(x_, branch_, rows, p.norm2_weight, p.norm2_bias);

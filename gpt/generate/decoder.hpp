@@ -32,18 +32,20 @@ private:
 
     void feed_chunk(std::span<const int32_t> tokens);
     AttentionForward attention(const Cache& cache, int64_t rows, int64_t keys, const int32_t* cu_seqlens) const;
-    void append(const Cache& cache, int64_t rows);
 
     const Weights& weights_;
     const ModelConfig& config_;
+    Backend& backend_;
     Exec& exec_;
     int64_t capacity_;
     int64_t length_ = 0;
     Arena arena_;
     std::vector<Cache> caches_;
-    Buffer x_, norm_, qkv_, attn_, branch_, up_, act_, logits_;
-    std::vector<float> rope_table_;
-    std::vector<int32_t> positions_;
+    Buffer x_, norm_, qkv_, attn_, branch_, up_, act_;
+    float* logits_ = nullptr;       // (vocab)
+    std::vector<float> answer_;     // the same in host memory
+    Arena rope_table_;
+    std::unique_ptr<InputStage> inputs_;  // tokens, positions, borders of queries and keys
 };
 
 }  // namespace strobe::gpt

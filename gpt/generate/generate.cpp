@@ -9,6 +9,7 @@
 
 #include "gpt/checkpoint/checkpoint.hpp"
 #include "gpt/generate/decoder.hpp"
+#include "gpt/host_view.hpp"
 #include "gpt/text/utf8.hpp"
 
 namespace strobe::gpt {
@@ -74,6 +75,8 @@ void GenerateOptions::validate() const {
     if (max_tokens < 1) throw std::invalid_argument(fmt::format("tokens is {}, must be 1 or more", max_tokens));
     if (threads < 0 || threads > 1024)
         throw std::invalid_argument(fmt::format("threads is {}, must be between 0 (all) and 1024", threads));
+    if (device == Device::cpu && precision != Precision::fp32)
+        throw std::invalid_argument(fmt::format("precision is {}, must be fp32 on the cpu", to_string(precision)));
     sampling.validate();
 }
 
@@ -115,9 +118,10 @@ GenerateResult generate(const GenerateOptions& options, const std::function<void
     const Checkpoint checkpoint = open_checkpoint(options.checkpoint);
     if (!checkpoint.has_tokenizer())
         throw std::invalid_argument(fmt::format("{} holds no tokenizer", checkpoint.folder().string()));
-    Weights weights(checkpoint.config());
-    checkpoint.read_values(weights.values);
-    Backend backend(Device::cpu, options.threads);
+    Backend backend(options.device, options.threads);
+    const Weights weights(checkpoint.config(), backend.memory(), options.precision);
+    fill_by_host(weights.layout, weights.values, [&](const ParameterArena& values) { checkpoint.read_values(values); });
+    narrow_values(backend, weights);
     return generate(weights, checkpoint.tokenizer(), backend, options, stream);
 }
 

@@ -23,6 +23,8 @@ struct GenerateOptions {
     bool cache = true;                 // false: every token reads the whole text again
     bool stop_at_end_of_text = true;
     int threads = 0;
+    Device device = Device::cpu;
+    Precision precision = Precision::fp32;
 
     /// Throws std::invalid_argument that names the option.
     void validate() const;

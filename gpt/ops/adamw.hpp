@@ -15,14 +15,24 @@ struct AdamWSegment {
 };
 
 struct AdamW {
-    std::span<const AdamWSegment> segments;
+    std::span<const AdamWSegment> segments;  // ascending, in memory that the operator can read
+    int64_t size;                            // elements of the arena
     float* values;
     const float* grads;
     float* m;
     float* v;
     float learning_rate, beta1, beta2, eps, weight_decay;
-    int64_t step;       // 1 for the first
-    float grad_scale;   // the clip: min(1, max_norm / norm)
+    int64_t step;                            // 1 for the first
+    const double* squared_norm = nullptr;    // of the gradients, for the clip; null: none
+    float clip_norm = 0.0f;                  // gradients are scaled by min(1, clip_norm / norm)
+    Buffer narrow{};                         // gets the new values in its precision, or null
+};
+
+/// narrow = values, rounded.
+struct Narrow {
+    int64_t size;
+    const float* values;
+    Buffer narrow;
 };
 
 /// *result = sum of squares, in fixed blocks, so it does not depend on the number of threads.
@@ -31,5 +41,8 @@ struct SquaredNorm {
     const float* values;
     double* result;
 };
+
+/// What squared_norm needs of Exec::scratch.
+inline size_t squared_norm_scratch_bytes(int parts) { return static_cast<size_t>(parts) * sizeof(double); }
 
 }  // namespace strobe::gpt

@@ -14,6 +14,7 @@ struct AttentionShape {
     int64_t max_seqlen_q, max_seqlen_k;
     const int32_t* cu_seqlens_q;  // (batch + 1)
     const int32_t* cu_seqlens_k;  // (batch + 1)
+    bool uniform = false;         // all sequences have max_seqlen_q = max_seqlen_k rows
 };
 
 struct AttentionForward {
@@ -35,8 +36,21 @@ struct AttentionBackward {
     Buffer dv;       // (total_k, num_heads_k, head_dim)
 };
 
-/// What strobe needs of Exec::scratch for such a call. Pointers are not looked at.
-size_t attention_workspace_bytes(const AttentionForward& attention, int threads);
-size_t attention_workspace_bytes(const AttentionBackward& attention, int threads);
+/// What the call needs of Exec::scratch. Pointers are not looked at.
+size_t attention_workspace_bytes(const Exec& exec, const AttentionForward& attention);
+size_t attention_workspace_bytes(const Exec& exec, const AttentionBackward& attention);
+
+/// The call by strobe's public interface, on any device.
+void strobe_attention_forward(Exec& exec, const AttentionForward& attention);
+void strobe_attention_backward(Exec& exec, const AttentionBackward& attention);
+
+/// k and v, columns of a packed projection, go to rows [position, position + rows) of a cache.
+struct CacheAppend {
+    int64_t rows, columns;  // columns: num_heads_k * head_dim
+    int64_t stride;         // elements from row to row of k and v
+    int64_t position;
+    Buffer k, v;              // (rows, columns) at stride
+    Buffer k_cache, v_cache;  // (capacity, columns)
+};
 
 }  // namespace strobe::gpt

@@ -14,7 +14,25 @@ struct EmbeddingForward {
     Buffer out;                // (rows, hidden)
 };
 
-/// Adds into the tables' gradients. No atomics: columns are split, rows are walked in order.
+/// Rows by the row of a table that they read, for a sum without atomics. A piece is at most kPieceRows entries of `order` that
+/// read one table row; where a row of the table has several, their sums meet in a second pass.
+struct RowGroups {
+    static constexpr int64_t kPieceRows = 32;
+    struct Piece {
+        int32_t begin, end;  // in order
+        int32_t target;      // the table's row, or ~slot of a partial sum
+    };
+    struct Merge {
+        int32_t begin, end;  // slots
+        int32_t target;      // the table's row
+    };
+    const int32_t* order = nullptr;
+    const Piece* pieces = nullptr;
+    const Merge* merges = nullptr;
+    int64_t num_pieces = 0, num_merges = 0, num_slots = 0;
+};
+
+/// Adds into the tables' gradients. No atomics: the order of a sum depends on the tokens alone.
 struct EmbeddingBackward {
     int64_t rows, hidden;
     const int32_t* tokens;
@@ -22,6 +40,14 @@ struct EmbeddingBackward {
     Buffer dout;               // (rows, hidden)
     float* dtable;             // (vocab, hidden)
     float* dposition_table;    // (context, hidden) or null
+    RowGroups token_groups{};     // where Ops::uses_row_groups
+    RowGroups position_groups{};  // the same, beside dposition_table
 };
+
+/// What embedding_backward needs of Exec::scratch where rows are grouped: slots are at most rows / kPieceRows + the rows of a
+/// table that have more than one piece.
+inline size_t embedding_scratch_bytes(int64_t rows, int64_t hidden) {
+    return static_cast<size_t>((2 * rows / RowGroups::kPieceRows + 1) * hidden) * sizeof(float);
+}
 
 }  // namespace strobe::gpt

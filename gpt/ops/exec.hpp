@@ -23,12 +23,27 @@ constexpr std::string_view to_string(OpKind kind) {
     return kNames[static_cast<int>(kind)];
 }
 
-/// Seconds and matrix FLOPs by operator since the last clear().
+/// What a call cannot do without: FLOPs of matrix products, and bytes of large tensors read and written once (of pointwise
+/// operators only).
+struct Work {
+    double flops = 0.0;
+    double bytes = 0.0;
+};
+
+/// Seconds and work by operator since the last clear().
 struct OpTimes {
     struct Entry {
         double seconds = 0.0;
         double flops = 0.0;
+        double bytes = 0.0;
         int64_t calls = 0;
+
+        void add(double more_seconds, const Work& work) {
+            seconds += more_seconds;
+            flops += work.flops;
+            bytes += work.bytes;
+            ++calls;
+        }
     };
     std::array<Entry, static_cast<size_t>(OpKind::count)> entries{};
 
@@ -36,14 +51,30 @@ struct OpTimes {
     void clear() { entries = {}; }
 };
 
+/// A device's clock where operators return before they are done: begin and end are marks in the device's own order of work.
+class OpClock {
+public:
+    virtual ~OpClock() = default;
+    virtual void begin() = 0;
+    virtual void end(OpKind kind, const Work& work) = 0;
+};
+
+namespace cuda {
+class Gemm;
+}
+
 struct Exec {
     Device device = Device::cpu;
     const Ops* ops = nullptr;
     ThreadTeam* team = nullptr;   // cpu
     void* stream = nullptr;       // cuda
+    cuda::Gemm* gemm = nullptr;   // cuda
+    int parts = 1;                // into which sums over rows are split; the same on every run of a machine
+    bool deterministic = true;    // every result repeats bit for bit
     void* scratch = nullptr;      // contents undefined between operators
     size_t scratch_bytes = 0;
     OpTimes* times = nullptr;     // null: not measured
+    OpClock* clock = nullptr;     // null: the host's clock tells
 };
 
 }  // namespace strobe::gpt

@@ -10,17 +10,27 @@ struct LinearForward {
     Buffer x;       // (rows, in)
     Buffer weight;  // (out, in)
     Buffer bias;    // (out) or null
-    Buffer y;       // (rows, out)
+    Buffer y;       // (rows, out) at y_stride
+    int64_t y_stride = 0;  // elements from row to row; 0: out
+    /// When given (only where Ops::fuses_gelu): y = gelu(x W^T + b), and this gets what gelu was applied to.
+    Buffer gelu_input{};  // (rows, out)
 };
 
 struct LinearBackward {
     int64_t rows, in, out;
     Buffer x;       // (rows, in)
     Buffer weight;  // (out, in)
-    Buffer dy;      // (rows, out)
+    Buffer dy;      // (rows, out) at dy_stride
     Buffer dx;      // (rows, in), overwritten; null: not wanted
-    float* dweight; // (out, in), added to
+    float* dweight; // (out, in), added to, or overwritten
     float* dbias;   // (out), added to, or null
+    int64_t dy_stride = 0;  // 0: out
+    bool overwrite = false; // dweight; dbias is added to in any case
+    /// When given (only where Ops::fuses_gelu): x was gelu(gelu_input), and dx is the gradient of gelu_input.
+    Buffer gelu_input{};  // (rows, in)
 };
+
+/// What linear_backward needs of Exec::scratch for its bias.
+inline size_t linear_scratch_bytes(int parts, int64_t out) { return static_cast<size_t>(parts) * static_cast<size_t>(out) * sizeof(float); }
 
 }  // namespace strobe::gpt

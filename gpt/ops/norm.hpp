@@ -16,8 +16,8 @@ struct NormForward {
     Buffer x;       // (rows, hidden)
     Buffer branch;  // (rows, hidden) or null: sum is x
     Buffer sum;     // (rows, hidden); unused without branch; may be x
-    Buffer weight;  // (hidden)
-    Buffer bias;    // (hidden)
+    Buffer weight;  // (hidden), fp32
+    Buffer bias;    // (hidden), fp32
     Buffer out;     // (rows, hidden)
     float* mean;    // (rows)
     float* rstd;    // (rows)
@@ -28,7 +28,7 @@ struct NormBackward {
     NormKind kind;
     int64_t rows, hidden;
     Buffer x;        // (rows, hidden), the normalised sum
-    Buffer weight;   // (hidden)
+    Buffer weight;   // (hidden), fp32
     const float* mean;
     const float* rstd;
     Buffer dout;     // (rows, hidden)
@@ -38,8 +38,8 @@ struct NormBackward {
 };
 
 /// What norm_backward needs of Exec::scratch.
-inline size_t norm_scratch_bytes(int threads, int64_t hidden) {
-    return static_cast<size_t>(2 * hidden * threads) * sizeof(float);
+inline size_t norm_scratch_bytes(int parts, int64_t hidden) {
+    return static_cast<size_t>(2 * hidden * parts) * sizeof(float);
 }
 
 }  // namespace strobe::gpt

@@ -26,25 +26,34 @@ struct Ops {
     void (*rope)(Exec&, const Rope&);
     void (*attention_forward)(Exec&, const AttentionForward&);
     void (*attention_backward)(Exec&, const AttentionBackward&);
+    void (*cache_append)(Exec&, const CacheAppend&);
     void (*cross_entropy)(Exec&, const CrossEntropy&);
+    void (*loss_sum)(Exec&, const LossSum&);
     void (*adamw)(Exec&, const AdamW&);
     void (*squared_norm)(Exec&, const SquaredNorm&);
+    void (*narrow)(Exec&, const Narrow&);
+    bool fuses_gelu = false;       // linear operators take gelu_input
+    bool uses_row_groups = false;  // embedding_backward reads the row groups, not the tokens
 };
-
-/// The best table for the device; throws std::invalid_argument when there is none.
-const Ops& ops_for(Device device);
 
 namespace detail {
 
 template <class Args>
-void timed(Exec& e, OpKind kind, double flops, void (*op)(Exec&, const Args&), const Args& args) {
+void timed(Exec& e, OpKind kind, const Work& work, void (*op)(Exec&, const Args&), const Args& args) {
     if (!e.times) return op(e, args);
+    if (e.clock) {
+        e.clock->begin();
+        op(e, args);
+        return e.clock->end(kind, work);
+    }
     const auto start = std::chrono::steady_clock::now();
     op(e, args);
-    OpTimes::Entry& entry = (*e.times)[kind];
-    entry.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    entry.flops += flops;
-    ++entry.calls;
+    (*e.times)[kind].add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), work);
+}
+
+/// Bytes of so many passes over (rows, columns).
+inline double pass_bytes(double passes, int64_t rows, int64_t columns, Buffer of) {
+    return passes * static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(size_of(of.precision));
 }
 
 inline double gemm_flops(int64_t m, int64_t n, int64_t k) {
@@ -59,28 +68,61 @@ inline double attention_flops(const AttentionShape& s) {
 
 }  // namespace detail
 
-inline void run(Exec& e, const EmbeddingForward& a) { detail::timed(e, OpKind::embedding, 0, e.ops->embedding_forward, a); }
-inline void run(Exec& e, const EmbeddingBackward& a) { detail::timed(e, OpKind::embedding, 0, e.ops->embedding_backward, a); }
-inline void run(Exec& e, const NormForward& a) { detail::timed(e, OpKind::norm, 0, e.ops->norm_forward, a); }
-inline void run(Exec& e, const NormBackward& a) { detail::timed(e, OpKind::norm, 0, e.ops->norm_backward, a); }
+inline void run(Exec& e, const EmbeddingForward& a) {
+    const Work work{.bytes = detail::pass_bytes(a.position_table ? 3 : 2, a.rows, a.hidden, a.out)};
+    detail::timed(e, OpKind::embedding, work, e.ops->embedding_forward, a);
+}
+inline void run(Exec& e, const EmbeddingBackward& a) {
+    const Work work{.bytes = detail::pass_bytes(a.dposition_table ? 2 : 1, a.rows, a.hidden, a.dout)};
+    detail::timed(e, OpKind::embedding, work, e.ops->embedding_backward, a);
+}
+inline void run(Exec& e, const NormForward& a) {
+    const Work work{.bytes = detail::pass_bytes(a.branch ? 4 : 2, a.rows, a.hidden, a.x)};
+    detail::timed(e, OpKind::norm, work, e.ops->norm_forward, a);
+}
+inline void run(Exec& e, const NormBackward& a) {
+    const Work work{.bytes = detail::pass_bytes(4, a.rows, a.hidden, a.x)};
+    detail::timed(e, OpKind::norm, work, e.ops->norm_backward, a);
+}
 inline void run(Exec& e, const LinearForward& a) {
-    detail::timed(e, OpKind::linear, detail::gemm_flops(a.rows, a.out, a.in), e.ops->linear_forward, a);
+    detail::timed(e, OpKind::linear, {.flops = detail::gemm_flops(a.rows, a.out, a.in)}, e.ops->linear_forward, a);
 }
 inline void run(Exec& e, const LinearBackward& a) {
     const double products = a.dx ? 2.0 : 1.0;
-    detail::timed(e, OpKind::linear, products * detail::gemm_flops(a.rows, a.out, a.in), e.ops->linear_backward, a);
+    detail::timed(e, OpKind::linear, {.flops = products * detail::gemm_flops(a.rows, a.out, a.in)}, e.ops->linear_backward, a);
 }
-inline void run(Exec& e, const ActivationForward& a) { detail::timed(e, OpKind::activation, 0, e.ops->activation_forward, a); }
-inline void run(Exec& e, const ActivationBackward& a) { detail::timed(e, OpKind::activation, 0, e.ops->activation_backward, a); }
-inline void run(Exec& e, const Rope& a) { detail::timed(e, OpKind::rope, 0, e.ops->rope, a); }
+inline void run(Exec& e, const ActivationForward& a) {
+    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 2 : 3, a.rows, a.ffn, a.x)};
+    detail::timed(e, OpKind::activation, work, e.ops->activation_forward, a);
+}
+inline void run(Exec& e, const ActivationBackward& a) {
+    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 3 : 5, a.rows, a.ffn, a.x)};
+    detail::timed(e, OpKind::activation, work, e.ops->activation_backward, a);
+}
+inline void run(Exec& e, const Rope& a) {
+    const Work work{.bytes = detail::pass_bytes(2, a.rows, a.heads * a.head_dim, a.x)};
+    detail::timed(e, OpKind::rope, work, e.ops->rope, a);
+}
 inline void run(Exec& e, const AttentionForward& a) {
-    detail::timed(e, OpKind::attention, detail::attention_flops(a.shape), e.ops->attention_forward, a);
+    detail::timed(e, OpKind::attention, {.flops = detail::attention_flops(a.shape)}, e.ops->attention_forward, a);
 }
 inline void run(Exec& e, const AttentionBackward& a) {
-    detail::timed(e, OpKind::attention, 2.0 * detail::attention_flops(a.forward.shape), e.ops->attention_backward, a);
+    detail::timed(e, OpKind::attention, {.flops = 2.0 * detail::attention_flops(a.forward.shape)}, e.ops->attention_backward, a);
 }
-inline void run(Exec& e, const CrossEntropy& a) { detail::timed(e, OpKind::cross_entropy, 0, e.ops->cross_entropy, a); }
-inline void run(Exec& e, const AdamW& a) { detail::timed(e, OpKind::optimizer, 0, e.ops->adamw, a); }
-inline void run(Exec& e, const SquaredNorm& a) { detail::timed(e, OpKind::optimizer, 0, e.ops->squared_norm, a); }
+inline void run(Exec& e, const CacheAppend& a) { detail::timed(e, OpKind::attention, {}, e.ops->cache_append, a); }
+inline void run(Exec& e, const CrossEntropy& a) {
+    const Work work{.bytes = detail::pass_bytes(a.gradient_scale ? 2 : 1, a.rows, a.vocab, a.logits)};
+    detail::timed(e, OpKind::cross_entropy, work, e.ops->cross_entropy, a);
+}
+inline void run(Exec& e, const LossSum& a) { detail::timed(e, OpKind::cross_entropy, {}, e.ops->loss_sum, a); }
+inline void run(Exec& e, const Narrow& a) { detail::timed(e, OpKind::optimizer, {}, e.ops->narrow, a); }
+inline void run(Exec& e, const AdamW& a) {
+    const double per_number = 7.0 * sizeof(float) + (a.narrow ? static_cast<double>(size_of(a.narrow.precision)) : 0.0);
+    detail::timed(e, OpKind::optimizer, {.bytes = per_number * static_cast<double>(a.size)}, e.ops->adamw, a);
+}
+inline void run(Exec& e, const SquaredNorm& a) {
+    const Work work{.bytes = sizeof(float) * static_cast<double>(a.size)};
+    detail::timed(e, OpKind::optimizer, work, e.ops->squared_norm, a);
+}
 
 }  // namespace strobe::gpt

@@ -58,7 +58,7 @@ void probe(const std::filesystem::path& folder, const std::filesystem::path& inp
                                    .weight_decay = input.at("weight_decay"), .clip_norm = input.at("clip_norm")};
     Optimizer optimizer(weights.layout, options);
     for (int64_t step = 1; step <= input.at("steps").get<int64_t>(); ++step) {
-        optimizer.apply(backend.exec(), weights.values, model.gradients(), step, options.learning_rate);
+        optimizer.apply(backend.exec(), weights, model.gradients(), step, options.learning_rate);
         model.clear_gradients();
         losses.push_back(static_cast<float>(model.forward_backward(batch, 1.0f / targets)) / targets);
     }

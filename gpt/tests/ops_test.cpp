@@ -208,7 +208,7 @@ TEST_P(OpsTest, cross_entropy) {
     Doubles expected(kRows);
     for (size_t r = 0; r < kRows; ++r) expected[r] = loss_of(widen(logits), r);
     expect_close(losses, expected, kForward, "losses");
-    args.logits = gradient.data(), args.losses = again.data(), args.gradient = true, args.gradient_scale = kScale;
+    args.logits = gradient.data(), args.losses = again.data(), args.gradient_scale = &kScale;
     run(exec, args);
     expect_close(again, expected, kForward, "losses beside the gradient");
     const Doubles numeric = differences(
@@ -229,11 +229,15 @@ TEST_P(OpsTest, adamw_follows_the_paper) {
     constexpr double kRate = 0.01, kBeta1 = 0.9, kBeta2 = 0.95, kEps = 1e-8, kDecay = 0.1, kClip = 0.5;
     for (int step = 1; step <= 3; ++step) {
         const Floats g = random_floats(kSize, 10 + uint64_t(step));
-        run(exec, AdamW{.segments = segments, .values = w.data(), .grads = g.data(), .m = m.data(), .v = v.data(),
+        double square = 0.0;
+        for (const float x : g) square += double(x) * x;
+        // The clip bites from the second step on.
+        const double clip_norm = step == 1 ? 2.0 * std::sqrt(square) : kClip * std::sqrt(square);
+        run(exec, AdamW{.segments = segments, .size = kSize, .values = w.data(), .grads = g.data(), .m = m.data(), .v = v.data(),
                         .learning_rate = float(kRate), .beta1 = float(kBeta1), .beta2 = float(kBeta2), .eps = float(kEps),
-                        .weight_decay = float(kDecay), .step = step, .grad_scale = float(kClip)});
+                        .weight_decay = float(kDecay), .step = step, .squared_norm = &square, .clip_norm = float(clip_norm)});
         for (size_t i = 0; i < kSize; ++i) {
-            const double grad = g[i] * kClip;
+            const double grad = g[i] * (step == 1 ? 1.0 : kClip);
             dm[i] = kBeta1 * dm[i] + (1 - kBeta1) * grad;
             dv[i] = kBeta2 * dv[i] + (1 - kBeta2) * grad * grad;
             const double mean = dm[i] / (1 - std::pow(kBeta1, step)), square = dv[i] / (1 - std::pow(kBeta2, step));

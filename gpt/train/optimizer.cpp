@@ -46,22 +46,27 @@ float learning_rate_at(const OptimizerOptions& o, int64_t step, int64_t total_st
     return static_cast<float>(o.learning_rate * (o.final_fraction + (1.0 - o.final_fraction) * cosine));
 }
 
-Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& options)
-    : options_(options), segments_(segments_of(layout)), m_(layout), v_(layout) {
+Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory)
+    : options_(options), m_(layout, memory), v_(layout, memory), squared_norm_(sizeof(double), memory) {
     options.validate();
+    const std::vector<AdamWSegment> segments = segments_of(layout);
+    num_segments_ = segments.size();
+    segments_ = Arena(num_segments_ * sizeof(AdamWSegment), memory);
+    memory.copy(segments_.at<void>(0), segments.data(), segments_.size_bytes());
 }
 
-double Optimizer::apply(Exec& exec, const ParameterArena& values, const ParameterArena& gradients, int64_t step,
-                        float learning_rate) {
-    double square = 0.0;
-    run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.data(), .result = &square});
-    const double norm = std::sqrt(square);
-    float scale = 1.0f;
-    if (options_.clip_norm > 0.0f && norm > options_.clip_norm) scale = static_cast<float>(options_.clip_norm / (norm + 1e-6));
-    run(exec, AdamW{.segments = segments_, .values = values.data(), .grads = gradients.data(), .m = m_.data(), .v = v_.data(),
+double Optimizer::apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate) {
+    auto* square = squared_norm_.at<double>(0);
+    run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.data(), .result = square});
+    run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0), num_segments_}, .size = gradients.size(),
+                    .values = weights.values.data(), .grads = gradients.data(), .m = m_.data(), .v = v_.data(),
                     .learning_rate = learning_rate, .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
-                    .weight_decay = options_.weight_decay, .step = step, .grad_scale = scale});
-    return norm;
+                    .weight_decay = options_.weight_decay, .step = step,
+                    .squared_norm = options_.clip_norm > 0.0f ? square : nullptr, .clip_norm = options_.clip_norm,
+                    .narrow = weights.precision == Precision::fp32 ? Buffer() : weights.all()});
+    double result = 0.0;
+    m_.memory().copy(&result, square, sizeof result);
+    return std::sqrt(result);
 }
 
 }  // namespace strobe::gpt

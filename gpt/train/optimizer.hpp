@@ -27,18 +27,21 @@ float learning_rate_at(const OptimizerOptions& options, int64_t step, int64_t to
 
 class Optimizer {
 public:
-    Optimizer(const ParameterLayout& layout, const OptimizerOptions& options);
+    /// The state lies in `memory`.
+    Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory = host_memory());
 
     /// Updates the values by the gradients; returns the gradients' norm before clipping.
-    double apply(Exec& exec, const ParameterArena& values, const ParameterArena& gradients, int64_t step, float learning_rate);
+    double apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate);
 
     const ParameterArena& first_moments() const { return m_; }
     const ParameterArena& second_moments() const { return v_; }
 
 private:
     OptimizerOptions options_;
-    std::vector<AdamWSegment> segments_;
     ParameterArena m_, v_;
+    size_t num_segments_ = 0;
+    Arena segments_;
+    Arena squared_norm_;
 };
 
 }  // namespace strobe::gpt

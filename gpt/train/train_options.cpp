@@ -54,6 +54,7 @@ void TrainOptions::validate() const {
     require(batch_size >= 1 && batch_size <= 1 << 20, "batch size", batch_size, "between 1 and 1048576");
     require(accumulate >= 1 && accumulate <= 1 << 20, "accumulate", accumulate, "between 1 and 1048576");
     require(steps >= 1, "steps", steps, "1 or more");
+    require(device == Device::cuda || precision == Precision::fp32, "precision", to_string(precision), "fp32 on the cpu");
     require(threads >= 0 && threads <= 1024, "threads", threads, "between 0 (all) and 1024");
     require(eval_every >= 0, "eval-every", eval_every, "0 (only at the end) or more");
     require(eval_rows >= 1, "eval-rows", eval_rows, "1 or more");

@@ -9,6 +9,7 @@
 
 #include "gpt/activations.hpp"
 #include "gpt/config.hpp"
+#include "gpt/device.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt {
@@ -27,6 +28,11 @@ struct TrainOptions {
     int64_t steps = 1000;
     uint64_t seed = 1;
     OptimizerOptions optimizer;
+
+    // The result does not depend on these, but for rounding: a checkpoint is fp32 and goes on anywhere.
+    Device device = Device::cpu;
+    Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
+    bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
 
     // The result does not depend on these.
     std::filesystem::path out = "out/gpt";

@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "gpt/host_view.hpp"
 #include "gpt/io/durable_file.hpp"
 #include "gpt/random.hpp"
 #include "gpt/train/interrupt.hpp"
@@ -111,8 +112,8 @@ private:
     const TrainOptions& options_;
     CheckpointStore store_;
     Dataset data_;
-    Weights weights_;
     Backend backend_;
+    Weights weights_;
     Model model_;
     Optimizer optimizer_;
     Sampler sampler_;
@@ -122,6 +123,8 @@ private:
     double smooth_step_seconds_ = 0.0;
     double step_flops_sum_ = 0.0;
     int64_t tokens_done_ = 0;
+    OpTimes* times_ = &backend_.times();
+    int64_t steps_here_ = 0;
     std::optional<double> last_held_out_;
 };
 
@@ -141,24 +144,31 @@ Run::Run(Start start, Progress& progress)
       options_(start_.options),
       store_(options_.out),
       data_(load(start_, progress)),
-      weights_(options_.model),
-      backend_(Device::cpu, options_.threads),
+      backend_(options_.device, options_.threads),
+      weights_(options_.model, backend_.memory(), options_.precision),
       model_(weights_, backend_, {.max_rows = options_.batch_size * options_.row_length(), .recompute = options_.recompute}),
-      optimizer_(weights_.layout, options_.optimizer),
+      optimizer_(weights_.layout, options_.optimizer, backend_.memory()),
       sampler_(data_.train, {.row = {.seqlen = options_.row_length(), .split_documents = options_.split_documents},
                              .batch_size = options_.batch_size, .seed = options_.seed}),
       log_(options_.out / "log.jsonl", start_.state ? start_.state->step : 0),
       batches_(static_cast<size_t>(options_.accumulate)) {
-    if (start_.checkpoint)
-        start_.checkpoint->read_values(weights_.values);
-    else
-        initialize(weights_.layout, options_.model, options_.seed, weights_.values);
+    backend_.exec().deterministic = options_.deterministic;
+    fill_by_host(weights_.layout, weights_.values, [&](const ParameterArena& values) {
+        if (start_.checkpoint)
+            start_.checkpoint->read_values(values);
+        else
+            initialize(weights_.layout, options_.model, options_.seed, values);
+    });
+    narrow_values(backend_, weights_);
     if (start_.state) {
-        start_.checkpoint->read_moments(optimizer_.first_moments(), optimizer_.second_moments());
+        fill_by_host(weights_.layout, optimizer_.first_moments(), [&](const ParameterArena& first) {
+            fill_by_host(weights_.layout, optimizer_.second_moments(),
+                         [&](const ParameterArena& second) { start_.checkpoint->read_moments(first, second); });
+        });
         sampler_.seek(start_.state->data_position);
         result_.steps = start_.state->step;
         const int threads = start_.state->trainer.value("threads", 0);
-        if (threads != backend_.team().size())
+        if (backend_.device() == Device::cpu && threads != backend_.team().size())
             progress_.message(fmt::format("resuming on {} threads a run of {}: sums are ordered differently from here on",
                                           backend_.team().size(), threads));
     }
@@ -166,7 +176,7 @@ Run::Run(Start start, Progress& progress)
     result_.parameters = options_.model.num_parameters();
     result_.log = options_.out / "log.jsonl";
     result_.plot = options_.out / "loss.svg";
-    result_.peak_flops_per_second = backend_.measure_peak();
+    result_.peak_flops_per_second = backend_.peak(options_.precision);
 }
 
 void Run::step(int64_t number) {
@@ -179,16 +189,20 @@ void Run::step(int64_t number) {
         tokens += static_cast<int64_t>(batch.tokens.size());
         flops += flops_of(options_.model, batch);
     }
+    // A GPU's marks around each operator cost time: there the clock looks at every 16th step, once all shapes have been met.
+    Exec& exec = backend_.exec();
+    exec.times = backend_.device() == Device::cpu || steps_here_ % 16 == 1 ? times_ : nullptr;
+    ++steps_here_;
     model_.clear_gradients();
-    double sum = 0.0;
     const float scale = 1.0f / static_cast<float>(std::max<int64_t>(1, targets));
-    for (const Batch& batch : batches_) sum += model_.forward_backward(batch, scale);
-    const double loss = sum / static_cast<double>(std::max<int64_t>(1, targets));
+    for (const Batch& batch : batches_) model_.accumulate(batch, scale);
+    const float rate = learning_rate_at(options_.optimizer, number, options_.steps);
+    const double norm = optimizer_.apply(exec, weights_, model_.gradients(), number, rate);
+    const double loss = model_.take_loss() / static_cast<double>(std::max<int64_t>(1, targets));
+    if (exec.times) backend_.times();
     if (!std::isfinite(loss))
         throw std::runtime_error(fmt::format("the loss is {} at step {}: lower the learning rate or raise the warm-up; the last "
                                              "checkpoint is as it was", loss, number));
-    const float rate = learning_rate_at(options_.optimizer, number, options_.steps);
-    const double norm = optimizer_.apply(backend_.exec(), weights_.values, model_.gradients(), number, rate);
 
     const double seconds = seconds_since(begin);
     smooth_step_seconds_ = smooth_step_seconds_ == 0.0 ? seconds : 0.95 * smooth_step_seconds_ + 0.05 * seconds;
@@ -213,15 +227,13 @@ std::optional<double> Run::evaluate(uint64_t max_rows) {
     SequentialBatches batches(data_.held_out, {.seqlen = options_.row_length(), .split_documents = options_.split_documents},
                               options_.batch_size, max_rows);
     // The clock says where training steps spend their time.
-    Exec& exec = backend_.exec();
-    OpTimes* const times = std::exchange(exec.times, nullptr);
+    backend_.exec().times = nullptr;
     double sum = 0.0;
     int64_t targets = 0;
     for (Batch batch; batches.next(batch) && !InterruptGuard::requested();) {
         sum += model_.loss(batch);
         targets += count_targets(batch);
     }
-    exec.times = times;
     if (targets == 0 || InterruptGuard::requested()) return std::nullopt;
     return sum / static_cast<double>(targets);
 }
@@ -232,10 +244,11 @@ void Run::save(int64_t number) {
                               .data_fingerprint = data_.fingerprint,
                               .rng = Random(options_.seed).state(),
                               .trainer = {{"options", nlohmann::json(to_json(options_))}, {"threads", backend_.team().size()}}};
-    result_.checkpoint = store_.save({.config = &weights_.config, .layout = &weights_.layout, .values = &weights_.values,
-                                      .first_moment = &optimizer_.first_moments(),
-                                      .second_moment = &optimizer_.second_moments(), .tokenizer = &start_.tokenizer,
-                                      .state = &state});
+    const HostView values(weights_.layout, weights_.values), first(weights_.layout, optimizer_.first_moments()),
+        second(weights_.layout, optimizer_.second_moments());
+    result_.checkpoint = store_.save({.config = &weights_.config, .layout = &weights_.layout, .values = values.get(),
+                                      .first_moment = first.get(), .second_moment = second.get(),
+                                      .tokenizer = &start_.tokenizer, .state = &state});
 }
 
 void Run::draw() {
@@ -247,9 +260,11 @@ void Run::draw() {
 
 TrainResult Run::go() {
     const InterruptGuard guard;
-    progress_.message(fmt::format("{} parameters, {} tokens per step, {} steps, {} threads, measured peak {:.1f} GFLOP/s",
-                                  result_.parameters, options_.tokens_per_step(), options_.steps, backend_.team().size(),
-                                  result_.peak_flops_per_second * 1e-9));
+    const std::string where = backend_.device() == Device::cpu
+                                  ? fmt::format("{} threads, measured peak", backend_.team().size())
+                                  : fmt::format("{} in {}, stated peak", backend_.runtime().name(), to_string(options_.precision));
+    progress_.message(fmt::format("{} parameters, {} tokens per step, {} steps, {} {:.1f} GFLOP/s", result_.parameters,
+                                  options_.tokens_per_step(), options_.steps, where, result_.peak_flops_per_second * 1e-9));
     if (result_.steps > 0) progress_.message(fmt::format("resumed behind step {}", result_.steps));
     int64_t saved = start_.state ? start_.state->step : -1;
     while (result_.steps < options_.steps && !guard.requested()) {
@@ -285,6 +300,42 @@ TrainResult Run::go() {
     return result_;
 }
 
+/// Rows of a batch that a GPU of so many bytes has room for, for each kind of recomputation; 0: not one.
+nlohmann::ordered_json rows_that_fit(const TrainOptions& o, size_t bytes) {
+    nlohmann::ordered_json out;
+    for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
+        const auto needs = [&](int64_t rows) {
+            return plan_memory(o.model, {.max_rows = rows * o.row_length(), .recompute = recompute, .device = o.device,
+                                         .precision = o.precision}).total();
+        };
+        int64_t fits = 0, over = 1;
+        while (over <= int64_t{1} << 20 && needs(over) <= bytes) fits = std::exchange(over, 2 * over);
+        while (over - fits > 1) {
+            const int64_t middle = (fits + over) / 2;
+            (needs(middle) <= bytes ? fits : over) = middle;
+        }
+        out[std::string(to_string(recompute))] = fits;
+    }
+    return out;
+}
+
+/// Whether the run has room on this machine's GPU, and what would have. On a machine without one: on one of 80 GB.
+nlohmann::ordered_json fit(const TrainOptions& o, const MemoryPlan& memory) {
+    constexpr size_t kUsualBytes = size_t{79} << 30;
+    constexpr size_t kReserve = size_t{1} << 30;  // the context, cuBLAS and its workspace
+    std::string name = "a GPU of 80 GB";
+    size_t bytes = kUsualBytes;
+    try {
+        const std::unique_ptr<Runtime> runtime = cuda::make_runtime();
+        name = runtime->name();
+        bytes = runtime->free_bytes();
+    } catch (const std::invalid_argument&) {
+        // No GPU here.
+    }
+    bytes -= std::min(bytes, kReserve);
+    return {{"gpu", name}, {"bytes", bytes}, {"run", memory.total() <= bytes}, {"rows_by_recompute", rows_that_fit(o, bytes)}};
+}
+
 }  // namespace
 
 TrainResult train(const TrainOptions& options) {
@@ -294,18 +345,24 @@ TrainResult train(const TrainOptions& options) {
 }
 
 nlohmann::ordered_json describe(const TrainOptions& o) {
-    const MemoryPlan memory = plan_memory(o.model, {.max_rows = o.batch_size * o.row_length(), .recompute = o.recompute});
-    return {{"architecture", to_string(o.model.architecture)},
-            {"parameters", o.model.num_parameters()},
-            {"tokens_per_step", o.tokens_per_step()},
-            {"steps", o.steps},
-            {"flops_per_token", o.model.flops_per_token(o.row_length())},
-            {"bytes",
-             {{"weights", memory.values},
-              {"gradients", memory.gradients},
-              {"moments", memory.moments},
-              {"activations", memory.activations},
-              {"total", memory.total()}}}};
+    const MemoryPlan memory = plan_memory(o.model, {.max_rows = o.batch_size * o.row_length(), .recompute = o.recompute,
+                                                    .device = o.device, .precision = o.precision});
+    nlohmann::ordered_json out{{"architecture", to_string(o.model.architecture)},
+                               {"device", to_string(o.device)},
+                               {"precision", to_string(o.precision)},
+                               {"parameters", o.model.num_parameters()},
+                               {"tokens_per_step", o.tokens_per_step()},
+                               {"steps", o.steps},
+                               {"flops_per_token", o.model.flops_per_token(o.row_length())},
+                               {"bytes",
+                                {{"weights", memory.values + memory.narrow_values},
+                                 {"gradients", memory.gradients},
+                                 {"moments", memory.moments},
+                                 {"activations", memory.activations},
+                                 {"scratch", memory.scratch},
+                                 {"total", memory.total()}}}};
+    if (o.device == Device::cuda) out["fits"] = fit(o, memory);
+    return out;
 }
 
 }  // namespace strobe::gpt

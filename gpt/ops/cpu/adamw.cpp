@@ -33,11 +33,14 @@ void update(float* __restrict w, const float* __restrict g, float* __restrict m,
 void adamw(Exec& e, const AdamW& a) {
     const double bias1 = 1.0 - std::pow(static_cast<double>(a.beta1), static_cast<double>(a.step));
     const double bias2 = 1.0 - std::pow(static_cast<double>(a.beta2), static_cast<double>(a.step));
-    Rates rates{a.beta1, a.beta2, a.eps, a.grad_scale, 1.0f, static_cast<float>(a.learning_rate / bias1),
+    float grad_scale = 1.0f;
+    if (a.squared_norm) {
+        const double norm = std::sqrt(*a.squared_norm);
+        if (norm > static_cast<double>(a.clip_norm)) grad_scale = static_cast<float>(static_cast<double>(a.clip_norm) / (norm + 1e-6));
+    }
+    Rates rates{a.beta1, a.beta2, a.eps, grad_scale, 1.0f, static_cast<float>(a.learning_rate / bias1),
                 static_cast<float>(1.0 / std::sqrt(bias2))};
-    int64_t end_of_all = 0;
-    for (const AdamWSegment& s : a.segments) end_of_all = std::max(end_of_all, s.offset + s.size);
-    e.team->ranges(end_of_all, kGrain, [&](int64_t begin, int64_t end, int) {
+    e.team->ranges(a.size, kGrain, [&](int64_t begin, int64_t end, int) {
         Rates mine = rates;
         for (const AdamWSegment& s : a.segments) {
             const int64_t from = std::max(begin, s.offset), to = std::min(end, s.offset + s.size);

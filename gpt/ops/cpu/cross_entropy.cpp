@@ -41,16 +41,17 @@ float loss_and_gradient_of_row(float* x, int64_t n, int32_t target, float scale)
 }  // namespace
 
 void cross_entropy(Exec& e, const CrossEntropy& a) {
+    const int64_t stride = a.stride > 0 ? a.stride : a.vocab;
     e.team->ranges(a.rows, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; ++r) {
-            float* x = a.logits.f32() + r * a.vocab;
+            float* x = a.logits.f32() + r * stride;
             const int32_t target = a.targets[r];
             if (target == kIgnoreTarget) {
                 a.losses[r] = 0.0f;
-                if (a.gradient)
+                if (a.gradient_scale)
                     for (int64_t i = 0; i < a.vocab; ++i) x[i] = 0.0f;
-            } else if (a.gradient) {
-                a.losses[r] = loss_and_gradient_of_row(x, a.vocab, target, a.gradient_scale);
+            } else if (a.gradient_scale) {
+                a.losses[r] = loss_and_gradient_of_row(x, a.vocab, target, *a.gradient_scale);
             } else {
                 a.losses[r] = loss_of_row(x, a.vocab, target);
             }

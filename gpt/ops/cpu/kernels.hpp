@@ -27,7 +27,11 @@ STROBE_GPT_DECLARE_KERNELS
 
 void linear_forward(Exec&, const LinearForward&);
 void linear_backward(Exec&, const LinearBackward&);
-void attention_forward(Exec&, const AttentionForward&);
-void attention_backward(Exec&, const AttentionBackward&);
+void cache_append(Exec&, const CacheAppend&);
+void loss_sum(Exec&, const LossSum&);
+void narrow(Exec&, const Narrow&);
+
+/// The best for this machine.
+const Ops& table();
 
 }  // namespace strobe::gpt::cpu

@@ -1,7 +1,7 @@
 // The CPU's operator tables, one per instruction set, and the choice among them at run time.
 #include <cblas.h>
 
-#include <fmt/format.h>
+#include <algorithm>
 
 #include "gpt/ops/cpu/kernels.hpp"
 
@@ -16,8 +16,9 @@ namespace {
         .linear_forward = cpu::linear_forward, .linear_backward = cpu::linear_backward,                          \
         .activation_forward = cpu::isa::activation_forward,                                                      \
         .activation_backward = cpu::isa::activation_backward, .rope = cpu::isa::rope,                            \
-        .attention_forward = cpu::attention_forward, .attention_backward = cpu::attention_backward,              \
-        .cross_entropy = cpu::isa::cross_entropy, .adamw = cpu::isa::adamw, .squared_norm = cpu::isa::squared_norm, \
+        .attention_forward = strobe_attention_forward, .attention_backward = strobe_attention_backward,          \
+        .cache_append = cpu::cache_append, .cross_entropy = cpu::isa::cross_entropy, .loss_sum = cpu::loss_sum,  \
+        .adamw = cpu::isa::adamw, .squared_norm = cpu::isa::squared_norm, .narrow = cpu::narrow,                 \
     }
 
 const Ops& best_cpu_table() {
@@ -33,10 +34,25 @@ const Ops& best_cpu_table() {
 
 }  // namespace
 
-const Ops& ops_for(Device device) {
-    if (device == Device::cpu) return best_cpu_table();
-    throw std::invalid_argument(
-        fmt::format("device '{}': this build of the trainer has operators for cpu only", to_string(device)));
+namespace cpu {
+
+const Ops& table() { return best_cpu_table(); }
+
+void cache_append(Exec&, const CacheAppend& a) {
+    for (int64_t r = 0; r < a.rows; ++r) {
+        std::copy_n(a.k.f32() + r * a.stride, a.columns, a.k_cache.f32() + (a.position + r) * a.columns);
+        std::copy_n(a.v.f32() + r * a.stride, a.columns, a.v_cache.f32() + (a.position + r) * a.columns);
+    }
 }
+
+void loss_sum(Exec&, const LossSum& a) {
+    double sum = a.add ? *a.sum : 0.0;
+    for (int64_t r = 0; r < a.rows; ++r) sum += static_cast<double>(a.losses[r]);
+    *a.sum = sum;
+}
+
+void narrow(Exec&, const Narrow&) { throw std::invalid_argument("the cpu computes in fp32 only"); }
+
+}  // namespace cpu
 
 }  // namespace strobe::gpt

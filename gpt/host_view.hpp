@@ -1,0 +1,35 @@
+// Arenas as files are read and written: in host memory.
+#pragma once
+
+#include "gpt/parameters.hpp"
+
+namespace strobe::gpt {
+
+/// An arena's numbers: the arena itself, or a copy of a device's.
+class HostView {
+public:
+    HostView(const ParameterLayout& layout, const ParameterArena& arena) : arena_(arena) {
+        if (arena.memory().on_host()) return;
+        copy_ = ParameterArena(layout);
+        copy_.copy_from(arena);
+    }
+    HostView(const HostView&) = delete;
+    HostView& operator=(const HostView&) = delete;
+
+    const ParameterArena* get() const { return arena_.memory().on_host() ? &arena_ : &copy_; }
+
+private:
+    const ParameterArena& arena_;
+    ParameterArena copy_;
+};
+
+/// Calls fill(arena) with one in host memory, whose numbers `arena` then has.
+template <class Fill>
+void fill_by_host(const ParameterLayout& layout, const ParameterArena& arena, Fill&& fill) {
+    if (arena.memory().on_host()) return fill(arena);
+    const ParameterArena host(layout);
+    fill(host);
+    arena.copy_from(host);
+}
+
+}  // namespace strobe::gpt

@@ -1,0 +1,97 @@
+#include "gpt/ops/cuda/common.cuh"
+#include "gpt/ops/cuda/kernels.hpp"
+
+namespace strobe::gpt::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+// A block per row.
+template <class T, int N>
+__global__ void forward_kernel(int64_t hidden, const int32_t* tokens, const int32_t* positions, const T* table,
+                               const T* position_table, T* out) {
+    using V = Vector<T, N>;
+    const int64_t row = blockIdx.x;
+    const T* token = table + tokens[row] * hidden;
+    const T* position = position_table ? position_table + positions[row] * hidden : nullptr;
+    for (int64_t c = threadIdx.x * N; c < hidden; c += kThreads * N) {
+        V y = V::load(token + c);
+        if (position) {
+            const V p = V::load(position + c);
+#pragma unroll
+            for (int i = 0; i < N; ++i) y.set(i, y[i] + p[i]);
+        }
+        y.store(out + row * hidden + c);
+    }
+}
+
+// A block per piece and stretch of columns: the rows of a piece in order.
+template <class T, int N>
+__global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, float* dtable, float* partial) {
+    using V = Vector<T, N>;
+    const RowGroups::Piece piece = groups.pieces[blockIdx.x];
+    const int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * N;
+    if (c >= hidden) return;
+    float sum[N] = {};
+#pragma unroll 4
+    for (int32_t i = piece.begin; i < piece.end; ++i) {
+        const V dy = V::load(dout + groups.order[i] * hidden + c);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum[j] += dy[j];
+    }
+    const bool final = piece.target >= 0;
+    float* out = final ? dtable + piece.target * hidden + c : partial + ~piece.target * hidden + c;
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = final ? out[j] + sum[j] : sum[j];
+}
+
+// A block per row of the table that has several pieces, and stretch of columns.
+__global__ void merges_kernel(int64_t hidden, RowGroups groups, const float* partial, float* dtable) {
+    const RowGroups::Merge merge = groups.merges[blockIdx.x];
+    const int64_t c = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+    if (c >= hidden) return;
+    float sum = 0.0f;
+    for (int32_t slot = merge.begin; slot < merge.end; ++slot) sum += partial[slot * hidden + c];
+    dtable[merge.target * hidden + c] += sum;
+}
+
+template <class T, int N>
+void add_groups(Exec& e, int64_t hidden, const RowGroups& groups, const T* dout, float* dtable) {
+    auto* partial = static_cast<float*>(e.scratch);
+    const dim3 grid(static_cast<unsigned>(groups.num_pieces), blocks_for(hidden, kThreads * N));
+    pieces_kernel<T, N><<<grid, kThreads, 0, stream_of(e)>>>(hidden, groups, dout, dtable, partial);
+    if (groups.num_merges > 0) {
+        const dim3 merge_grid(static_cast<unsigned>(groups.num_merges), blocks_for(hidden, kThreads));
+        merges_kernel<<<merge_grid, kThreads, 0, stream_of(e)>>>(hidden, groups, partial, dtable);
+    }
+    check_launch("embedding_backward");
+}
+
+}  // namespace
+
+void embedding_forward(Exec& e, const EmbeddingForward& a) {
+    by_precision(a.out.precision, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto launch = [&](auto kernel) {
+            kernel<<<static_cast<unsigned>(a.rows), kThreads, 0, stream_of(e)>>>(a.hidden, a.tokens, a.positions, as<T>(a.table),
+                                                                              as<T>(a.position_table), as<T>(a.out));
+        };
+        a.hidden % kVectorSize<T> == 0 ? launch(forward_kernel<T, kVectorSize<T>>) : launch(forward_kernel<T, 1>);
+    });
+    check_launch("embedding_forward");
+}
+
+void embedding_backward(Exec& e, const EmbeddingBackward& a) {
+    by_precision(a.dout.precision, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto add = [&](const RowGroups& groups, float* dtable) {
+            a.hidden % kVectorSize<T> == 0 ? add_groups<T, kVectorSize<T>>(e, a.hidden, groups, as<T>(a.dout), dtable)
+                                           : add_groups<T, 1>(e, a.hidden, groups, as<T>(a.dout), dtable);
+        };
+        add(a.token_groups, a.dtable);
+        if (a.dposition_table) add(a.position_groups, a.dposition_table);
+    });
+}
+
+}  // namespace strobe::gpt::cuda

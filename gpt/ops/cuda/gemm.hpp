@@ -1,0 +1,62 @@
+// Matrix products by cuBLASLt. The library is looked for when the first backend for a GPU is made, not when the program starts.
+// For each shape the candidates that cuBLASLt proposes are timed once, on noise, and the fastest is kept.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gpt/device.hpp"
+
+namespace strobe::gpt::cuda {
+
+/// D = epilogue(op(A) op(B)) (+ D), all column-major as cuBLAS has it.
+struct GemmCall {
+    bool transpose_a = false, transpose_b = false;
+    int64_t m = 0, n = 0, k = 0;
+    int64_t lda = 0, ldb = 0, ldd = 0;
+    Buffer a, b, d;           // a and b of one precision; d of that or fp32
+    bool accumulate = false;
+    /// sum_b: `bias` gets the sums of op(B)'s columns over k, beside the product.
+    enum class Epilogue { none, bias, gelu_aux_bias, gelu_aux, dgelu, sum_b } epilogue = Epilogue::none;
+    void* bias = nullptr;        // (m), of sum_b (n), in d's precision
+    void* aux = nullptr;         // (m, n) at ldd, in d's precision: gelu's input, written forward, read backward
+};
+
+class Gemm {
+public:
+    /// Throws std::invalid_argument where the library is not found.
+    explicit Gemm(void* stream);
+    ~Gemm();
+    Gemm(const Gemm&) = delete;
+    Gemm& operator=(const Gemm&) = delete;
+
+    void run(const GemmCall& call);
+    /// Milliseconds of the call's best candidate when it was timed; tunes now if it was not. 0: could not be timed.
+    float milliseconds(const GemmCall& call);
+    /// Whether there is an algorithm for the call.
+    bool possible(const GemmCall& call);
+    std::string version() const;
+
+private:
+    struct Library;
+    struct Plan;
+    using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool, int>;
+
+    Plan& plan(const GemmCall& call);
+    void tune(Plan& plan, const GemmCall& call, std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
+    cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo);
+    static Key key_of(const GemmCall& call);
+
+    std::unique_ptr<Library> library_;
+    void* stream_;
+    cublasLtHandle_t handle_ = nullptr;
+    void* workspace_ = nullptr;
+    std::map<Key, std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace strobe::gpt::cuda

@@ -1,0 +1,328 @@
+// A row is held in registers by one or more warps: N numbers to a vector, K vectors to a thread, W warps to a row. Rows that do
+// not fit that - odd widths, very wide ones - take the loop kernels, which read a row again instead.
+#include <algorithm>
+
+#include "gpt/ops/cuda/common.cuh"
+#include "gpt/ops/cuda/kernels.hpp"
+
+namespace strobe::gpt::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+/// A sum over the W warps of a row, to all of them. Every thread of the block calls it equally often; `slots` alternates
+/// between two sets of values so that one barrier per call is enough.
+template <int W, int Values>
+__device__ void row_sums(float (&x)[Values], float (*slots)[kWarps][Values], int& turn) {
+#pragma unroll
+    for (int i = 0; i < Values; ++i) x[i] = warp_sum(x[i]);
+    if constexpr (W > 1) {
+        const int warp = threadIdx.x / 32, first = warp / W * W;
+        if (threadIdx.x % 32 == 0) {
+#pragma unroll
+            for (int i = 0; i < Values; ++i) slots[turn][warp][i] = x[i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < Values; ++i) {
+            x[i] = 0.0f;
+#pragma unroll
+            for (int w = 0; w < W; ++w) x[i] += slots[turn][first + w][i];
+        }
+        turn ^= 1;
+    }
+}
+
+template <class T, int N, int K, int W, NormKind kind>
+__global__ void __launch_bounds__(kThreads) forward_kernel(NormForward a, const T* x, const T* branch, T* sum, T* out) {
+    using V = Vector<T, N>;
+    __shared__ float slots[2][kWarps][1];
+    constexpr int kRows = kWarps / W;
+    const int lane = threadIdx.x % (32 * W);
+    const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / (32 * W);
+    const bool live = row < a.rows;
+    const int64_t n = a.hidden, start = row * n;
+    const float* weight = static_cast<const float*>(a.weight.data);
+    const float* bias = static_cast<const float*>(a.bias.data);
+
+    float v[K][N];
+    V in[K], add[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+        if (live && c < n) {
+            in[k] = V::load(x + start + c);
+            if (branch) add[k] = V::load(branch + start + c);
+        }
+    }
+    float total[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+        const bool inside = live && c < n;
+        if (inside && branch) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) in[k].set(i, in[k][i] + add[k][i]);
+            in[k].store(sum + start + c);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            v[k][i] = inside ? in[k][i] : 0.0f;
+            total[0] += v[k][i];
+        }
+    }
+    int turn = 0;
+    const float inv_n = 1.0f / static_cast<float>(n);
+    float mean = 0.0f;
+    if constexpr (kind == NormKind::layernorm) {
+        row_sums<W>(total, slots, turn);
+        mean = total[0] * inv_n;
+    }
+    float square[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const bool inside = (int64_t(k) * 32 * W + lane) * N < n;
+#pragma unroll
+        for (int i = 0; i < N; ++i) square[0] += inside ? (v[k][i] - mean) * (v[k][i] - mean) : 0.0f;
+    }
+    row_sums<W>(square, slots, turn);
+    if (!live) return;
+    const float rstd = rsqrtf(square[0] * inv_n + a.eps);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+        if (c >= n) continue;
+        V y;
+#pragma unroll
+        for (int i = 0; i < N; ++i) y.set(i, (v[k][i] - mean) * rstd * weight[c + i] + (bias ? bias[c + i] : 0.0f));
+        y.store(out + start + c);
+    }
+    if (lane == 0) {
+        if (a.mean) a.mean[row] = mean;
+        if (a.rstd) a.rstd[row] = rstd;
+    }
+}
+
+// With xhat = (x - mean) * rstd and g = dout * weight:  dx += rstd * (g - mean(g) - xhat * mean(g * xhat)), without the
+// mean(g) term for RMSNorm. A block walks over rows and keeps its share of dweight and dbias in registers; each block leaves
+// one row of them in `partial`: (gridDim.x, 2, hidden).
+template <class T, int N, int K, int W, NormKind kind>
+__global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, const T* x, const T* dout, T* dx, float* partial) {
+    using V = Vector<T, N>;
+    constexpr int kRows = kWarps / W, kColumns = 32 * W * N * K;
+    __shared__ float slots[2][kWarps][2];
+    extern __shared__ float shares[];  // (kRows, kColumns), one of dweight and dbias after the other
+    const int lane = threadIdx.x % (32 * W), group = threadIdx.x / (32 * W);
+    const int64_t n = a.hidden;
+    const float* weight = static_cast<const float*>(a.weight.data);
+    const float inv_n = 1.0f / static_cast<float>(n);
+
+    float dweight[K][N] = {}, dbias[K][N] = {};
+    V next_x[K], next_dy[K];
+    const auto fetch = [&](int64_t row) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            if (row < a.rows && c < n) {
+                next_x[k] = V::load(x + row * n + c);
+                next_dy[k] = V::load(dout + row * n + c);
+            }
+        }
+    };
+    int turn = 0;
+    const int64_t step = int64_t(gridDim.x) * kRows;
+    int64_t row = int64_t(blockIdx.x) * kRows + group;
+    fetch(row);
+    // All rows of the block go round together: row_sums is a barrier of the whole block.
+    for (int64_t first = int64_t(blockIdx.x) * kRows; first < a.rows; first += step, row += step) {
+        const bool live = row < a.rows;
+        V in[K], dy[K], old[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            in[k] = next_x[k];
+            dy[k] = next_dy[k];
+            if (live && c < n) old[k] = V::load(dx + row * n + c);
+        }
+        const float mean = kind == NormKind::layernorm && live ? a.mean[row] : 0.0f;
+        const float rstd = live ? a.rstd[row] : 0.0f;
+        fetch(row + step);
+        float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            if (!live || c >= n) continue;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float xhat = (in[k][i] - mean) * rstd, d = dy[k][i], g = d * weight[c + i];
+                sums[0] += g;
+                sums[1] += g * xhat;
+                dweight[k][i] += d * xhat;
+                if constexpr (kind == NormKind::layernorm) dbias[k][i] += d;
+            }
+        }
+        row_sums<W>(sums, slots, turn);
+        const float mean_g = kind == NormKind::layernorm ? sums[0] * inv_n : 0.0f, mean_gx = sums[1] * inv_n;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            if (!live || c >= n) continue;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float xhat = (in[k][i] - mean) * rstd;
+                old[k].set(i, old[k][i] + rstd * (dy[k][i] * weight[c + i] - mean_g - xhat * mean_gx));
+            }
+            old[k].store(dx + row * n + c);
+        }
+    }
+
+    const auto leave = [&](const float (&share)[K][N], float* out) {
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+#pragma unroll
+            for (int i = 0; i < N; ++i) shares[group * kColumns + (k * 32 * W + lane) * N + i] = share[k][i];
+        __syncthreads();
+        for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+            float total = 0.0f;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) total += shares[r * kColumns + c];
+            out[c] = total;
+        }
+    };
+    leave(dweight, partial + 2 * n * blockIdx.x);
+    if (kind == NormKind::layernorm) leave(dbias, partial + 2 * n * blockIdx.x + n);
+}
+
+// ---- any width ------------------------------------------------------------------------------------------------------------
+
+template <class T, NormKind kind>
+__global__ void forward_loop_kernel(NormForward a, const T* x, const T* branch, T* sum, T* out) {
+    __shared__ float slots[32];
+    const int64_t n = a.hidden, row = blockIdx.x, start = row * n;
+    const float* weight = static_cast<const float*>(a.weight.data);
+    const float* bias = static_cast<const float*>(a.bias.data);
+    const T* in = branch ? sum : x;
+    float total = 0.0f;
+    for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+        if (branch) sum[start + c] = from_float<T>(to_float(x[start + c]) + to_float(branch[start + c]));
+        total += to_float(in[start + c]);
+    }
+    const float mean = kind == NormKind::layernorm ? block_sum(total, slots) / static_cast<float>(n) : 0.0f;
+    float square = 0.0f;
+    for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+        const float d = to_float(in[start + c]) - mean;
+        square += d * d;
+    }
+    const float rstd = rsqrtf(block_sum(square, slots) / static_cast<float>(n) + a.eps);
+    for (int64_t c = threadIdx.x; c < n; c += kThreads)
+        out[start + c] = from_float<T>((to_float(in[start + c]) - mean) * rstd * weight[c] + (bias ? bias[c] : 0.0f));
+    if (threadIdx.x == 0) {
+        if (a.mean) a.mean[row] = mean;
+        if (a.rstd) a.rstd[row] = rstd;
+    }
+}
+
+// Each block keeps its share of dweight and dbias in its row of `partial`, which no other block touches.
+template <class T, NormKind kind>
+__global__ void backward_loop_kernel(NormBackward a, const T* x, const T* dout, T* dx, float* partial) {
+    __shared__ float slots[32];
+    const int64_t n = a.hidden;
+    const float* weight = static_cast<const float*>(a.weight.data);
+    float* dweight = partial + 2 * n * blockIdx.x;
+    for (int64_t c = threadIdx.x; c < 2 * n; c += kThreads) dweight[c] = 0.0f;
+    __syncthreads();
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        const int64_t start = row * n;
+        const float mean = kind == NormKind::layernorm ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+        float sum_g = 0.0f, sum_gx = 0.0f;
+        for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+            const float xhat = (to_float(x[start + c]) - mean) * rstd, d = to_float(dout[start + c]), g = d * weight[c];
+            sum_g += g;
+            sum_gx += g * xhat;
+            dweight[c] += d * xhat;
+            dweight[n + c] += d;
+        }
+        const float mean_g = kind == NormKind::layernorm ? block_sum(sum_g, slots) / static_cast<float>(n) : 0.0f;
+        const float mean_gx = block_sum(sum_gx, slots) / static_cast<float>(n);
+        for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+            const float xhat = (to_float(x[start + c]) - mean) * rstd;
+            const float d = rstd * (to_float(dout[start + c]) * weight[c] - mean_g - xhat * mean_gx);
+            dx[start + c] = from_float<T>(to_float(dx[start + c]) + d);
+        }
+    }
+}
+
+// ---- choice -----------------------------------------------------------------------------------------------------------------
+
+/// Calls fn with the widths as constants: vectors to a thread K, warps to a row W. False when no pair is wide enough.
+template <int N, class Fn>
+bool with_row_shape(int64_t hidden, Fn&& fn) {
+    const auto fits = [&](int k, int w) { return hidden <= int64_t(32) * k * w * N; };
+    if (hidden % N != 0) return false;
+    if (fits(1, 1)) return fn(std::integral_constant<int, 1>(), std::integral_constant<int, 1>()), true;
+    if (fits(2, 1)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 1>()), true;
+    if (fits(2, 2)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 2>()), true;
+    if (fits(2, 4)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 4>()), true;
+    if (fits(2, 8)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 8>()), true;
+    if (fits(4, 8)) return fn(std::integral_constant<int, 4>(), std::integral_constant<int, 8>()), true;
+    return false;
+}
+
+template <class T, NormKind kind>
+void forward(Exec& e, const NormForward& a) {
+    const T* x = as<T>(a.x);
+    const T* branch = as<T>(a.branch);
+    T* sum = as<T>(a.sum);
+    T* out = as<T>(a.out);
+    const bool done = with_row_shape<kVectorSize<T>>(a.hidden, [&](auto k, auto w) {
+        const unsigned grid = blocks_for(a.rows, kWarps / w);
+        forward_kernel<T, kVectorSize<T>, k, w, kind><<<grid, kThreads, 0, stream_of(e)>>>(a, x, branch, sum, out);
+    });
+    if (!done) forward_loop_kernel<T, kind><<<static_cast<unsigned>(a.rows), kThreads, 0, stream_of(e)>>>(a, x, branch, sum, out);
+    check_launch("norm_forward");
+}
+
+template <class T, NormKind kind>
+void backward(Exec& e, const NormBackward& a) {
+    const T* x = as<T>(a.x);
+    const T* dout = as<T>(a.dout);
+    T* dx = as<T>(a.dx);
+    auto* partial = static_cast<float*>(e.scratch);
+    int64_t parts = std::min<int64_t>(e.parts, a.rows);
+    const bool done = with_row_shape<kVectorSize<T>>(a.hidden, [&](auto k, auto w) {
+        constexpr int kRows = kWarps / w;
+        const size_t shares = sizeof(float) * kRows * 32 * w * k * kVectorSize<T>;
+        parts = std::min<int64_t>(parts, blocks_for(a.rows, kRows));
+        backward_kernel<T, kVectorSize<T>, k, w, kind>
+            <<<static_cast<unsigned>(parts), kThreads, shares, stream_of(e)>>>(a, x, dout, dx, partial);
+    });
+    if (!done) backward_loop_kernel<T, kind><<<static_cast<unsigned>(parts), kThreads, 0, stream_of(e)>>>(a, x, dout, dx, partial);
+    check_launch("norm_backward");
+    add_parts(e, partial, parts, a.hidden, 2 * a.hidden, a.dweight);
+    if (a.dbias) add_parts(e, partial + a.hidden, parts, a.hidden, 2 * a.hidden, a.dbias);
+}
+
+template <class Fn>
+void dispatch(Precision precision, NormKind kind, Fn&& fn) {
+    by_precision(precision, [&](auto* type) {
+        if (kind == NormKind::layernorm)
+            fn(type, std::integral_constant<NormKind, NormKind::layernorm>());
+        else
+            fn(type, std::integral_constant<NormKind, NormKind::rmsnorm>());
+    });
+}
+
+}  // namespace
+
+void norm_forward(Exec& e, const NormForward& a) {
+    dispatch(a.x.precision, a.kind, [&](auto* type, auto kind) { forward<std::remove_pointer_t<decltype(type)>, kind()>(e, a); });
+}
+
+void norm_backward(Exec& e, const NormBackward& a) {
+    dispatch(a.x.precision, a.kind, [&](auto* type, auto kind) { backward<std::remove_pointer_t<decltype(type)>, kind()>(e, a); });
+}
+
+}  // namespace strobe::gpt::cuda

@@ -1,0 +1,134 @@
+// Sums over rows and over everything, each in an order that depends on sizes alone.
+#include <algorithm>
+
+#include "gpt/ops/cuda/common.cuh"
+#include "gpt/ops/cuda/kernels.hpp"
+
+namespace strobe::gpt::cuda {
+
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int64_t kColumnParts = 64;
+
+// Block (x, y): 32 N columns, part y of the rows; a warp takes every kWarps-th row of it.
+template <class T, int N>
+__global__ void column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride, float* partial) {
+    using V = Vector<T, N>;
+    __shared__ float sums[kWarps][32 * N];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t first = int64_t(blockIdx.x) * 32 * N, c = first + lane * N;
+    const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
+    float sum[N] = {};
+    if (c < columns) {
+#pragma unroll 4
+        for (int64_t r = begin + warp; r < end; r += kWarps) {
+            const V v = V::load(x + r * stride + c);
+#pragma unroll
+            for (int i = 0; i < N; ++i) sum[i] += v[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 32 * N; i += kThreads) {
+        if (first + i >= columns) continue;
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) total += sums[w][i];
+        partial[blockIdx.y * columns + first + i] = total;
+    }
+}
+
+// A block: 32 columns; a warp takes every kWarps-th part.
+__global__ void parts_kernel(const float* partial, int64_t parts, int64_t columns, int64_t stride, float* out) {
+    __shared__ float sums[kWarps][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+    float sum = 0.0f;
+    if (c < columns) {
+#pragma unroll 4
+        for (int64_t p = warp; p < parts; p += kWarps) sum += partial[p * stride + c];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= columns) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+    out[c] += total;
+}
+
+__global__ void loss_sum_kernel(const float* losses, int64_t rows, double* sum, bool add) {
+    __shared__ double slots[32];
+    double mine = 0.0;
+    for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) mine += losses[r];
+    const double total = block_sum(mine, slots);
+    if (threadIdx.x == 0) *sum = add ? *sum + total : total;
+}
+
+// Block b: a contiguous share, summed in fp32 by eights and in fp64 beyond.
+__global__ void squares_kernel(const float* values, int64_t size, double* partial) {
+    __shared__ double slots[32];
+    const int64_t vectors = size / 4;
+    const int64_t begin = vectors * blockIdx.x / gridDim.x, end = vectors * (blockIdx.x + 1) / gridDim.x;
+    double mine = 0.0;
+#pragma unroll 4
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        const float4 v = reinterpret_cast<const float4*>(values)[i];
+        mine += static_cast<double>((v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w));
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        for (int64_t i = 4 * vectors; i < size; ++i) mine += static_cast<double>(values[i]) * values[i];
+    const double total = block_sum(mine, slots);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+__global__ void sum_doubles_kernel(const double* partial, int count, double* result) {
+    __shared__ double slots[32];
+    double mine = 0.0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) mine += partial[i];
+    const double total = block_sum(mine, slots);
+    if (threadIdx.x == 0) *result = total;
+}
+
+}  // namespace
+
+void add_parts(Exec& e, const float* partial, int64_t parts, int64_t columns, int64_t stride, float* out) {
+    parts_kernel<<<blocks_for(columns, 32), kThreads, 0, stream_of(e)>>>(partial, parts, columns, stride, out);
+    check_launch("add_parts");
+}
+
+void add_column_sums(Exec& e, Buffer x, int64_t rows, int64_t columns, int64_t stride, float* sums) {
+    auto* partial = static_cast<float*>(e.scratch);
+    const int64_t parts = std::min<int64_t>({kColumnParts, e.parts, rows});
+    by_precision(x.precision, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto launch = [&](auto kernel, int width) {
+            const dim3 grid(blocks_for(columns, 32 * width), static_cast<unsigned>(parts));
+            kernel<<<grid, kThreads, 0, stream_of(e)>>>(as<T>(x), rows, columns, stride, partial);
+        };
+        constexpr int kWide = kVectorSize<T>;
+        if (columns % kWide == 0 && stride % kWide == 0 && aligned(x.data))
+            launch(column_sums_kernel<T, kWide>, kWide);
+        else
+            launch(column_sums_kernel<T, 1>, 1);
+    });
+    check_launch("column_sums");
+    add_parts(e, partial, parts, columns, columns, sums);
+}
+
+void loss_sum(Exec& e, const LossSum& a) {
+    loss_sum_kernel<<<1, 1024, 0, stream_of(e)>>>(a.losses, a.rows, a.sum, a.add);
+    check_launch("loss_sum");
+}
+
+void squared_norm(Exec& e, const SquaredNorm& a) {
+    auto* partial = static_cast<double*>(e.scratch);
+    squares_kernel<<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(a.values, a.size, partial);
+    sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result);
+    check_launch("squared_norm");
+}
+
+}  // namespace strobe::gpt::cuda

@@ -1,0 +1,153 @@
+// Whole passes, steps and decoding on the GPU against the CPU's from the same weights.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "gpt/generate/decoder.hpp"
+#include "gpt/host_view.hpp"
+#include "gpt/model.hpp"
+#include "gpt/random.hpp"
+#include "gpt/train/optimizer.hpp"
+
+namespace strobe::gpt::test {
+
+namespace {
+
+struct Setting {
+    Architecture architecture;
+    Precision precision;
+};
+
+ModelConfig small(Architecture architecture) {
+    if (architecture == Architecture::gpt2) return gpt2_config(3, 192, 3, 160, 257);
+    ModelConfig c = llama_config(3, 192, 4, 2, 160, 257);
+    c.head_dim = 64;
+    c.tied_head = false;
+    return c;
+}
+
+Batch random_batch(const ModelConfig& c, const std::vector<int32_t>& lengths, uint64_t seed) {
+    Batch batch;
+    Random random(seed);
+    batch.cu_seqlens.push_back(0);
+    for (const int32_t length : lengths) {
+        for (int32_t i = 0; i < length; ++i) {
+            batch.tokens.push_back(int32_t(random.below(uint64_t(c.vocab_size))));
+            batch.targets.push_back(i % 7 == 3 ? kIgnoreTarget : int32_t(random.below(uint64_t(c.vocab_size))));
+        }
+        batch.cu_seqlens.push_back(int32_t(batch.tokens.size()));
+    }
+    return batch;
+}
+
+double norm_of(std::span<const float> x) {
+    double sum = 0.0;
+    for (const float v : x) sum += double(v) * v;
+    return std::sqrt(sum);
+}
+
+/// |a - b| / |b|
+double distance(std::span<const float> a, std::span<const float> b) {
+    double sum = 0.0;
+    for (size_t i = 0; i < a.size(); ++i) sum += (double(a[i]) - b[i]) * (double(a[i]) - b[i]);
+    return std::sqrt(sum) / norm_of(b);
+}
+
+class CudaModel : public testing::TestWithParam<Setting> {
+protected:
+    CudaModel() : there(config, gpu.memory(), GetParam().precision) {
+        initialize(here.layout, config, 7, here.values);
+        Random random(11);
+        for (const Parameter& p : here.layout.list())
+            for (float& x : here.values[p]) x += static_cast<float>(0.02 * random.normal());
+        there.values.copy_from(here.values);
+        narrow_values(gpu, there);
+    }
+    bool exact() const { return GetParam().precision == Precision::fp32; }
+
+    ModelConfig config = small(GetParam().architecture);
+    Backend cpu{Device::cpu, 2}, gpu{Device::cuda};
+    Weights here{config}, there;
+};
+
+}  // namespace
+
+TEST_P(CudaModel, loss_and_gradients) {
+    for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{160, 160}, std::vector<int32_t>{160, 3, 77, 100}}) {
+        const Batch batch = random_batch(config, lengths, 5);
+        for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
+            SCOPED_TRACE(to_string(recompute));
+            Model a(here, cpu, {.max_rows = 400}), b(there, gpu, {.max_rows = 400, .recompute = recompute});
+            const double expected = a.forward_backward(batch, 0.01f), actual = b.forward_backward(batch, 0.01f);
+            EXPECT_NEAR(actual, expected, (exact() ? 1e-5 : 2e-3) * expected);
+            const HostView gradients(there.layout, b.gradients());
+            for (const Parameter& p : here.layout.list()) {
+                const double error = distance((*gradients.get())[p], a.gradients()[p]);
+                EXPECT_LT(error, exact() ? 1e-4 : 4e-2) << p.name;
+            }
+        }
+    }
+}
+
+TEST_P(CudaModel, a_step_repeats_bit_for_bit) {
+    const Batch batch = random_batch(config, {160, 9, 160}, 17);
+    std::vector<float> first;
+    for (int i = 0; i < 5; ++i) {
+        Model model(there, gpu, {.max_rows = 400});
+        model.forward_backward(batch, 0.01f);
+        const HostView gradients(there.layout, model.gradients());
+        const std::span<const float> all = gradients.get()->all();
+        if (first.empty()) first.assign(all.begin(), all.end());
+        ASSERT_TRUE(std::equal(all.begin(), all.end(), first.begin())) << "run " << i;
+    }
+}
+
+TEST_P(CudaModel, logits) {
+    const Batch batch = random_batch(config, {160, 31}, 9);
+    std::vector<float> expected(batch.tokens.size() * size_t(config.vocab_size)), actual(expected.size());
+    Model a(here, cpu, {.max_rows = 200, .training = false}), b(there, gpu, {.max_rows = 200, .training = false});
+    a.logits(batch, expected);
+    b.logits(batch, actual);
+    EXPECT_LT(distance(actual, expected), exact() ? 1e-5 : 2e-2);
+}
+
+TEST_P(CudaModel, twenty_steps) {
+    Model a(here, cpu, {.max_rows = 320}), b(there, gpu, {.max_rows = 320});
+    const OptimizerOptions options{.warmup_steps = 0};
+    Optimizer on_cpu(here.layout, options), on_gpu(there.layout, options, gpu.memory());
+    for (int64_t step = 1; step <= 20; ++step) {
+        const Batch one = random_batch(config, {160, 160}, uint64_t(step % 4)), two = random_batch(config, {50, 160}, uint64_t(100 + step % 4));
+        a.clear_gradients();
+        b.clear_gradients();
+        double expected = 0.0;
+        for (const Batch& batch : {one, two}) {
+            expected += a.forward_backward(batch, 1.0f / 500.0f);
+            b.accumulate(batch, 1.0f / 500.0f);
+        }
+        const double norm = on_cpu.apply(cpu.exec(), here, a.gradients(), step, 1e-3f);
+        EXPECT_NEAR(on_gpu.apply(gpu.exec(), there, b.gradients(), step, 1e-3f), norm, (exact() ? 1e-3 : 3e-2) * norm) << step;
+        EXPECT_NEAR(b.take_loss(), expected, (exact() ? 1e-4 : 1e-2) * expected) << step;
+    }
+    const HostView values(there.layout, there.values);
+    EXPECT_LT(distance(values.get()->all(), here.values.all()), exact() ? 1e-3 : 3e-2);
+}
+
+TEST_P(CudaModel, decoding) {
+    const Batch text = random_batch(config, {40}, 21);
+    Decoder a(here, cpu, 60), b(there, gpu, 60);
+    const auto close = [&](std::span<const int32_t> tokens) {
+        const std::span<const float> expected = a.feed(tokens), actual = b.feed(tokens);
+        EXPECT_LT(distance(actual, expected), exact() ? 1e-5 : 2e-2) << "behind " << a.length();
+    };
+    close(std::span(text.tokens).first(33));
+    for (size_t i = 33; i < 40; ++i) close(std::span(text.tokens).subspan(i, 1));
+}
+
+INSTANTIATE_TEST_SUITE_P(Settings, CudaModel,
+                         testing::Values(Setting{Architecture::gpt2, Precision::fp32}, Setting{Architecture::gpt2, Precision::bf16},
+                                         Setting{Architecture::llama, Precision::fp32}, Setting{Architecture::llama, Precision::bf16}),
+                         [](const auto& param) {
+                             return std::string(to_string(param.param.architecture)) + "_" + std::string(to_string(param.param.precision));
+                         });
+
+}  // namespace strobe::gpt::test
