@@ -93,7 +93,12 @@ def outcome(test: Test, parameters: dict) -> tuple[str, str]:
 def run_share(arguments) -> dict:
     """One process's share of the cases, run here."""
     deadline = time.monotonic() + arguments.seconds
+    import torch
+
     import strobe
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(0.9 / arguments.processes)  # what a process caches, another cannot have
 
     strobe.install_as("flash_attn")
     # The file imports the KV-cache function beside the others; its cases are not run.
