@@ -11,6 +11,10 @@
 #include "cpu/vec_math.hpp"
 
 namespace strobe::cpu::STROBE_CPU_ISA {
+
+/// In forward_few_rows.cpp.
+void forward_few_rows(const ForwardParams& params, const ForwardPlan& plan);
+
 namespace {
 
 /// The keys that the lanes of a panel see: some lane sees those in `some`, every lane those in `all`.

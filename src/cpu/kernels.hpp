@@ -13,13 +13,12 @@ struct Kernels {
     double (*bf16_dot_peak)();  // null: no such instruction
 };
 
-#define STROBE_CPU_KERNELS(isa)                                      \
-    namespace isa {                                                  \
-    void forward(const ForwardParams&, const ForwardPlan&);          \
-    void forward_few_rows(const ForwardParams&, const ForwardPlan&); \
-    void backward(const BackwardParams&, const BackwardPlan&);       \
-    double fma_peak();                                               \
-    double bf16_dot_peak();                                          \
+#define STROBE_CPU_KERNELS(isa)                                \
+    namespace isa {                                            \
+    void forward(const ForwardParams&, const ForwardPlan&);    \
+    void backward(const BackwardParams&, const BackwardPlan&); \
+    double fma_peak();                                         \
+    double bf16_dot_peak();                                    \
     }
 STROBE_CPU_KERNELS(portable)
 STROBE_CPU_KERNELS(avx2)

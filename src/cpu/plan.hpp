@@ -19,8 +19,9 @@ inline constexpr int kMaxBlockQ = 256;
 inline constexpr int kFewRows = 8;
 inline constexpr int64_t kFewRowsTile = 64;
 
-/// With few_rows a task takes block_k keys of a sequence for all its heads. Otherwise a forward task takes block_q rows of one key head: row r is query r / group of query head r % group of the head's
-/// group, so that every loaded key serves all heads of the group.
+/// With few_rows a task takes block_k keys of a sequence for all its heads. Otherwise a forward task takes block_q rows of one key
+/// head: row r is query r / group of query head r % group of the head's group, so that every loaded key serves all heads of the
+/// group.
 struct ForwardPlan {
     int threads = 1;
     int group = 1;
