@@ -13,7 +13,7 @@ namespace strobe::cpu {
 /// room for the other.
 inline constexpr int kMaxPanel = 32;
 inline constexpr int kMinPanel = 8;
-inline constexpr int kMaxBlockQ = 256;
+inline constexpr int kMaxBlockQ = 1024;
 
 /// A forward task takes block_q rows of one key head: row r is query r / group of query head r % group of the head's
 /// group, so that every loaded key serves all heads of the group.
