@@ -30,11 +30,11 @@ public:
         : p_(p), plan_(plan), scratch_(scratch), score_(p.score) {}
 
     void run(int64_t task) {
-        // Later query blocks see more keys under a causal mask: they are started first.
-        const int64_t heads = static_cast<int64_t>(p_.size.batch) * p_.size.num_heads_k;
-        const int64_t block = plan_.blocks - 1 - task / heads;
-        batch_ = task % heads / p_.size.num_heads_k;
-        head_k_ = task % heads % p_.size.num_heads_k;
+        // The blocks of a head follow one another, so that they find its keys and values in the last-level cache. Later
+        // query blocks see more keys under a causal mask: they are started first.
+        const int64_t block = plan_.blocks - 1 - task % plan_.blocks, head = task / plan_.blocks;
+        batch_ = head / p_.size.num_heads_k;
+        head_k_ = head % p_.size.num_heads_k;
         sequence_ = sequence_of(p_, static_cast<int>(batch_));
         first_row_ = block * plan_.block_q;
         num_rows_ = lesser(plan_.group * sequence_.rows_q - first_row_, plan_.block_q);

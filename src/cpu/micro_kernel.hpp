@@ -107,17 +107,23 @@ STROBE_CPU_INLINE void multiply_strip(const Product& p) {
     }
 }
 
-/// The scores of one panel of kPanel columns.
+/// The scores of one panel of kPanel columns. All pieces of a block of rows are summed before the next block is read, which
+/// thus passes through the first-level cache once.
 template <bool kPairs>
-STROBE_CPU_INLINE void multiply_scores(Product p) {
-    const int64_t steps = p.steps;
-    p.steps = steps < kScoreSteps ? steps : kScoreSteps;
-    multiply_strip<2, Layout::rows, Result::set, kPairs>(p);
-    for (int64_t done = kScoreSteps; done < steps; done += kScoreSteps) {
-        p.a += kScoreSteps;
-        p.b += kScoreSteps * p.b_stride;
-        p.steps = steps - done < kScoreSteps ? steps - done : kScoreSteps;
-        multiply_strip<2, Layout::rows, Result::add, kPairs>(p);
+STROBE_CPU_INLINE void multiply_scores(const Product& p) {
+    const EvenBlocks blocks(p.rows);
+    const float* a = p.a;
+    float* c = p.c;
+    for (int64_t i = 0; i < blocks.count; ++i) {
+        const int64_t rows = blocks.size(i);
+        const auto set = register_block_of<2, Layout::rows, Result::set, kPairs>(rows);
+        const auto add = register_block_of<2, Layout::rows, Result::add, kPairs>(rows);
+        for (int64_t done = 0; done < p.steps; done += kScoreSteps) {
+            const int64_t steps = p.steps - done < kScoreSteps ? p.steps - done : kScoreSteps;
+            (done ? add : set)(steps, a + done, p.a_stride, p.b + done * p.b_stride, p.b_stride, c, p.c_stride, nullptr);
+        }
+        a += rows * p.a_stride;
+        c += rows * p.c_stride;
     }
 }
 

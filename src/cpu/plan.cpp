@@ -80,11 +80,15 @@ ForwardPlan plan_forward(const ForwardParams& p, int num_threads) {
     const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
     const int dim = std::max(s.head_dim, s.head_dim_v);
 
-    // A block's queries and outputs stay in the second-level cache beside one tile of keys and values; large blocks spread
-    // the cost of packing the tile, small ones the work over the threads.
+    // One tile of keys and values stays in the second-level cache while the block's queries and outputs stream past it, panel
+    // by panel. Large blocks spread the cost of packing the tile - high where its rows are those of one head among many, a
+    // page apart - and small ones the work over the threads.
     plan.block_q = dim <= 128 ? kMaxBlockQ : dim <= 256 ? kMaxBlockQ / 2 : kMaxBlockQ / 4;
     plan.block_k = dim <= 128 ? 128 : 64;
-    const auto too_few = [&] { return heads * ceil_div(rows, plan.block_q) < (plan.block_q > 64 ? 4 : 2) * plan.threads; };
+    const auto too_few = [&] {
+        const int64_t per_thread = plan.block_q > 256 ? 8 : plan.block_q > 64 ? 4 : 2;
+        return heads * ceil_div(rows, plan.block_q) < per_thread * plan.threads;
+    };
     while (plan.block_q > kMaxPanel && too_few()) plan.block_q /= 2;
     plan.blocks = ceil_div(rows, plan.block_q);
     plan.tasks = plan.blocks * heads;
@@ -108,7 +112,12 @@ BackwardPlan plan_backward(const BackwardParams& p, int num_threads) {
     plan.group = s.num_heads_k > 0 ? s.num_heads / s.num_heads_k : 1;
     const int dim = std::max(s.head_dim, s.head_dim_v);
     plan.block_q = 64;
-    plan.block_k = dim <= 128 && s.seqlen_k > 1024 ? 128 : 64;
+    // Every block of keys reads all queries and output gradients and adds to all of dQ, rows that lie a page apart where there are
+    // many heads: large blocks do so less often, small ones leave enough tasks. Never a matter of the threads, because sums
+    // over different blocks differ in rounding.
+    const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
+    const auto enough = [&](int64_t block_k) { return heads * ceil_div(s.seqlen_k, block_k) >= 32; };
+    plan.block_k = dim > 128 ? 64 : enough(256) ? 256 : enough(128) || s.seqlen_k > 1024 ? 128 : 64;
     plan.blocks_q = ceil_div(s.seqlen_q, plan.block_q);
     plan.blocks_k = ceil_div(s.seqlen_k, plan.block_k);
     plan.padded_dim = padded_row(s.head_dim);

@@ -13,7 +13,7 @@ namespace strobe::cpu {
 /// room for the other.
 inline constexpr int kMaxPanel = 32;
 inline constexpr int kMinPanel = 8;
-inline constexpr int kMaxBlockQ = 256;
+inline constexpr int kMaxBlockQ = 1024;
 
 /// The most rows of a key head that forward_few_rows.cpp takes, and the keys of its tiles.
 inline constexpr int kFewRows = 8;
