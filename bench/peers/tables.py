@@ -8,7 +8,8 @@ A table stands between two comments, the first of which names it and its record,
     <!-- table: grid-forward results/<gpu>/peers-<commit>.json -->
     <!-- end of table -->
 
-Tables: bars, grid-forward, grid-backward, grid-both, gqa, varlen, short, window, deterministic, others-both, memory, machine.
+Tables: summary, bars, grid-forward, grid-backward, grid-both, gqa, varlen, short, window, deterministic, others-both,
+memory, machine.
 """
 
 import argparse
@@ -106,6 +107,25 @@ def bars(record: dict) -> str:
     return _table(["problems", "direction", "cells", *names, "least of best"], rows)
 
 
+_PROBLEMS = {
+    "grid": "the grid, 512 to 16k rows",
+    "up to 1k": "the grid's problems with 128 to 1024 rows",
+    "gqa": "64 query heads, 8 key heads",
+    "varlen": "sequences of 8 to 8192 rows",
+    "window": "window of 1024 keys",
+}
+
+
+def summary(record: dict) -> str:
+    """A line for each kind of problem: strobe over the faster of FA3 and cuDNN."""
+    found = {(b["what"], b["direction"]): b for b in report.bars(record) if b["against"] == "best"}
+    rows = [
+        [text, found[what, "both"]["cells"], *(f"{b['mean']:.2f} ({b['least']:.2f})" for d in report.DIRECTIONS if (b := found[what, d]))]
+        for what, text in _PROBLEMS.items() if (what, "both") in found
+    ]  # fmt: skip
+    return _table(["", "cells", "forward", "backward", "forward + backward"], rows)
+
+
 def memory(record: dict) -> str:
     """Peak MiB beyond the inputs."""
     rows = sorted(record["memory"], key=lambda r: r["seqlen"])
@@ -128,6 +148,7 @@ def machine(record: dict) -> str:
 
 
 TABLES = {
+    "summary": summary,
     "bars": bars,
     **{f"grid-{d}": functools.partial(one_direction, section="grid", direction=d) for d in report.DIRECTIONS},
     **{s: functools.partial(both_directions, section=s) for s in ("gqa", "varlen", "short", "window")},

@@ -221,6 +221,7 @@ def test_tables(tmp_path):
     assert "| 64 | full | 512 | 600 | 300 | 500 | 700 | 1.20 |" in of["grid-forward"] and of["grid-forward"].count("\n| ") == 2 + 36
     assert "| 128 | full | 8 to 7" in of["varlen"] and "600, 600" in of["varlen"]
     assert "| 64 | full | 4096 | 600 | 480 | 400 | 0.80 |" in of["deterministic"]
+    assert "| the grid, 512 to 16k rows | 36 | 1.1" in of["summary"] and "128 to 1024 rows | 24 | 1.2" in of["summary"]
     assert "| grid | forward | 36 | 1.1" in of["bars"] and "deterministic" not in of["bars"]
     assert "| 512 | full" not in of["memory"] and "| 65536 | 0 | 1024 | 4096 |" in of["memory"]
     assert "SM clock under load 1764 to 1956 MHz" in of["machine"] and "'--peers=strobe deterministic'" in of["machine"]
