@@ -1,12 +1,13 @@
 // Runs one case on an implementation and holds every result against the specification.
 //
-// Three runs of one case: the truth (fp64, nothing rounded), the naive run (an eager implementation in the working dtype) and
-// the subject. A result passes when
-//     max |subject - truth| <= factor max |naive - truth| + floor,
-// factor being 2 (3 for gradients from CUDA: see Subject::gradient_factor) and floor 1e-5 for gradients and eight roundings of
-// fp32, 2^-21 max(1, max |truth|), for out and lse,
-// where truth is infinite or NaN the subject is the same, and no byte outside the outputs has changed. Outputs start as NaN,
-// so does the workspace, and so do all input elements that nobody may look at.
+// Three runs of one case: the truth (fp64, nothing rounded), the naive run (an eager implementation in the working dtype:
+// fp32 arithmetic, sums in chains of up to 256 terms, everything that it would store rounded to the dtype) and the subject.
+// A result passes when, over all elements of a tensor,
+//     max |subject - truth| <= factor max |naive - truth| + r 2^-24 max(1, max |truth|).
+// factor is 2 (3 for gradients from CUDA: see Subject::gradient_factor). r, roundings of fp32 whatever the dtype, is 8 for
+// out and lse and 16 for dq, dk and dv, whose floor is at most 1e-5; dbias has 1e-5, because its sums cancel. Where the
+// truth is infinite or NaN the subject is the same, and no byte outside the outputs has changed. Outputs start as NaN, so
+// does the workspace, and so do all input elements that nobody may look at.
 #pragma once
 
 #include <functional>
