@@ -234,5 +234,19 @@ TEST(Memory, WorkspaceGrowsWithTheSequenceAndNotWithItsSquare) {
     EXPECT_LE(backward_long, 8.5 * backward_short + 1e6);
 }
 
+TEST(Memory, WorkspaceDoesNotGrowWithAnOverstatedLongestSequence) {
+    const auto bytes = [](int64_t max_seqlen) {
+        const Tensor rows(nullptr, DType::bf16, {4096, 4, 64}), lse(nullptr, DType::f32, {4, 4096});
+        Attention a{.q = rows, .k = rows, .v = rows};
+        a.cu_seqlens_q = a.cu_seqlens_k = Tensor(static_cast<const int32_t*>(nullptr), {1025});
+        a.max_seqlen_q = a.max_seqlen_k = max_seqlen;
+        Backward b;
+        b.out = b.dout = b.dq = b.dk = b.dv = rows;
+        b.lse = lse;
+        return plan(a, b).workspace_bytes;
+    };
+    EXPECT_LE(bytes(1 << 20), 2 * bytes(2048));
+}
+
 }  // namespace
 }  // namespace strobe
