@@ -14,7 +14,7 @@ namespace strobe::cpu::STROBE_CPU_ISA {
 /// Query rows are visited in groups: those that a panel needs are rounded outwards to whole groups, so that for each
 /// group the panels which hold its scores lie side by side.
 inline constexpr int64_t kRowGroup = 16;
-inline constexpr int64_t kMaxBlockKeys = 128;
+inline constexpr int64_t kMaxBlockKeys = 256;
 
 STROBE_CPU_INLINE IndexRange intersection(IndexRange a, IndexRange b) {
     return {greater(a.begin, b.begin), lesser(a.end, b.end)};

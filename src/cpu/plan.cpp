@@ -116,8 +116,8 @@ BackwardPlan plan_backward(const BackwardParams& p, int num_threads) {
     // many heads: large blocks do so less often, small ones leave enough tasks. Never a matter of the threads, because sums
     // over different blocks differ in rounding.
     const int64_t heads = static_cast<int64_t>(s.batch) * s.num_heads_k;
-    const bool many_tasks = heads * ceil_div(s.seqlen_k, 128) >= 32;
-    plan.block_k = dim <= 128 && (many_tasks || s.seqlen_k > 1024) ? 128 : 64;
+    const auto enough = [&](int64_t block_k) { return heads * ceil_div(s.seqlen_k, block_k) >= 32; };
+    plan.block_k = dim > 128 ? 64 : enough(256) ? 256 : enough(128) || s.seqlen_k > 1024 ? 128 : 64;
     plan.blocks_q = ceil_div(s.seqlen_q, plan.block_q);
     plan.blocks_k = ceil_div(s.seqlen_k, plan.block_k);
     plan.padded_dim = padded_row(s.head_dim);

@@ -194,6 +194,27 @@ void add_published_shapes(List& list) {
     list.add(square);
 }
 
+/// Every option alone where many heads make backends take their largest tiles: more than one of 256 keys, and a ragged last one.
+void add_many_heads(List& list) {
+    for (DType dtype : {DType::f32, DType::bf16}) {
+        Case base{.dtype = dtype, .batch = 4, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 300, .head_dim = 24};
+        list.add(base);
+        for (const Option& option : kOptions) list.add(with_options(base, option, nullptr));
+        for (int head_dim : {64, 128}) {
+            for (Window window : {kFull, kCausal, Window{70, 30}}) {
+                Case c = base;
+                c.num_heads = 16;
+                c.seqlen_q = 300;
+                c.seqlen_k = 270;
+                c.head_dim = head_dim;
+                c.window_left = window.left;
+                c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -203,6 +224,7 @@ std::vector<Case> verify_cases() {
     add_head_dims(list);
     add_edges(list);
     add_published_shapes(list);
+    add_many_heads(list);
     return list.take();
 }
 
