@@ -24,7 +24,6 @@ namespace {
 // roundings of fp32, whatever the dtype; gradients are differences of larger numbers, dP - delta, and dbias sums them over
 // the broadcast axes, where without dlse they cancel to nothing.
 constexpr double kRoundings = 8;
-constexpr double kGradientRoundings = 16;
 constexpr double kGradientFloor = 1e-5;  // the most for dq, dk and dv, and that for dbias
 
 class HostMemory : public Memory {
@@ -127,15 +126,21 @@ double element_error(double x, double truth) {
 
 enum class Kind { forward, gradient, bias_gradient };
 
-/// What a tensor whose largest element is `largest`, or 1 if that is less, may be off where the naive run is exact.
-double floor_of(Kind kind, double largest) {
-    if (kind == Kind::bias_gradient) return kGradientFloor;
-    if (kind == Kind::gradient) return std::min(kGradientFloor, kGradientRoundings * 0x1p-24 * largest);
-    return kRoundings * 0x1p-24 * largest;
+/// What a tensor whose largest element is `largest`, or 1 if that is less, may be off.
+struct Bound {
+    double naive_errors;
+    double floor;  // where the naive run is exact
+};
+
+Bound bound_of(Kind kind, const GradientBound& gradient, double largest) {
+    constexpr double kRounding = 0x1p-24;
+    if (kind == Kind::forward) return {2, kRoundings * kRounding * largest};
+    if (kind == Kind::bias_gradient) return {gradient.naive_errors, kGradientFloor};
+    return {gradient.naive_errors, std::min(kGradientFloor, gradient.roundings * kRounding * largest)};
 }
 
-TensorError compare(const char* name, Kind kind, double naive_errors, const View& view, const Trial& subject, const Trial& naive,
-                    const Trial& truth) {
+TensorError compare(const char* name, Kind kind, const GradientBound& gradient, const View& view, const Trial& subject,
+                    const Trial& naive, const Trial& truth) {
     TensorError e{.tensor = name};
     double largest = 1;
     view.for_each([&](int64_t at) {
@@ -146,7 +151,8 @@ TensorError compare(const char* name, Kind kind, double naive_errors, const View
         if (std::isfinite(naive_error)) e.naive = std::max(e.naive, naive_error);
         if (std::isfinite(t)) largest = std::max(largest, std::abs(t));
     });
-    e.bound = naive_errors * e.naive + floor_of(kind, largest);
+    const Bound bound = bound_of(kind, gradient, largest);
+    e.bound = bound.naive_errors * e.naive + bound.floor;
     return e;
 }
 
@@ -286,8 +292,8 @@ private:
 
     void judge(const std::vector<Output>& outputs) {
         for (const Output& o : outputs) {
-            const double naive_errors = o.kind == Kind::forward ? 2 : subject_.gradient_factor();
-            const TensorError e = compare(o.name, o.kind, naive_errors, *o.view, runs_.subject, runs_.naive, runs_.truth);
+            const TensorError e =
+                compare(o.name, o.kind, subject_.gradient_bound(), *o.view, runs_.subject, runs_.naive, runs_.truth);
             if (!e.passed()) {
                 char text[160];
                 std::snprintf(text, sizeof text, "%s: error %.3g is beyond %.3g (naive error %.3g)", o.name, e.error, e.bound,
