@@ -20,7 +20,7 @@ struct Arguments {
     TrainOptions options;
     std::string architecture = "llama";
     std::string recompute = "none";
-    std::string device = "cpu", precision;
+    std::string device = "cpu", precision, moments = "fp32";
     int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
     bool across_documents = false, untied = false, plan = false, json = false, nondeterministic = false;
 };
@@ -44,6 +44,7 @@ TrainOptions complete(const Arguments& a) {
     o.split_documents = !a.across_documents;
     o.device = device_from_string(a.device);
     o.precision = precision_for(o.device, a.precision);
+    o.moments = precision_from_string(a.moments);
     o.deterministic = !a.nondeterministic;
     return o;
 }
@@ -149,6 +150,8 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--save-every", o.save_every, "Steps; 0: only at the end")->capture_default_str();
     command.add_option("--device", a.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
     command.add_option("--precision", a.precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
+    command.add_option("--moments", a.moments, "What AdamW's moments lie in: bf16 is rounded stochastically and takes half the memory")
+        ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
     command.add_flag("--non-deterministic", a.nondeterministic, "cuda: attention's backward may differ by rounding between runs, and is faster");
     command.add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
     command.add_flag("--plan", a.plan, "Print sizes and memory of the run, and leave");

@@ -1,11 +1,15 @@
 #include "gpt/parameters.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
+#include <thread>
 #include <utility>
 
 #include <fmt/format.h>
 
+#include "gpt/bf16.hpp"
 #include "gpt/random.hpp"
 
 namespace strobe::gpt {
@@ -13,6 +17,8 @@ namespace strobe::gpt {
 namespace {
 
 constexpr int64_t kAlignElements = kArenaAlignment / sizeof(float);
+// Fewer random numbers than this are there before a thread has started.
+constexpr int64_t kElementsOfAThread = int64_t{1} << 22;
 
 }  // namespace
 
@@ -84,11 +90,27 @@ const Parameter* ParameterLayout::find(std::string_view name) const {
     return nullptr;
 }
 
+void ParameterArena::copy_from(const ParameterArena& other) const {
+    if (precision_ == other.precision_)
+        return (memory_->on_host() ? *other.memory_ : *memory_).copy(buffer().data, other.buffer().data, size_bytes());
+    std::vector<uint16_t> bits(static_cast<size_t>(size_));
+    const size_t bytes = bits.size() * sizeof(uint16_t);
+    if (precision_ == Precision::fp32) {
+        other.memory_->copy(bits.data(), other.buffer().data, bytes);
+        std::transform(bits.begin(), bits.end(), data(), widen_bf16);
+    } else {
+        std::transform(other.data(), other.data() + size_, bits.begin(), round_bf16);
+        memory_->copy(buffer().data, bits.data(), bytes);
+    }
+}
+
+// Each parameter has a stream of random numbers of its own, so threads change nothing.
 void initialize(const ParameterLayout& layout, const ModelConfig& config, uint64_t seed, const ParameterArena& values) {
     const double residual_scale = 1.0 / std::sqrt(2.0 * static_cast<double>(config.num_layers));
-    uint64_t stream = 0;
-    for (const Parameter& p : layout.list()) {
-        Random random(seed, ++stream);
+    const std::vector<Parameter>& list = layout.list();
+    const auto fill = [&](size_t i) {
+        const Parameter& p = list[i];
+        Random random(seed, i + 1);
         const double scale = config.init_std * (p.init == Init::normal_residual ? residual_scale : 1.0);
         for (float& x : values[p]) {
             switch (p.init) {
@@ -98,7 +120,15 @@ void initialize(const ParameterLayout& layout, const ModelConfig& config, uint64
                 case Init::normal_residual: x = static_cast<float>(scale * random.normal()); break;
             }
         }
-    }
+    };
+    std::atomic<size_t> next = 0;
+    const auto work = [&] {
+        for (size_t i; (i = next++) < list.size();) fill(i);
+    };
+    std::vector<std::jthread> threads;
+    if (layout.num_elements() > kElementsOfAThread)
+        for (unsigned i = 1; i < std::thread::hardware_concurrency(); ++i) threads.emplace_back(work);
+    work();
 }
 
 }  // namespace strobe::gpt

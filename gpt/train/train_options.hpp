@@ -32,6 +32,7 @@ struct TrainOptions {
     // The result does not depend on these, but for rounding: a checkpoint is fp32 and goes on anywhere.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
+    Precision moments = Precision::fp32;    // what AdamW's moments lie in; bf16 is rounded stochastically
     bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
 
     // The result does not depend on these.

@@ -10,6 +10,7 @@
 #include "gpt/host_view.hpp"
 #include "gpt/io/durable_file.hpp"
 #include "gpt/random.hpp"
+#include "gpt/step_graphs.hpp"
 #include "gpt/train/interrupt.hpp"
 #include "gpt/train/loss_plot.hpp"
 
@@ -102,6 +103,14 @@ public:
     TrainResult go();
 
 private:
+    /// What is known of a step before it is made.
+    struct Ahead {
+        SamplerPosition position;  // behind its batches
+        int64_t targets = 0, tokens = 0;
+        double flops = 0.0;
+    };
+
+    Ahead prepare();
     void step(int64_t number);
     std::optional<double> evaluate(uint64_t max_rows);
     void save(int64_t number);
@@ -116,9 +125,12 @@ private:
     Weights weights_;
     Model model_;
     Optimizer optimizer_;
+    StepGraphs graphs_;
     Sampler sampler_;
     RunLog log_;
     std::vector<Batch> batches_;
+    std::optional<Ahead> ahead_;  // of the step to come; drawn from the data and written down for the device already
+    SamplerPosition position_;       // behind the last step that was made
     TrainResult result_;
     double smooth_step_seconds_ = 0.0;
     double step_flops_sum_ = 0.0;
@@ -147,7 +159,8 @@ Run::Run(Start start, Progress& progress)
       backend_(options_.device, options_.threads),
       weights_(options_.model, backend_.memory(), options_.precision),
       model_(weights_, backend_, {.max_rows = options_.batch_size * options_.row_length(), .recompute = options_.recompute}),
-      optimizer_(weights_.layout, options_.optimizer, backend_.memory()),
+      optimizer_(weights_.layout, options_.optimizer, backend_.memory(), options_.moments),
+      graphs_(backend_),
       sampler_(data_.train, {.row = {.seqlen = options_.row_length(), .split_documents = options_.split_documents},
                              .batch_size = options_.batch_size, .seed = options_.seed}),
       log_(options_.out / "log.jsonl", start_.state ? start_.state->step : 0),
@@ -173,32 +186,46 @@ Run::Run(Start start, Progress& progress)
                                           backend_.team().size(), threads));
     }
     start_.checkpoint.reset();
+    position_ = sampler_.position();
     result_.parameters = options_.model.num_parameters();
     result_.log = options_.out / "log.jsonl";
     result_.plot = options_.out / "loss.svg";
     result_.peak_flops_per_second = backend_.peak(options_.precision);
 }
 
-void Run::step(int64_t number) {
-    const auto begin = Clock::now();
-    int64_t targets = 0, tokens = 0;
-    double flops = 0.0;
+Run::Ahead Run::prepare() {
+    Ahead ahead;
     for (Batch& batch : batches_) {
         sampler_.next(batch);
-        targets += count_targets(batch);
-        tokens += static_cast<int64_t>(batch.tokens.size());
-        flops += flops_of(options_.model, batch);
+        ahead.targets += count_targets(batch);
+        ahead.tokens += static_cast<int64_t>(batch.tokens.size());
+        ahead.flops += flops_of(options_.model, batch);
     }
+    ahead.position = sampler_.position();
+    model_.prepare(batches_, 1.0f / static_cast<float>(std::max<int64_t>(1, ahead.targets)));
+    return ahead;
+}
+
+void Run::step(int64_t number) {
+    const auto begin = Clock::now();
+    if (!ahead_) ahead_ = prepare();
+    const auto [position, targets, tokens, flops] = *std::exchange(ahead_, std::nullopt);
     // A GPU's marks around each operator cost time: there the clock looks at every 16th step, once all shapes have been met.
     Exec& exec = backend_.exec();
     exec.times = backend_.device() == Device::cpu || steps_here_ % 16 == 1 ? times_ : nullptr;
     ++steps_here_;
-    model_.clear_gradients();
-    const float scale = 1.0f / static_cast<float>(std::max<int64_t>(1, targets));
-    for (const Batch& batch : batches_) model_.accumulate(batch, scale);
     const float rate = learning_rate_at(options_.optimizer, number, options_.steps);
-    const double norm = optimizer_.apply(exec, weights_, model_.gradients(), number, rate);
+    model_.begin_step();
+    optimizer_.set_rates(number, rate);
+    graphs_.run(model_.step_shape(), [&] {
+        model_.passes();
+        optimizer_.update(exec, weights_, model_.gradients());
+    });
+    // A GPU is busy with this step now, and the host gets the next one ready.
+    if (backend_.device() != Device::cpu && number < options_.steps) ahead_ = prepare();
+    const double norm = optimizer_.gradient_norm();
     const double loss = model_.take_loss() / static_cast<double>(std::max<int64_t>(1, targets));
+    position_ = position;
     if (exec.times) backend_.times();
     if (!std::isfinite(loss))
         throw std::runtime_error(fmt::format("the loss is {} at step {}: lower the learning rate or raise the warm-up; the last "
@@ -240,7 +267,7 @@ std::optional<double> Run::evaluate(uint64_t max_rows) {
 
 void Run::save(int64_t number) {
     const TrainingState state{.step = number,
-                              .data_position = sampler_.position(),
+                              .data_position = position_,
                               .data_fingerprint = data_.fingerprint,
                               .rng = Random(options_.seed).state(),
                               .trainer = {{"options", nlohmann::json(to_json(options_))}, {"threads", backend_.team().size()}}};
@@ -300,23 +327,37 @@ TrainResult Run::go() {
     return result_;
 }
 
-/// Rows of a batch that a GPU of so many bytes has room for, for each kind of recomputation; 0: not one.
-nlohmann::ordered_json rows_that_fit(const TrainOptions& o, size_t bytes) {
-    nlohmann::ordered_json out;
-    for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
-        const auto needs = [&](int64_t rows) {
-            return plan_memory(o.model, {.max_rows = rows * o.row_length(), .recompute = recompute, .device = o.device,
-                                         .precision = o.precision}).total();
-        };
-        int64_t fits = 0, over = 1;
-        while (over <= int64_t{1} << 20 && needs(over) <= bytes) fits = std::exchange(over, 2 * over);
-        while (over - fits > 1) {
-            const int64_t middle = (fits + over) / 2;
-            (needs(middle) <= bytes ? fits : over) = middle;
-        }
-        out[std::string(to_string(recompute))] = fits;
+/// The largest n up to `most` for which needs(n) is at most `bytes`; 0: not one. More of n never needs less.
+template <class Needs>
+int64_t largest_that_fits(size_t bytes, int64_t most, Needs&& needs) {
+    int64_t fits = 0, over = most + 1;
+    while (over - fits > 1) {
+        const int64_t middle = (fits + over) / 2;
+        (needs(middle) <= bytes ? fits : over) = middle;
     }
-    return out;
+    return fits;
+}
+
+constexpr int64_t kLongestRow = int64_t{1} << 24;
+
+/// What a GPU of so many bytes has room for, by kind of recomputation: rows of the run's length in a batch, and tokens of a single
+/// row, in multiples of 1024. Learned positions grow with the row.
+nlohmann::ordered_json room(const TrainOptions& o, size_t bytes) {
+    nlohmann::ordered_json rows, tokens;
+    for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
+        const auto needs = [&](const ModelConfig& model, int64_t max_rows) {
+            return plan_memory(model, {.max_rows = max_rows, .recompute = recompute, .device = o.device, .precision = o.precision,
+                                       .moments = o.moments}).total();
+        };
+        const std::string name(to_string(recompute));
+        rows[name] = largest_that_fits(bytes, (int64_t{1} << 30) / o.row_length(), [&](int64_t n) { return needs(o.model, n * o.row_length()); });
+        tokens[name] = 1024 * largest_that_fits(bytes, kLongestRow / 1024, [&](int64_t n) {
+            ModelConfig longer = o.model;
+            longer.context_length = std::max(longer.context_length, 1024 * n);
+            return needs(longer, 1024 * n);
+        });
+    }
+    return {{"rows_by_recompute", rows}, {"tokens_of_one_row_by_recompute", tokens}};
 }
 
 /// Whether the run has room on this machine's GPU, and what would have. On a machine without one: on one of 80 GB.
@@ -333,7 +374,9 @@ nlohmann::ordered_json fit(const TrainOptions& o, const MemoryPlan& memory) {
         // No GPU here.
     }
     bytes -= std::min(bytes, kReserve);
-    return {{"gpu", name}, {"bytes", bytes}, {"run", memory.total() <= bytes}, {"rows_by_recompute", rows_that_fit(o, bytes)}};
+    nlohmann::ordered_json out{{"gpu", name}, {"bytes", bytes}, {"run", memory.total() <= bytes}};
+    out.update(room(o, bytes));
+    return out;
 }
 
 }  // namespace
@@ -346,10 +389,11 @@ TrainResult train(const TrainOptions& options) {
 
 nlohmann::ordered_json describe(const TrainOptions& o) {
     const MemoryPlan memory = plan_memory(o.model, {.max_rows = o.batch_size * o.row_length(), .recompute = o.recompute,
-                                                    .device = o.device, .precision = o.precision});
+                                                    .device = o.device, .precision = o.precision, .moments = o.moments});
     nlohmann::ordered_json out{{"architecture", to_string(o.model.architecture)},
                                {"device", to_string(o.device)},
                                {"precision", to_string(o.precision)},
+                               {"moments", to_string(o.moments)},
                                {"parameters", o.model.num_parameters()},
                                {"tokens_per_step", o.tokens_per_step()},
                                {"steps", o.steps},
