@@ -71,7 +71,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
     plan.values = arena;
     plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
     plan.gradients = options.training ? arena : 0;
-    plan.moments = options.training ? 2 * elements * size_of(options.moments) : 0;
+    plan.moments = options.training ? 2 * elements * size_of(options.moments) / static_cast<size_t>(options.processes) : 0;
     plan.activations = arena_bytes(config, options);
     constexpr int kTypicalParts = 264;
     plan.scratch = scratch_bytes(config, options, options.device == Device::cpu ? 1 : kTypicalParts);
@@ -152,12 +152,12 @@ void Model::begin_step() {
     has_loss_ = true;
 }
 
-void Model::passes() {
+void Model::passes(GradientSink* sink) {
     clear_gradients();
     has_loss_ = false;
     for (size_t i = 0; i < num_prepared_; ++i) {
         use(*prepared_[i]);
-        pass();
+        pass(i + 1 == num_prepared_ ? sink : nullptr);
     }
 }
 
@@ -347,17 +347,22 @@ void Model::backward_block(int64_t layer) {
 }
 
 // From dnorm, the gradient of the final norm's output, down to the embedding.
-void Model::backward_stream() {
+void Model::backward_stream(GradientSink* sink) {
     const ParameterLayout& layout = weights_.layout;
     backend_.memory().zero(act_.dstream.data, static_cast<size_t>(rows_ * config_.hidden_size) * size_of(act_.dstream.precision));
     run(exec_, with_bias_of_branch(norm_backward(act_.final_x, act_.dnorm, layout.final_norm_weight(), layout.final_norm_bias(),
                                                  act_.final_mean, act_.final_rstd),
                                    layout.block(config_.num_layers - 1).down_bias));
-    for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) backward_block(layer);
+    for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) {
+        backward_block(layer);
+        // A block's matrices lie behind one another, before them those of the blocks to come.
+        if (sink) sink->ready(layout[layout.block(layer).qkv_weight].offset);
+    }
     run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_->tokens(),
                                  .positions = inputs_->positions(), .dout = act_.dstream,
                                  .dtable = gradient(layout.embedding()), .dposition_table = gradient(layout.positions()),
                                  .token_groups = inputs_->token_groups(), .position_groups = inputs_->position_groups()});
+    if (sink) sink->ready(0);
 }
 
 double Model::take_loss() {
@@ -377,13 +382,13 @@ double Model::loss(const Batch& batch) {
 void Model::accumulate(const Batch& batch, float gradient_scale) {
     if (!options_.training) throw std::logic_error("model: made without gradients");
     load(batch, gradient_scale);
-    pass();
+    pass(nullptr);
 }
 
-void Model::pass() {
+void Model::pass(GradientSink* sink) {
     forward_stream();
     head(true);
-    backward_stream();
+    backward_stream(sink);
     fresh_ = false;
 }
 

@@ -23,6 +23,7 @@ struct ModelOptions {
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
     Precision moments = Precision::fp32;  // of the optimizer
+    int processes = 1;                    // which share the optimizer's moments
 };
 
 /// Bytes by purpose, known before the first allocation.
@@ -32,6 +33,14 @@ struct MemoryPlan {
     size_t total() const { return values + narrow_values + gradients + moments + activations + scratch; }
 };
 MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options);
+
+/// Hears how far a backward is.
+class GradientSink {
+public:
+    virtual ~GradientSink() = default;
+    /// The gradients from element `from` of their arena on will not change any more.
+    virtual void ready(int64_t from) = 0;
+};
 
 class Model {
 public:
@@ -46,13 +55,16 @@ public:
     /// The same without waiting for a device: the loss is added to what take_loss() returns next.
     void accumulate(const Batch& batch, float gradient_scale);
     double take_loss();
+    /// Where the sum lies that take_loss() returns.
+    double* loss_sum() const { return act_.loss_sum; }
 
     // The same in two halves, for a step whose second half is always the same work and can be recorded. prepare writes down the
     // step's batches and may do so while the device is busy with the step before; begin_step sends them off; passes asks for
-    // operators alone: gradients start from zero and get the sum over the batches, the loss goes to take_loss().
+    // operators alone: gradients start from zero and get the sum over the batches, the loss goes to take_loss(). `sink` hears
+    // of the last batch's backward.
     void prepare(std::span<const Batch> batches, float gradient_scale);
     void begin_step();
-    void passes();
+    void passes(GradientSink* sink = nullptr);
     /// Equal for two steps whose passes are the same calls on the same memory.
     std::vector<int64_t> step_shape() const;
 
@@ -70,11 +82,11 @@ private:
     void use(const StepInputs& inputs);
     void load(const Batch& batch, float gradient_scale);
     void reserve_attention_workspace();
-    void pass();
+    void pass(GradientSink* sink);
     void forward_stream();
     void forward_block(int64_t layer, bool again);
     void head(bool gradient_too);
-    void backward_stream();
+    void backward_stream(GradientSink* sink);
     void backward_block(int64_t layer);
     void recompute_norms(const BlockActivations& a, const BlockParameters& p);
     void backward_into_norm(LinearBackward product, NormBackward normed, int bias);

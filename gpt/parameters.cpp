@@ -20,6 +20,8 @@ constexpr int64_t kAlignElements = kArenaAlignment / sizeof(float);
 // Fewer random numbers than this are there before a thread has started.
 constexpr int64_t kElementsOfAThread = int64_t{1} << 22;
 
+int64_t rounded_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
 }  // namespace
 
 int ParameterLayout::add(std::string name, std::vector<int64_t> shape, Init init, bool transposed, bool joined) {
@@ -30,15 +32,17 @@ int ParameterLayout::add(std::string name, std::vector<int64_t> shape, Init init
     p.decay = p.shape.size() >= 2;
     p.init = init;
     p.size = std::accumulate(p.shape.begin(), p.shape.end(), int64_t{1}, std::multiplies<>());
-    // A joined parameter lies directly behind the previous one: the two are one matrix to the model.
-    p.offset = joined ? arena_elements_ : (arena_elements_ + kAlignElements - 1) / kAlignElements * kAlignElements;
-    arena_elements_ = p.offset + p.size;
+    // Of a matrix for now: behind the end of the vectors. A joined parameter lies directly behind the previous one: the two
+    // are one matrix to the model.
+    int64_t& end = p.decay ? arena_elements_ : vector_elements_;
+    p.offset = joined ? end : rounded_up(end, kAlignElements);
+    end = p.offset + p.size;
     num_elements_ += p.size;
     parameters_.push_back(std::move(p));
     return static_cast<int>(parameters_.size()) - 1;
 }
 
-ParameterLayout::ParameterLayout(const ModelConfig& c) {
+ParameterLayout::ParameterLayout(const ModelConfig& c, int shards) {
     c.validate();
     const bool gpt2 = c.architecture == Architecture::gpt2;
     const int64_t hidden = c.hidden_size;
@@ -81,7 +85,11 @@ ParameterLayout::ParameterLayout(const ModelConfig& c) {
     final_norm_weight_ = add(root + (gpt2 ? "ln_f.weight" : "norm.weight"), {hidden}, Init::ones);
     if (gpt2) final_norm_bias_ = add(root + "ln_f.bias", {hidden}, Init::zeros);
     head_ = c.tied_head ? embedding_ : add("lm_head.weight", {c.vocab_size, hidden}, Init::normal);
-    arena_elements_ = (arena_elements_ + kAlignElements - 1) / kAlignElements * kAlignElements;
+
+    vector_elements_ = rounded_up(vector_elements_, kAlignElements * shards);
+    arena_elements_ = vector_elements_ + rounded_up(arena_elements_, kAlignElements * shards);
+    for (Parameter& p : parameters_)
+        if (p.decay) p.offset += vector_elements_;
 }
 
 const Parameter* ParameterLayout::find(std::string_view name) const {

@@ -38,9 +38,12 @@ struct BlockParameters {
     int down_weight = -1, down_bias = -1;  // (hidden, ffn)
 };
 
+/// Norms and biases lie in front of everything, then the matrices in the order in which the model meets them: the backward
+/// finishes their gradients from the end of the arena to its beginning.
 class ParameterLayout {
 public:
-    explicit ParameterLayout(const ModelConfig& config);
+    /// The vectors' part and the matrices' part of an arena can each be cut into `shards` equal and aligned pieces.
+    explicit ParameterLayout(const ModelConfig& config, int shards = 1);
 
     const std::vector<Parameter>& list() const { return parameters_; }
     const Parameter& operator[](int index) const { return parameters_[static_cast<size_t>(index)]; }
@@ -59,6 +62,8 @@ public:
     int64_t num_elements() const { return num_elements_; }
     /// Length of an arena in floats; padding between parameters is zero and stays zero.
     int64_t arena_elements() const { return arena_elements_; }
+    /// Where the matrices begin: weight decay applies from here on.
+    int64_t matrices_begin() const { return vector_elements_; }
 
 private:
     int add(std::string name, std::vector<int64_t> shape, Init init, bool transposed = false, bool joined = false);
@@ -68,6 +73,7 @@ private:
     int embedding_ = -1, positions_ = -1, final_norm_weight_ = -1, final_norm_bias_ = -1, head_ = -1;
     int64_t num_elements_ = 0;
     int64_t arena_elements_ = 0;
+    int64_t vector_elements_ = 0;
 };
 
 /// One number for each parameter, zero at first: fp32, or bf16 where half the memory is worth more than the digits.

@@ -1,13 +1,19 @@
 // Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
 // JSON. With "once" one step warms up and none is looked at by operator: for steps of a minute.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] [pointwise|block]
+//       [processes=N]
+// ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <memory>
+#include <optional>
 #include <nlohmann/json.hpp>
 
+#include "gpt/distributed/data_parallel.hpp"
+#include "gpt/distributed/spawn.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
@@ -33,9 +39,9 @@ Shape shape_of(const std::string& name) {
     return found->second;
 }
 
-Batch random_batch(int64_t seqlen, int64_t rows) {
+Batch random_batch(int64_t seqlen, int64_t rows, int rank) {
     Batch batch;
-    Random random(1);
+    Random random(1, static_cast<uint64_t>(rank));
     for (int64_t i = 0; i < seqlen * rows; ++i) {
         if (i % seqlen == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(i));
         batch.tokens.push_back(static_cast<int32_t>(random.below(kVocab)));
@@ -106,6 +112,7 @@ struct Arguments {
     bool deterministic = false, graph = true, once = false;
     Precision moments = Precision::bf16;
     Recompute recompute = Recompute::none;
+    int processes = 1;
 };
 
 Arguments parse(int argc, char** argv) {
@@ -116,19 +123,24 @@ Arguments parse(int argc, char** argv) {
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
+        else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
         else a.recompute = recompute_from_string(option);
     }
     return a;
 }
 
 int run_bench(const Arguments& a) {
+    const Launch launch = read_launch();
+    if (a.processes > launch.size) return run_as_processes(a.processes);
+    const std::unique_ptr<ProcessGroup> group = join_group(launch);
+    if (group) cuda::choose_gpu(*group);
     const Shape shape = shape_of(a.model);
     const ModelConfig config = gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
     Backend backend(Device::cuda);
     Exec& exec = backend.exec();
     exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
-    const Weights weights(config, backend.memory(), Precision::bf16);
+    const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
     {
         const ParameterArena fresh(weights.layout);
         initialize(weights.layout, config, 1, fresh);
@@ -136,28 +148,34 @@ int run_bench(const Arguments& a) {
     }
     narrow_values(backend, weights);
     const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .device = Device::cuda,
-                                     .precision = Precision::bf16, .moments = a.moments};
+                                     .precision = Precision::bf16, .moments = a.moments, .processes = launch.size};
     Model model(weights, backend, model_options);
-    Optimizer optimizer(weights.layout, {}, backend.memory(), a.moments);
+    std::optional<Optimizer> optimizer;
+    std::unique_ptr<DataParallel> parallel;
+    if (group)
+        parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{}, a.moments);
+    else
+        optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
     StepGraphs graphs(backend);
-    const std::vector<Batch> batches{random_batch(a.seqlen, a.rows)};
-    const auto tokens = static_cast<int64_t>(batches.front().tokens.size());
+    const std::vector<Batch> batches{random_batch(a.seqlen, a.rows, launch.rank)};
+    const int64_t tokens = launch.size * static_cast<int64_t>(batches.front().tokens.size());
 
     int64_t number = 0;
     double loss = 0.0;
     const auto prepare = [&] { model.prepare(batches, 1.0f / static_cast<float>(tokens)); };
     const auto enqueue = [&] {
-        model.passes();
-        optimizer.update(exec, weights, model.gradients());
+        model.passes(parallel.get());
+        parallel ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
         model.begin_step();
-        optimizer.set_rates(++number, 1e-4f);
+        ++number;
+        parallel ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
         a.graph ? graphs.run(model.step_shape(), enqueue) : enqueue();
         prepare();
-        optimizer.gradient_norm();
+        parallel ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
     };
     OpTimes* const times = exec.times;
@@ -175,6 +193,7 @@ int run_bench(const Arguments& a) {
     backend.times().clear();
     for (int i = 0; i < num_profiled; ++i) step();
     OpTimes& profiled = backend.times();
+    if (group && !group->leads()) return 0;
 
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2], peak = backend.peak(Precision::bf16);
@@ -185,6 +204,8 @@ int run_bench(const Arguments& a) {
                                      {"parameters", config.num_parameters()},
                                      {"seqlen", a.seqlen},
                                      {"rows", a.rows},
+                                     {"processes", launch.size},
+                                     {"communication", parallel ? parallel->communicator().name() : ""},
                                      {"deterministic", a.deterministic},
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
@@ -193,7 +214,7 @@ int run_bench(const Arguments& a) {
                                      {"seconds_min", seconds.front()},
                                      {"tokens_per_second", static_cast<double>(tokens) / median},
                                      {"tflops_per_second", 1e-12 * flops / median},
-                                     {"mfu", flops / median / peak},
+                                     {"mfu", flops / median / (peak * launch.size)},
                                      {"tflops_per_second_causal_halved", 1e-12 * causal / median},
                                      {"peak_memory_bytes", peak_memory},
                                      {"planned_memory_bytes", plan_memory(config, model_options).total()},
@@ -211,8 +232,8 @@ int run_bench(const Arguments& a) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] [pointwise|block]\n",
-                     argv[0]);
+        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] "
+                     "[pointwise|block] [processes=N]\n", argv[0]);
         return 2;
     }
     try {

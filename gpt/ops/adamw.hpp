@@ -60,11 +60,12 @@ struct Narrow {
     Buffer narrow;
 };
 
-/// *result = sum of squares, in fixed blocks, so it does not depend on the number of threads.
+/// *result = sum of squares (behind `add`: more of them), in fixed blocks, so it does not depend on the number of threads.
 struct SquaredNorm {
     int64_t size;
     const float* values;
     double* result;
+    bool add = false;  // to what is in *result
 };
 
 /// What squared_norm needs of Exec::scratch.

@@ -17,11 +17,11 @@ namespace strobe::gpt {
 
 struct Ops;
 
-enum class OpKind : int { embedding, norm, linear, rope, attention, activation, cross_entropy, optimizer, count };
+enum class OpKind : int { embedding, norm, linear, rope, attention, activation, cross_entropy, optimizer, communication, count };
 
 constexpr std::string_view to_string(OpKind kind) {
     constexpr std::string_view kNames[] = {"embedding", "norm",       "linear",        "rope",
-                                           "attention", "activation", "cross_entropy", "optimizer"};
+                                           "attention", "activation", "cross_entropy", "optimizer", "communication"};
     return kNames[static_cast<int>(kind)];
 }
 
@@ -83,6 +83,7 @@ struct Exec {
     const Ops* ops = nullptr;
     ThreadTeam* team = nullptr;   // cpu
     void* stream = nullptr;       // cuda
+    int device_index = 0;         // cuda: which GPU the stream and all memory belong to
     cuda::Gemm* gemm = nullptr;   // cuda
     int parts = 1;                // into which sums over rows are split; the same on every run of a machine
     bool deterministic = true;    // every result repeats bit for bit

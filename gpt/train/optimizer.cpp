@@ -9,21 +9,6 @@
 
 namespace strobe::gpt {
 
-namespace {
-
-std::vector<AdamWSegment> segments_of(const ParameterLayout& layout) {
-    std::vector<AdamWSegment> segments;
-    for (const Parameter& p : layout.list()) {
-        if (!segments.empty() && segments.back().decay == p.decay)
-            segments.back().size = p.offset + p.size - segments.back().offset;
-        else
-            segments.push_back({p.offset, p.size, p.decay});
-    }
-    return segments;
-}
-
-}  // namespace
-
 void OptimizerOptions::validate() const {
     const auto require = [](bool good, const char* field, double value, const char* range) {
         if (!good) throw std::invalid_argument(fmt::format("{} is {}, must be {}", field, value, range));
@@ -53,10 +38,11 @@ Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& opti
       squared_norm_(sizeof(double), memory),
       rates_(sizeof(AdamWRates), memory) {
     options.validate();
-    const std::vector<AdamWSegment> segments = segments_of(layout);
-    num_segments_ = segments.size();
-    segments_ = Arena(num_segments_ * sizeof(AdamWSegment), memory);
-    memory.copy(segments_.at<void>(0), segments.data(), segments_.size_bytes());
+    const int64_t matrices = layout.matrices_begin();
+    const AdamWSegment segments[] = {{0, matrices, false}, {matrices, layout.arena_elements() - matrices, true}};
+    num_segments_ = std::size(segments);
+    segments_ = Arena(sizeof segments, memory);
+    memory.copy(segments_.at<void>(0), segments, sizeof segments);
 }
 
 void Optimizer::set_rates(int64_t step, float learning_rate) {

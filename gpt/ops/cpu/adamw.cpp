@@ -88,7 +88,7 @@ void squared_norm(Exec& e, const SquaredNorm& a) {
             sums[b] = total;
         }
     });
-    *a.result = 0.0;
+    if (!a.add) *a.result = 0.0;
     for (const double sum : sums) *a.result += sum;
 }
 

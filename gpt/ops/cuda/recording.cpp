@@ -18,7 +18,8 @@ using Graph = std::unique_ptr<CUgraph_st, GraphDeleter>;
 class GraphRecording final : public Recording {
 public:
     GraphRecording(const Graph& graph, cudaStream_t stream) : stream_(stream) {
-        check(cudaGraphInstantiate(&executable_, graph.get(), 0), "cudaGraphInstantiate");
+        // Of work on several streams: those that went first go first.
+        check(cudaGraphInstantiate(&executable_, graph.get(), cudaGraphInstantiateFlagUseNodePriority), "cudaGraphInstantiate");
         check(cudaGraphUpload(executable_, stream), "cudaGraphUpload");
     }
     ~GraphRecording() override {

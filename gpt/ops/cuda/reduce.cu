@@ -87,12 +87,12 @@ __global__ void squares_kernel(const float* values, int64_t size, double* partia
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-__global__ void sum_doubles_kernel(const double* partial, int count, double* result) {
+__global__ void sum_doubles_kernel(const double* partial, int count, double* result, bool add) {
     __shared__ double slots[32];
     double mine = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) mine += partial[i];
     const double total = block_sum(mine, slots);
-    if (threadIdx.x == 0) *result = total;
+    if (threadIdx.x == 0) *result = add ? *result + total : total;
 }
 
 }  // namespace
@@ -132,7 +132,7 @@ void loss_sum(Exec& e, const LossSum& a) {
 void squared_norm(Exec& e, const SquaredNorm& a) {
     auto* partial = static_cast<double*>(e.scratch);
     squares_kernel<<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(a.values, a.size, partial);
-    sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result);
+    sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result, a.add);
     check_launch("squared_norm");
 }
 

@@ -172,6 +172,7 @@ public:
     void equip(Exec& exec) override {
         exec.ops = &table();
         exec.stream = stream_.get();
+        exec.device_index = device_;
         exec.gemm = &gemm_;
         exec.clock = &clock_;
         exec.parts = 2 * strobe::cuda::device_limits(device_).num_sms;
