@@ -1,19 +1,29 @@
 """Call overhead of strobe.attention from Python beside torch's SDPA: a call on tensors too small to compute anything.
 
-    python bench/python_overhead.py [--device cuda] [--json FILE]
+    python bench/python_overhead.py [--device cuda] [--stages] [--json FILE]
 
 Times are of the calling thread, the least of many repetitions. On CUDA the kernels run behind the calls and are not waited for.
+--stages times the parts of a forward call too, each on its own: the operator below the Python function, the C function below the
+operator, both with nothing to launch, and what torch takes to allocate a tensor and to launch one kernel.
 """
 
 import argparse
+import ctypes
 import json
-import platform
+import pathlib
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 
-import strobe
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "peers"))
+
+import machine  # noqa: E402
+import measuring  # noqa: E402
+import strobe  # noqa: E402
+import strobe.numpy as abi  # noqa: E402
+from strobe import _attention, _native  # noqa: E402
 
 
 def seconds_per_call(function, repetitions=40, calls=100):
@@ -30,18 +40,16 @@ def seconds_per_call(function, repetitions=40, calls=100):
     return best
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+def inputs(device, rows=8):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    torch.set_num_threads(1)
+    return [torch.randn(1, rows, 1, 64, device=device, dtype=dtype) for _ in range(3)]
 
-    q, k, v = (torch.randn(1, 8, 1, 64, device=device, dtype=dtype) for _ in range(3))
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    grad = torch.ones_like(q)
+
+def whole_calls(device) -> dict:
+    """{what: seconds} for strobe and SDPA."""
+    tensors = inputs(device)
+    heads_first = [x.transpose(1, 2) for x in tensors]
+    grad = torch.ones_like(tensors[0])
     results = {}
 
     def step(function, tensors, grad):
@@ -54,16 +62,90 @@ def main():
         results[f"{name} forward, recording"] = seconds_per_call(lambda: function(*leaves))
         results[f"{name} forward and backward"] = seconds_per_call(lambda: step(function, leaves, grad), 50, 50)
 
-    both("strobe.attention", strobe.attention, [q, k, v], grad)
+    both("strobe.attention", strobe.attention, tensors, grad)
     both("torch SDPA", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
+    return results
 
-    for name, seconds in results.items():
-        print(f"{name:40s} {seconds * 1e6:8.2f} us")
+
+# ---- parts of a call --------------------------------------------------------------------------------------------------------
+
+
+def view(x: torch.Tensor) -> abi._Tensor:
+    dtypes = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    t = abi._Tensor(data=x.data_ptr(), dtype=abi._DTYPES[dtypes[x.dtype]], ndim=x.dim())
+    t.device_type, t.device_index = int(x.is_cuda), x.device.index or 0
+    t.shape[: x.dim()], t.strides[: x.dim()] = x.shape, x.stride()
+    return t
+
+
+def c_calls(tensors) -> tuple:
+    """(forward, plan): the two C functions on these tensors, with everything that they are given made in advance."""
+    library = _native.c_abi()
+    q = tensors[0]
+    a = abi._sized(abi._Attention(window_left=-1, window_right=-1, num_threads=1))
+    a.q, a.k, a.v = map(view, tensors)
+    kept = [torch.empty_like(q), torch.empty(1 << 20, dtype=torch.uint8, device=q.device)]
+    f = abi._sized(abi._Forward(out=view(kept[0]), workspace=kept[1].data_ptr(), workspace_bytes=1 << 20))
+    plan = abi._sized(abi._Plan())
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
+    pointers = [ctypes.byref(x) for x in (a, f, plan)]
+
+    def forward(kept=kept):
+        return library.strobe_attention_forward(pointers[0], pointers[1], stream)
+
+    def plan_only():
+        return library.strobe_attention_forward_plan(*pointers)
+
+    abi._check(forward())
+    abi._check(plan_only())
+    return forward, plan_only
+
+
+def parts(device) -> dict:
+    """{what: seconds} of a forward call's parts."""
+    tensors = inputs(device)
+    nothing = [inputs(device, rows=0)[0], *tensors[1:]]
+    forward, plan = c_calls(tensors)
+    idle, _ = c_calls(nothing)
+    operator, library = _attention._plain, _native.c_abi()
+    one = torch.zeros(1, device=device)
+    calls = {
+        "strobe.attention": lambda: strobe.attention(*tensors),
+        "strobe.attention, with log-sum-exp": lambda: strobe.attention(*tensors, return_lse=True),
+        "operator": lambda: operator(*tensors, False, None, False),
+        "operator, with log-sum-exp": lambda: operator(*tensors, True, None, False),
+        "operator, no queries": lambda: operator(*nothing, False, None, False),
+        "C function": forward,
+        "C function, no queries": idle,
+        "C plan": plan,
+        "ctypes alone": library.strobe_num_threads,
+        "torch.empty": lambda: torch.empty((1, 8, 1, 64), device=device),
+        "one torch kernel in place": one.neg_,
+    }
+    with torch.no_grad():
+        return {name: seconds_per_call(function) for name, function in calls.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", action="store_true", help="time the parts of a forward call too")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_num_threads(1)
+
+    record = {"machine": {**measuring.header()["machine"], **machine.describe()}, "device": str(device)}
+    groups = {"microseconds": whole_calls}
+    if arguments.stages:
+        groups["stages_microseconds"] = parts
+    for group, measure in groups.items():
+        record[group] = {name: round(seconds * 1e6, 3) for name, seconds in measure(device).items()}
+        for name, microseconds in record[group].items():
+            print(f"{name:40s} {microseconds:8.2f} us")
     if arguments.json:
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        record = {"machine": machine, "device": str(device), "torch": torch.__version__, "strobe": strobe.__version__}
-        with open(arguments.json, "w") as file:
-            json.dump({**record, "microseconds": {n: s * 1e6 for n, s in results.items()}}, file, indent=1)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,32 +24,67 @@ std::vector<int64_t> lse_shape(const strobe_attention& a) {
                                 " dimensions; it must be (B, Sq, H, D), or (Tq, H, D) with cu_seqlens_q");
 }
 
+/// `lse` may be empty: then it is not computed.
 void run_forward(const strobe_attention& a, const Tensor& out, const Tensor& lse, Device device) {
     strobe_forward f;
     strobe_forward_init(&f);
     f.out = view("out", out);
     f.lse = view("lse", lse);
 
-    const Stream stream(a.q);
-    const size_t bytes = workspace_bytes(a, f);
-    const Tensor workspace = allocate_workspace(bytes, device);
-    f.workspace = workspace ? workspace.data() : nullptr;
-    f.workspace_bytes = bytes;
-    check_strobe(strobe_attention_forward(&a, &f, stream.get()));
+    const Workspace workspace(workspace_bytes(a, f), device);
+    f.workspace = workspace.data();
+    f.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_forward(&a, &f, current_stream(a.q)));
+}
+
+struct ForwardInputs {
+    Tensor q, k, v;
+    bool with_lse = true;
+    Options options;
+    bool float32_out = false;
+};
+
+struct ForwardResults {
+    Tensor out, lse;
+};
+
+ForwardResults allocate_and_run(const ForwardInputs& in) {
+    const strobe_attention a = describe(in.q, in.k, in.v, in.options);
+    const Device device = in.q.device();
+    ForwardResults results;
+    if (in.with_lse) results.lse = empty(lse_shape(a), aoti_torch_dtype_float32(), device);
+    results.out = empty(out_shape(a), in.float32_out ? aoti_torch_dtype_float32() : in.q.dtype(), device);
+    run_forward(a, results.out, results.lse, device);
+    return results;
 }
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
-    const Options options = Options::take(arguments);
-    const bool float32_out = arguments.boolean();
+    ForwardInputs in{arguments.tensor(), arguments.tensor(), arguments.tensor(), true, Options::take(arguments)};
+    in.float32_out = arguments.boolean();
 
-    const strobe_attention a = describe(q, k, v, options);
-    Tensor lse = empty(lse_shape(a), aoti_torch_dtype_float32(), q.device());
-    Tensor out = empty(out_shape(a), float32_out ? aoti_torch_dtype_float32() : q.dtype(), q.device());
-    run_forward(a, out, lse, q.device());
-    stack[0] = as_result(std::move(out));
-    stack[1] = as_result(std::move(lse));
+    ForwardResults results = allocate_and_run(in);
+    stack[0] = as_result(std::move(results.out));
+    stack[1] = as_result(std::move(results.lse));
+}
+
+void forward_unrecorded(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    ForwardInputs in{arguments.tensor(), arguments.tensor(), arguments.tensor(), arguments.boolean(), Options::take(arguments)};
+    in.float32_out = arguments.boolean();
+
+    ForwardResults results = allocate_and_run(in);
+    stack[0] = as_result(std::move(results.out));
+    stack[1] = as_optional_result(std::move(results.lse));
+}
+
+void forward_plain(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const ForwardInputs in{arguments.tensor(), arguments.tensor(), arguments.tensor(), arguments.boolean(),
+                           Options::take_plain(arguments)};
+    ForwardResults results = allocate_and_run(in);
+    stack[0] = as_result(std::move(results.out));
+    stack[1] = as_optional_result(std::move(results.lse));
 }
 
 void forward_into(StableIValue* stack, uint64_t, uint64_t) {
@@ -99,12 +134,10 @@ void run_backward(const strobe_attention& a, const Saved& saved, const Gradients
     b.dv = view("dv", gradients.dv);
     b.dbias = view("dbias", gradients.dbias);
 
-    const Stream stream(a.q);
-    const size_t bytes = workspace_bytes(a, b);
-    const Tensor workspace = allocate_workspace(bytes, saved.q.device());
-    b.workspace = workspace ? workspace.data() : nullptr;
-    b.workspace_bytes = bytes;
-    check_strobe(strobe_attention_backward(&a, &b, stream.get()));
+    const Workspace workspace(workspace_bytes(a, b), saved.q.device());
+    b.workspace = workspace.data();
+    b.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_backward(&a, &b, current_stream(a.q)));
 }
 
 Tensor empty_like(const Tensor& tensor) { return empty(tensor.shape(), tensor.dtype(), tensor.device()); }
@@ -130,6 +163,20 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = as_result(std::move(gradients.dk));
     stack[2] = as_result(std::move(gradients.dv));
     stack[3] = as_result(std::move(gradients.dbias));
+}
+
+void backward_plain(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Saved saved = Saved::take(arguments);
+    const Options options = Options::take_plain(arguments);
+
+    const strobe_attention a = describe(saved.q, saved.k, saved.v, options);
+    saved.accept_any_strides();
+    Gradients gradients{empty_like(saved.q), empty_like(saved.k), empty_like(saved.v), {}};
+    run_backward(a, saved, gradients, false);
+    stack[0] = as_result(std::move(gradients.dq));
+    stack[1] = as_result(std::move(gradients.dk));
+    stack[2] = as_result(std::move(gradients.dv));
 }
 
 void backward_into(StableIValue* stack, uint64_t, uint64_t) {
@@ -181,9 +228,8 @@ void lse_merge(StableIValue* stack, uint64_t, uint64_t) {
     Tensor out = empty(outs.shape().subspan(1), outs.dtype(), outs.device());
     Tensor lse = empty(lses.shape().subspan(1), lses.dtype(), lses.device());
     const strobe_tensor out_view = view("out", out), lse_view = view("lse", lse);
-    const Stream stream(out_view);
     check_strobe(strobe_lse_merge(static_cast<int32_t>(part_out.size()), part_out.data(), part_lse.data(), &out_view, &lse_view,
-                                  stream.get()));
+                                  current_stream(out_view)));
     stack[0] = as_result(std::move(out));
     stack[1] = as_result(std::move(lse));
 }
@@ -204,17 +250,22 @@ void dropout_mask_into(StableIValue* stack, uint64_t, uint64_t) {
     a.dropout_p = dropout_p;
     a.dropout_seed = state.seed;
     a.dropout_offset = state.offset;
-    const Stream stream(mask);
-    check_strobe(strobe_dropout_mask(&a, &mask, stream.get()));
+    check_strobe(strobe_dropout_mask(&a, &mask, current_stream(mask)));
 }
 
 // ---- registration -------------------------------------------------------------------------------------------------------
 
 constexpr const char* kSchemas[] = {
     "attention(Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ", bool float32_out=False) -> (Tensor out, Tensor lse)",
+    // For eager calls: no autograd of their own, and a log-sum-exp only where it is wanted.
+    "attention_unrecorded(Tensor q, Tensor k, Tensor v, bool with_lse, " STROBE_OPTIONS_SCHEMA
+    ", bool float32_out=False) -> (Tensor out, Tensor? lse)",
+    "attention_plain(Tensor q, Tensor k, Tensor v, bool with_lse, " STROBE_PLAIN_OPTIONS_SCHEMA ") -> (Tensor out, Tensor? lse)",
     "attention_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     STROBE_OPTIONS_SCHEMA ", bool need_dbias=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "attention_backward_plain(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    STROBE_PLAIN_OPTIONS_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv)",
     "attention_backward_into(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, bool accumulate, Tensor dout, "
     "Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "lse_merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
@@ -227,8 +278,11 @@ struct NamedKernel {
     Kernel kernel;
 };
 constexpr NamedKernel kKernels[] = {{"attention", forward},
+                                    {"attention_unrecorded", forward_unrecorded},
+                                    {"attention_plain", forward_plain},
                                     {"attention_into", forward_into},
                                     {"attention_backward", backward},
+                                    {"attention_backward_plain", backward_plain},
                                     {"attention_backward_into", backward_into},
                                     {"lse_merge", lse_merge},
                                     {"dropout_mask_into", dropout_mask_into}};

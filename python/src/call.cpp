@@ -11,10 +11,15 @@ int32_t torch_num_threads() {
 
 }  // namespace
 
-Options Options::take(Arguments& arguments) {
+Options Options::take_plain(Arguments& arguments) {
     Options o;
     o.softmax_scale = arguments.optional_real();
     o.causal = arguments.boolean();
+    return o;
+}
+
+Options Options::take(Arguments& arguments) {
+    Options o = take_plain(arguments);
     o.window_left = arguments.integer();
     o.window_right = arguments.integer();
     o.softcap = arguments.real();
@@ -92,11 +97,12 @@ strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, con
     return a;
 }
 
-Stream::Stream(const strobe_tensor& q) {
-    if (q.device_type != STROBE_CUDA) return;
+void* current_stream(const strobe_tensor& tensor) {
+    if (tensor.device_type != STROBE_CUDA) return nullptr;
     if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("q: is on cuda, but this torch has no CUDA");
-    check_torch(aoti_torch_get_current_cuda_stream(q.device_index, &stream_), "the current CUDA stream");
-    check_torch(aoti_torch_create_device_guard(q.device_index, &guard_), "to make a CUDA device current");
+    void* stream = nullptr;
+    check_torch(aoti_torch_get_current_cuda_stream(tensor.device_index, &stream), "the current CUDA stream");
+    return stream;
 }
 
 }  // namespace strobe::torch_ops

@@ -22,32 +22,25 @@ struct Options {
     int64_t implementation = -1;  // an index of strobe_implementation; -1: the first that serves the call
 
     static Options take(Arguments& arguments);
+    /// Only those of STROBE_PLAIN_OPTIONS_SCHEMA.
+    static Options take_plain(Arguments& arguments);
 };
 
-// Every option has a default and the common ones come first: what a call leaves out costs it nothing.
+// Every option has a default and the common ones come first, so that a call names few.
 #define STROBE_OPTIONS_SCHEMA                                                                                           \
     "float? softmax_scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "  \
     "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "              \
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? seqused_q=None, Tensor? seqused_k=None, float dropout_p=0.0, " \
     "Tensor? rng_state=None, SymInt q_position=-1, SymInt k_position=-1, bool deterministic=False, int implementation=-1"
 
+// Every argument of an operator costs a call from Python a tenth of a microsecond, given or not.
+#define STROBE_PLAIN_OPTIONS_SCHEMA "float? softmax_scale, bool causal"
+
 /// The descriptor of the call; it points into the tensors, which must outlive it.
 strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options);
 
-/// Where the call runs: holds torch's current device and knows its current stream.
-class Stream {
-public:
-    explicit Stream(const strobe_tensor& q);
-    Stream(const Stream&) = delete;
-    ~Stream() {
-        if (guard_) aoti_torch_delete_device_guard(guard_);
-    }
-    void* get() const { return stream_; }
-
-private:
-    DeviceGuardHandle guard_ = nullptr;
-    void* stream_ = nullptr;
-};
+/// torch's current stream of the tensor's device; null on the CPU. The library itself makes the device current.
+void* current_stream(const strobe_tensor& tensor);
 
 /// (seed, offset) of a rng_state tensor.
 struct RngState {

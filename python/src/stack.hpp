@@ -56,4 +56,12 @@ inline StableIValue as_result(Tensor tensor) {
     return word;
 }
 
+/// None where the tensor is empty; torch deletes the word.
+inline StableIValue as_optional_result(Tensor tensor) {
+    auto* boxed = tensor ? new StableIValue(as_result(std::move(tensor))) : nullptr;
+    StableIValue word = 0;
+    std::memcpy(&word, &boxed, sizeof boxed);
+    return word;
+}
+
 }  // namespace strobe::torch_ops

@@ -17,8 +17,6 @@ struct AtenTensorOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
 class TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
-struct DeviceGuardOpaque;
-using DeviceGuardHandle = DeviceGuardOpaque*;
 using AOTITorchError = int32_t; /* 0: success */
 using StableIValue = uint64_t;
 
@@ -52,9 +50,6 @@ int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();
-
-AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* guard);
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
 
 /* Weak: null where this torch has no CUDA, or is older than the function (2.10). */
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));

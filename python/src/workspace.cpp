@@ -1,6 +1,8 @@
 #include "workspace.hpp"
 
+#include <cstddef>
 #include <cstring>
+#include <memory>
 
 namespace strobe::torch_ops {
 namespace {
@@ -86,10 +88,18 @@ size_t workspace_bytes(const strobe_attention& attention, const strobe_backward&
     return answers.workspace_bytes(attention, backward);
 }
 
-Tensor allocate_workspace(size_t bytes, Device device) {
-    if (bytes == 0) return {};
+Workspace::Workspace(size_t bytes, Device device) : bytes_(bytes) {
+    if (bytes == 0) return;
+    constexpr size_t kKept = 256 << 10;
+    if (!device.is_cuda() && bytes <= kKept) {
+        thread_local std::unique_ptr<std::byte[]> kept;
+        if (!kept) kept.reset(new std::byte[kKept]);
+        data_ = kept.get();
+        return;
+    }
     const int64_t size = static_cast<int64_t>(bytes);
-    return empty({&size, 1}, aoti_torch_dtype_uint8(), device);
+    tensor_ = empty({&size, 1}, aoti_torch_dtype_uint8(), device);
+    data_ = tensor_.data();
 }
 
 }  // namespace strobe::torch_ops

@@ -9,7 +9,18 @@ namespace strobe::torch_ops {
 size_t workspace_bytes(const strobe_attention& attention, const strobe_forward& forward);
 size_t workspace_bytes(const strobe_attention& attention, const strobe_backward& backward);
 
-/// Memory for one call, from torch's allocator: on CUDA it is safe to drop it as soon as the call is queued. Empty for 0.
-Tensor allocate_workspace(size_t bytes, Device device);
+/// Memory for one call. On CUDA from torch's allocator, where it is safe to drop it as soon as the call is queued. On the CPU a
+/// thread keeps one small block for its next call: torch's allocator would spend more time on it than the rest of the call takes.
+class Workspace {
+public:
+    Workspace(size_t bytes, Device device);
+    void* data() const { return data_; }
+    size_t bytes() const { return bytes_; }
+
+private:
+    Tensor tensor_;
+    void* data_ = nullptr;
+    size_t bytes_ = 0;
+};
 
 }  // namespace strobe::torch_ops

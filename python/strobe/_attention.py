@@ -8,41 +8,60 @@ from torch import Tensor
 from . import _native, _ops
 
 _NO_WINDOW = (-1, -1)
-_needs_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_functorch_active = torch._C._are_functorch_transforms_active
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 # The operators without the Python frame of OpOverload.__call__.
-_forward_op = _ops.attention._op
+_unrecorded = _ops.attention_unrecorded._op
+_plain = _ops.attention_plain._op
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
+    return (_plain if len(options) == _ops.NUM_PLAIN_OPTIONS else _unrecorded)(q, k, v, with_lse, *options)
+
+
+def _save(ctx, q, k, v, bias, options, out, lse) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, bias)
+    ctx.options = options if bias is None else _with_bias(options, None)
+
+
+def _backward(ctx, dout, dlse=None):
+    if dout is None and dlse is None:
+        return None, None, None, None, None, None
+    *saved, bias = ctx.saved_tensors
+    options = ctx.options[: _ops.NUM_OPTIONS]
+    if bias is not None:
+        options = _with_bias(options, bias)
+    (dq, dk, dv), dbias = _ops.gradients(dout, dlse, *saved, options, ctx.needs_input_grad[3])
+    return dq, dk, dv, dbias, None, None
 
 
 class _Attention(torch.autograd.Function):
-    """Autograd of an eager call. The operator's own registration does the same through two more trips into Python."""
+    """Autograd of an eager call. The operator's own registration does the same through more trips into Python."""
 
     @staticmethod
-    def forward(q, k, v, bias, options):
-        with _below_autograd():
-            return _forward_op(q, k, v, *options)
+    def forward(ctx, q, k, v, bias, options, with_lse):
+        out, lse = _run(q, k, v, True, options)
+        _save(ctx, q, k, v, bias, options, out, lse)
+        return (out, lse) if with_lse else out
+
+    backward = staticmethod(_backward)
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same in the form that torch.func asks for."""
+
+    @staticmethod
+    def forward(q, k, v, bias, options, with_lse):
+        return _run(q, k, v, True, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, bias, options = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, bias)
-        ctx.options = options if bias is None else _with_bias(options, None)
+        _save(ctx, *inputs[:-1], *output)
 
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        if dout is None and dlse is None:
-            return None, None, None, None, None
-        *saved, bias = ctx.saved_tensors
-        options = ctx.options[: _ops.NUM_OPTIONS]
-        if bias is not None:
-            options = _with_bias(options, bias)
-        (dq, dk, dv), dbias = _ops.gradients(dout, dlse, *saved, options, ctx.needs_input_grad[3])
-        return dq, dk, dv, dbias, None
+    backward = staticmethod(_backward)
 
 
 # Function.apply binds the defaults of `forward` by inspection at every call, which costs more than the call itself.
@@ -53,18 +72,30 @@ def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
-    """One call of the operator by the shortest way that torch's present mode allows."""
+def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    try:
+        return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    except AttributeError:
+        for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+            if x is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+        raise
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of one call by the shortest way that torch's present mode allows; lse may be None without `with_lse`."""
     if _is_compiling():
         return _ops.attention(q, k, v, *options)
     if _any_autocast() and torch.is_autocast_enabled(q.device.type):
         q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)
         if bias is not None:
             options = _with_bias(options, bias)
-    if _is_grad_enabled() and _needs_grad(q, k, v, bias):
-        return (_Attention.apply if _is_functorch_active() else _record)(q, k, v, bias, options)
-    with _below_autograd():
-        return _forward_op(q, k, v, *options)
+    if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
+        return _run(q, k, v, with_lse, options)
+    if _is_functorch_active():
+        return _TransformedAttention.apply(q, k, v, bias, options, True)
+    result = _record(q, k, v, bias, options, with_lse)
+    return result if with_lse else (result, None)
 
 
 def new_rng_state() -> Tensor:
@@ -189,7 +220,9 @@ def attention(
         and implementation is None and max_seqlen_q is None and max_seqlen_k is None
     ):  # fmt: skip
         rng_state = None
-        out, lse = _call(q, k, v, None, (softmax_scale, causal, left, right, softcap))
+        common = (softmax_scale, causal)
+        options = common if left == right == -1 and softcap == 0.0 else (*common, left, right, softcap)
+        out, lse = _call(q, k, v, None, options, return_lse)
     else:
         if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
@@ -206,7 +239,7 @@ def attention(
             dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
             _float32_out(out_dtype, q.dtype),
         )  # fmt: skip
-        out, lse = _call(q, k, v, bias, options)
+        out, lse = _call(q, k, v, bias, options, return_lse)
     if not (return_lse or return_rng_state):
         return out
     return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))

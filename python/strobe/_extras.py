@@ -23,16 +23,20 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention``, computed by strobe.
 
     Args:
-        query, key, value: (B, H, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv), or without B.
-        attn_mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or a float that is added.
+        query, key, value: (B, H, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv), or without B; float32, bfloat16 or float16, any
+            strides.
+        attn_mask: broadcastable to (B, H, Sq, Sk); bool (True takes part), or float32 or the dtype of query, which is added.
+        dropout_p: probability of dropping an attention weight, in steps of 2^-16.
         is_causal: query i sees keys j <= i (top-left alignment, as in torch); excludes attn_mask.
+        scale: factor on query @ key^T; 1 / sqrt(D) if None.
         enable_gqa: allow Hk < H.
 
     Returns:
         (B, H, Sq, Dv), a transposed view of strobe's (B, Sq, H, Dv).
 
     Raises:
-        ValueError: as ``strobe.attention``; also for is_causal beside attn_mask, and Hk < H without enable_gqa.
+        ValueError, RuntimeError: as ``strobe.attention``; ValueError also for is_causal beside attn_mask, and for Hk < H
+            without enable_gqa.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: is given beside is_causal; give one of them")
@@ -103,6 +107,9 @@ def attention_backward(
 
     Args:
         dout: the gradient of out, shape of out, dtype of q.
+        q, k, v: the forward's: (B, Sq, H, D), (B, Sk, Hk, D), (B, Sk, Hk, Dv), or varlen.
+        out: (B, Sq, H, Dv) or (Tq, H, Dv), float32 or the dtype of q.
+        lse: (B, H, Sq) or (H, Tq), float32, natural log, -inf on a row that sees no key.
         dlse: the gradient of lse, shape of lse, float32; zero if None.
         dq, dk, dv: written; shapes of q, k, v; the dtype of q, or float32 (all three alike).
         dbias: written if given; shape of bias.
@@ -110,7 +117,9 @@ def attention_backward(
         others: as ``strobe.attention``; dropout needs the forward's rng_state.
 
     Raises:
-        ValueError, RuntimeError: as ``strobe.attention``.
+        ValueError, RuntimeError: as ``strobe.attention``; ValueError also for buffers that overlap.
+
+    The algorithm is FlashAttention-2's (Dao, 2023): probabilities are computed again from lse.
     """
     _ops.attention_backward_into(
         dq, dk, dv, dbias, accumulate, dout, dlse, q, k, v, out, lse, softmax_scale, causal, *window_size, softcap,
@@ -122,7 +131,8 @@ def attention_backward(
 
 
 def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint sets of keys, from the result over each: out = sum_i exp(lse_i - lse) out_i.
+    """Attention over the union of disjoint sets of keys, from the result over each: out = sum_i exp(lse_i - lse) out_i, where
+    exp(lse) = sum_i exp(lse_i) (Rabe, Staats, "Self-attention Does Not Need O(n^2) Memory", 2021).
 
     Args:
         outs: N tensors (B, Sq, H, Dv) or (Tq, H, Dv) of one shape and dtype, or one with a leading axis of N. float32 keeps

@@ -40,7 +40,9 @@ def c_abi() -> ctypes.CDLL:
 
 @functools.cache
 def implementations() -> tuple[str, ...]:
-    """The implementations of this build, in the order in which they are asked."""
+    """The names of this build's implementations ("sm90", "cpu", ...), in the order in which a call is offered to them. One may still
+    refuse every call on this machine; ``strobe.attention(..., implementation=name)`` then says why.
+    """
     names = []
     while (name := c_abi().strobe_implementation(len(names))) is not None:
         names.append(name.decode())

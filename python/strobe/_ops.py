@@ -11,8 +11,11 @@ from . import _native
 torch.ops.load_library(str(_native.library_path("torch")))
 
 attention = torch.ops.strobe.attention.default
+attention_unrecorded = torch.ops.strobe.attention_unrecorded.default
+attention_plain = torch.ops.strobe.attention_plain.default
 attention_into = torch.ops.strobe.attention_into.default
 attention_backward = torch.ops.strobe.attention_backward.default
+attention_backward_plain = torch.ops.strobe.attention_backward_plain.default
 attention_backward_into = torch.ops.strobe.attention_backward_into.default
 lse_merge = torch.ops.strobe.lse_merge.default
 dropout_mask_into = torch.ops.strobe.dropout_mask_into.default
@@ -29,16 +32,28 @@ _OPTIONAL_TENSORS = tuple(
 _FIRST_OPTION = 3
 _FLOAT32_OUT = _INDEX["float32_out"]
 NUM_OPTIONS = _FLOAT32_OUT - _FIRST_OPTION  # that forward and backward share
+NUM_PLAIN_OPTIONS = _INDEX["window_left"] - _FIRST_OPTION  # that the plain operators have
 BIAS_OPTION = _BIAS - _FIRST_OPTION
 
 
 # ---- fake kernels -----------------------------------------------------------------------------------------------------------
 
 
+def _check_devices(operator, arguments):
+    """A call with one tensor on the meta device comes here, wherever the others are."""
+    tensors = {
+        a.name: x
+        for a, x in zip(operator._schema.arguments, arguments)
+        if isinstance(x, torch.Tensor) and a.name != "rng_state"
+    }
+    q = tensors["q"]
+    for name, x in tensors.items():
+        torch._check_value(x.device == q.device, lambda: f"{name}: is on {x.device}, but q is on {q.device}")
+
+
 def _check_inputs(q, k, v):
     """What tells wrong calls from right ones while only shapes are known; the kernels check the rest."""
     for name, x in (("k", k), ("v", v)):
-        torch._check_value(x.device == q.device, lambda: f"{name}: is on {x.device}, but q is on {q.device}")
         torch._check_value(x.dtype == q.dtype, lambda: f"{name}: dtype is {x.dtype}, but q is {q.dtype}")
     torch._check_value(q.dim() in (3, 4), lambda: f"q: has {q.dim()} dimensions; it must be (B, Sq, H, D) or (Tq, H, D)")
     torch._check_value(k.dim() in (3, 4), lambda: f"k: has {k.dim()} dimensions; it must be (B, Sk, Hk, D) or (Tk, Hk, D)")
@@ -49,12 +64,31 @@ def lse_shape(q):
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
 
 
-@torch.library.register_fake("strobe::attention", lib=_library)
-def _attention_fake(q, k, v, *options):
+def _result_like(q, k, v, options):
     _check_inputs(q, k, v)
     float32_out = len(options) > NUM_OPTIONS and options[NUM_OPTIONS]
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32 if float32_out else q.dtype)
-    return out, q.new_empty(lse_shape(q), dtype=torch.float32)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32 if float32_out else q.dtype)
+
+
+def _lse_like(q):
+    return q.new_empty(lse_shape(q), dtype=torch.float32)
+
+
+@torch.library.register_fake("strobe::attention", lib=_library)
+def _attention_fake(q, k, v, *options):
+    _check_devices(attention, (q, k, v, *options))
+    return _result_like(q, k, v, options), _lse_like(q)
+
+
+@torch.library.register_fake("strobe::attention_unrecorded", lib=_library)
+def _attention_unrecorded_fake(q, k, v, with_lse, *options):
+    _check_devices(attention_unrecorded, (q, k, v, with_lse, *options))
+    return _result_like(q, k, v, options), _lse_like(q) if with_lse else None
+
+
+@torch.library.register_fake("strobe::attention_plain", lib=_library)
+def _attention_plain_fake(q, k, v, with_lse, *options):
+    return _attention_unrecorded_fake(q, k, v, with_lse, *options)
 
 
 def _dense_like(x):
@@ -63,6 +97,7 @@ def _dense_like(x):
 
 @torch.library.register_fake("strobe::attention_backward", lib=_library)
 def _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options, need_dbias=False):
+    _check_devices(attention_backward, (dout, dlse, q, k, v, out, lse, *options))
     if len(options) > NUM_OPTIONS:
         need_dbias = options[NUM_OPTIONS]
     bias = options[BIAS_OPTION] if need_dbias else None
@@ -70,10 +105,23 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options, need_dbias
     return _dense_like(q), _dense_like(k), _dense_like(v), dbias
 
 
+@torch.library.register_fake("strobe::attention_backward_plain", lib=_library)
+def _attention_backward_plain_fake(dout, dlse, q, k, v, out, lse, *options):
+    return _attention_backward_fake(dout, dlse, q, k, v, out, lse, *options)[:3]
+
+
 @torch.library.register_fake("strobe::attention_into", lib=_library)
+def _attention_into_fake(*arguments):
+    _check_devices(attention_into, arguments)
+
+
 @torch.library.register_fake("strobe::attention_backward_into", lib=_library)
+def _attention_backward_into_fake(*arguments):
+    _check_devices(attention_backward_into, arguments)
+
+
 @torch.library.register_fake("strobe::dropout_mask_into", lib=_library)
-def _writes_its_arguments(*args, **kwargs):
+def _dropout_mask_into_fake(keep, rng_state, dropout_p):
     return None
 
 
@@ -108,7 +156,7 @@ def _backward(ctx, dout, dlse):
 
 
 def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
-    """([dq, dk, dv], dbias or None) from the gradients of out and lse, one of which may be None."""
+    """((dq, dk, dv), dbias or None) from the gradients of out and lse, one of which may be None."""
     if dout is None:
         dout = torch.zeros_like(out, dtype=q.dtype)
     elif dout.dtype != q.dtype:
@@ -118,6 +166,8 @@ def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
         *dqkv, dbias = attention_backward(dout, dlse, q, k, v, out, lse, *tail)
     elif torch.is_grad_enabled():
         *dqkv, dbias = _Gradients.apply(dout, dlse, q, k, v, out, lse, tail)
+    elif len(tail) == NUM_PLAIN_OPTIONS:
+        return attention_backward_plain._op(dout, dlse, q, k, v, out, lse, *tail), None
     else:
         *dqkv, dbias = _Gradients.forward(dout, dlse, q, k, v, out, lse, tail)
     return dqkv, dbias if need_dbias else None
@@ -133,6 +183,10 @@ def _not_differentiable(name, reason):
     torch.library.register_autograd(f"strobe::{name}", refuse, lib=_library)
     return refuse
 
+
+# Nothing between the dispatcher and the kernel: strobe.attention calls these where no graph is recorded, or records the graph itself.
+for _name in ("attention_unrecorded", "attention_plain", "attention_backward_plain"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 _refuse_second_derivative = _not_differentiable("attention_backward", "second derivatives of attention are not supported")
 _not_differentiable("lse_merge", "the backward of each part takes the merged out and lse")

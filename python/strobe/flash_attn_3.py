@@ -1,8 +1,12 @@
-"""FlashAttention-3's Python interface (its ``flash_attn_interface`` module) on strobe.
+"""FlashAttention-3's Python interface (its ``flash_attn_interface`` module; Shah et al., "FlashAttention-3: Fast and Accurate
+Attention with Asynchrony and Low-precision", 2024) on strobe.
 
 ``strobe.install_as("flash_attn_interface")`` puts it where packages that look for FlashAttention-3 find it. Mind the order of
 arguments: the fourth is the scale, not dropout, which FlashAttention-3 does not have. num_splits, pack_gqa and sm_margin are
-hints to its scheduler and have no effect here. The log-sum-exp is -inf on a row that sees no key.
+hints to its scheduler and have no effect here. The log-sum-exp is float32, natural log, -inf on a row that sees no key.
+
+Arguments and errors are those of ``strobe.flash_attn.flash_attn_interface``; qv, the descales, attention_chunk and everything of a
+KV cache raise NotImplementedError.
 """
 
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from . import _extras
 from ._attention import attention
-from .flash_attn.flash_attn_interface import _mask_arguments, maybe_contiguous
+from .flash_attn.flash_attn_interface import _mask_arguments, _options, _varlen_options, maybe_contiguous
 
 
 def __getattr__(name: str):
@@ -49,14 +53,19 @@ def flash_attn_func(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """Attention. q: (B, Sq, H, D); k: (B, Sk, Hk, D); v: (B, Sk, Hk, Dv). Returns out, or (out, softmax_lse (B, H, Sq))."""
+    """Attention of dense batches, differentiable in q, k and v.
+
+    Args:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D), Hk dividing H.
+        v: (B, Sk, Hk, Dv).
+        others, errors: as at the head of this module.
+
+    Returns:
+        out (B, Sq, H, Dv); with ``return_attn_probs`` (out, softmax_lse (B, H, Sq)).
+    """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, window_size, k.shape[1], q.shape[1]),
-        "softcap": softcap,
-        "deterministic": deterministic,
-    }
+    options = _options(q.shape[1], k.shape[1], softmax_scale, causal, window_size, softcap, None, deterministic=deterministic)
     return _call(q, k, v, return_attn_probs, options)
 
 
@@ -114,32 +123,57 @@ def flash_attn_varlen_func(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """Attention over sequences behind one another. q: (Tq, H, D); k, v: (Tk, Hk, D). softmax_lse is (H, Tq)."""
+    """Attention over sequences behind one another, differentiable in q, k and v.
+
+    Args:
+        q: (Tq, H, D).
+        k: (Tk, Hk, D), Hk dividing H.
+        v: (Tk, Hk, Dv).
+        cu_seqlens_q, cu_seqlens_k: (B + 1) int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none.
+        max_seqlen_q, max_seqlen_k: the longest sequence of each.
+        seqused_q, seqused_k: (B) int32, how many rows of each sequence count.
+        others, errors: as at the head of this module.
+
+    Returns:
+        out (Tq, H, Dv); with ``return_attn_probs`` (out, softmax_lse (H, Tq)).
+    """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, window_size, max_seqlen_k, max_seqlen_q),
-        "softcap": softcap,
-        "deterministic": deterministic,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": int(max_seqlen_q),
-        "max_seqlen_k": int(max_seqlen_k),
-        "seqused_q": seqused_q,
-        "seqused_k": seqused_k,
-    }
+    options = _varlen_options(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, None,
+        deterministic=deterministic, seqused_q=seqused_q, seqused_k=seqused_k,
+    )  # fmt: skip
     return _call(q, k, v, return_attn_probs, options)
 
 
 def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
-    """Merges splits over keys. out_partial: (N, B, S, H, D) or (N, T, H, D) float32; lse_partial: (N, B, S, H) or (N, T, H).
+    """Merges N splits over keys, as ``strobe.merge``; not differentiable.
 
-    Returns (out, lse) without N, out in out_dtype (float32 if None).
+    Args:
+        out_partial: (N, B, S, H, D) or (N, T, H, D), float32.
+        lse_partial: (N, B, S, H) or (N, T, H), float32.
+        out: written if given.
+        out_dtype: float32 if None.
+
+    Returns:
+        (out, lse) without N.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers of splits that do not fit.
     """
     merged, lse = _extras.merge(out_partial, lse_partial.transpose(-1, -2).contiguous())
     merged = merged if out_dtype is None else merged.to(out_dtype)
     lse = lse.transpose(-1, -2)
     return (merged if out is None else out.copy_(merged)), lse
+
+
+def _any_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, **others) -> dict:
+    """The keyword arguments of a call whose q and k may each be dense or varlen."""
+    rows_q = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
+    rows_k = k.shape[1] if cu_seqlens_k is None else max_seqlen_k
+    sequences = {
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
+    }  # fmt: skip
+    return {**_mask_arguments(causal, window_size, rows_k, rows_q), **sequences, **others}
 
 
 @torch.no_grad()
@@ -184,20 +218,11 @@ def _flash_attn_forward(
         leftpad_k=leftpad_k, rotary_cos=rotary_cos, rotary_sin=rotary_sin, seqlens_rotary=seqlens_rotary,
         q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk,
     )  # fmt: skip
-    varlen = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "seqused_q": seqused_q,
-        "seqused_k": seqused_k,
-    }
-    rows_q = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
-    rows_k = k.shape[1] if cu_seqlens_k is None else max_seqlen_k
-    result, lse = attention(
-        *(maybe_contiguous(x) for x in (q, k, v)), softmax_scale=softmax_scale, softcap=softcap, return_lse=True,
-        **_mask_arguments(causal, window_size, rows_k, rows_q), **varlen,
+    options = _any_layout(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale=softmax_scale,
+        softcap=softcap, seqused_q=seqused_q, seqused_k=seqused_k,
     )  # fmt: skip
+    result, lse = attention(*(maybe_contiguous(x) for x in (q, k, v)), return_lse=True, **options)
     if out is not None:
         result = out.copy_(result)
     return result, lse, lse.new_empty((0,)), lse.new_empty((0,))
@@ -230,13 +255,10 @@ def _flash_attn_backward(
     """(dq, dk, dv, rowsum(dout * out)), into the given buffers if there are any."""
     dout, q, k, v, out = (maybe_contiguous(x) for x in (dout, q, k, v, out))
     dq, dk, dv = (torch.empty_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v)))
-    rows_q = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
-    rows_k = k.shape[1] if cu_seqlens_k is None else max_seqlen_k
-    _extras.attention_backward(
-        dout, q, k, v, out, softmax_lse, dq=dq, dk=dk, dv=dv, softmax_scale=softmax_scale, softcap=softcap,
-        deterministic=deterministic, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_q=sequed_q, seqused_k=sequed_k,
-        **_mask_arguments(causal, window_size, rows_k, rows_q),
+    options = _any_layout(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale=softmax_scale,
+        softcap=softcap, seqused_q=sequed_q, seqused_k=sequed_k, deterministic=deterministic,
     )  # fmt: skip
+    _extras.attention_backward(dout, q, k, v, out, softmax_lse, dq=dq, dk=dk, dv=dv, **options)
     delta = (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
     return dq, dk, dv, delta

@@ -221,9 +221,20 @@ def attention_backward(
     need_dbias: bool = False,
     **options: Any,
 ) -> tuple[np.ndarray, ...]:
-    """The gradients (dq, dk, dv), and dbias with ``need_dbias``, from dout (shape of out) and dlse (shape of lse; zero if None).
+    """The gradients of an attention call.
 
-    ``out`` and ``lse`` are the forward's, ``options`` those of the forward call; dropout needs its rng_state.
+    Args:
+        dout: the gradient of out, its shape and the dtype of q.
+        q, k, v, options: the forward's; dropout needs its rng_state.
+        out, lse: what the forward returned.
+        dlse: the gradient of lse, float32, its shape; zero if None.
+        need_dbias: also return the gradient of bias.
+
+    Returns:
+        (dq, dk, dv), shapes and dtypes of q, k, v; with ``need_dbias`` also dbias.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as ``attention``; ValueError for need_dbias without bias.
     """
     a = _describe(q, k, v, dict(options))
     grads = [np.empty(x.shape, x.dtype) for x in (q, k, v)]

@@ -15,6 +15,10 @@ if "STROBE_LIBRARY_DIR" in os.environ:
 
 import torch  # noqa: E402
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ and torch.cuda.is_available():
+    # What one worker's allocator keeps, another cannot have.
+    torch.cuda.set_per_process_memory_fraction(0.8 / int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:

@@ -4,12 +4,17 @@
 
 The file comes from the FlashAttention repository (tests/test_flash_attn.py) and needs a CUDA GPU, einops and pytest. Cases of the
 KV cache and of paged keys are left out: strobe does not have them. Of the half a million cases only the sampled ones are made: the
-test functions are called with the values of their parametrize marks, which is what pytest would do. Exits with 1 if any case fails
-or none passes.
+test functions are called with the values of their parametrize marks, which is what pytest would do.
+
+The processes share the GPU's memory, of which the tests' own references take most: a case that finds too little is repeated. A
+process that has not finished --grace seconds after --seconds is ended; what it had found counts, and the case that it was in counts
+as a failure, with the place in its log. Exits with 1 if any case fails or none passes.
 """
 
 import argparse
 import contextlib
+import faulthandler
+import gc
 import hashlib
 import importlib.util
 import io
@@ -24,7 +29,9 @@ import tempfile
 import time
 import traceback
 
-COUNTS = ("passed", "failed", "skipped", "not_run")
+COUNTS = ("passed", "failed", "skipped", "not_run", "repeated")
+_CONTEXT_BYTES = 2**30  # of a process beside what torch allocates: the CUDA context and the kernels
+_ATTEMPTS = 4
 
 
 class Test:
@@ -76,8 +83,9 @@ def sampled(tests: list[Test], cases: int, seed: int) -> list[tuple[Test, int]]:
 
 
 def outcome(test: Test, parameters: dict) -> tuple[str, str]:
-    """("passed" | "failed" | "skipped", why)."""
+    """("passed" | "failed" | "skipped" | "no memory", why)."""
     import pytest
+    import torch
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -87,67 +95,121 @@ def outcome(test: Test, parameters: dict) -> tuple[str, str]:
         return "skipped", str(e)
     except Exception as e:
         line = traceback.extract_tb(e.__traceback__)[-1]
-        return "failed", f"{type(e).__name__}: {e} in line {line.lineno}: {line.line}"[:500]
+        kind = "no memory" if isinstance(e, torch.OutOfMemoryError) else "failed"
+        return kind, f"{type(e).__name__}: {e} in line {line.lineno}: {line.line}"[:500]
 
 
-def run_share(arguments) -> dict:
-    """One process's share of the cases, run here."""
-    deadline = time.monotonic() + arguments.seconds
+class Share:
+    """What one process has found. The file is kept up to date, for a process that does not come to its end."""
+
+    def __init__(self, path: pathlib.Path, available: int):
+        self.path = path
+        self.record = {"available": available, **dict.fromkeys(COUNTS, 0), "passed_by_test": {}, "failures": {}, "running": None}
+
+    def run(self, test: Test, index: int, cases_behind: int) -> None:
+        parameters = test.case(index)
+        name = f"{test.name}[{', '.join(f'{n}={v}' for n, v in parameters.items())}]"
+        self.write(name, cases_behind)
+        for attempt in range(_ATTEMPTS):
+            result, why = outcome(test, parameters)
+            if result != "no memory":
+                break
+            self._make_room(attempt)
+        self.record["failed" if result == "no memory" else result] += 1
+        if result == "passed":
+            self.record["passed_by_test"][test.name] = self.record["passed_by_test"].get(test.name, 0) + 1
+        elif result != "skipped":
+            self.record["failures"][name] = why
+
+    def _make_room(self, attempt: int) -> None:
+        import torch
+
+        self.record["repeated"] += 1
+        gc.collect()
+        torch.cuda.empty_cache()
+        time.sleep(0.5 * 2**attempt)
+
+    def write(self, running: str | None, not_run: int) -> None:
+        """All or nothing: the process may be ended meanwhile."""
+        self.record.update(running=running, not_run=not_run)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.record))
+        part.replace(self.path)
+
+
+def _share_memory(processes: int) -> None:
     import torch
 
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(0.97 * (1 / processes - _CONTEXT_BYTES / total))
+
+
+def run_share(arguments) -> None:
+    """One process's share of the cases, run here."""
+    deadline = time.monotonic() + arguments.seconds
+    if arguments.seconds < float("inf"):
+        faulthandler.dump_traceback_later(arguments.seconds + 0.9 * arguments.grace, exit=True)
     import strobe
 
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(0.9 / arguments.processes)  # what a process caches, another cannot have
-
+    _share_memory(arguments.processes)
     strobe.install_as("flash_attn")
     # The file imports the KV-cache function beside the others; its cases are not run.
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
         module.flash_attn_with_kvcache = None
     tests = tests_of(arguments.file)
-    share = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
-    counts = dict.fromkeys(COUNTS, 0)
-    by_test, failures = {}, {}
-    for done, (test, index) in enumerate(share):
+    cases = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
+    share = Share(arguments.json, sum(map(len, tests)))
+    left = len(cases)
+    for test, index in cases:
         # The order is random, so what ran until the deadline is a random sample too.
         if time.monotonic() > deadline:
-            counts["not_run"] = len(share) - done
             break
-        parameters = test.case(index)
-        result, why = outcome(test, parameters)
-        counts[result] += 1
-        if result == "passed":
-            by_test[test.name] = by_test.get(test.name, 0) + 1
-        elif result == "failed":
-            failures[f"{test.name}[{', '.join(f'{n}={v}' for n, v in parameters.items())}]"] = why
-    return {"available": sum(map(len, tests)), **counts, "passed_by_test": by_test, "failures": failures}
+        left -= 1
+        share.run(test, index, left)
+    share.write(None, left)
 
 
 def run_all(arguments) -> list[dict]:
-    """Every process's share, each in a child of its own."""
+    """All shares, each in a process of its own: a fault of the device in one does not take the others with it."""
+    deadline = time.monotonic() + arguments.seconds + arguments.grace
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
     with tempfile.TemporaryDirectory() as folder:
-        logs = [pathlib.Path(folder) / f"{i}.log" for i in range(arguments.processes)]
         results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
+        logs = [r.with_suffix(".log") for r in results]
         command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
-        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds)]
+        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds), "--grace", str(arguments.grace)]
         children = []
         try:
             for i, (log, result) in enumerate(zip(logs, results)):
                 with log.open("w") as output:
                     own = ["--share", str(i), "--json", str(result)]
-                    children.append(subprocess.Popen([*command, *own], stdout=output, stderr=subprocess.STDOUT))
-            for child, log, result in zip(children, logs, results):
-                child.wait()
-                if not result.exists():
-                    print(log.read_text()[-3000:])
+                    children.append(subprocess.Popen([*command, *own], stdout=output, stderr=subprocess.STDOUT, env=environment))
+            return [share_of(*x, deadline) for x in zip(range(len(children)), children, logs, results)]
         finally:
             for child in children:
                 child.kill()
-        return [json.loads(r.read_text()) if r.exists() else {"failures": {f"process {i}": "ended early"}} for i, r in enumerate(results)]
+                child.wait()
+
+
+def share_of(number: int, child: subprocess.Popen, log: pathlib.Path, result: pathlib.Path, deadline: float) -> dict:
+    """The record of a process, waited for until the deadline. One that did not come to its end has failed where it was."""
+    try:
+        child.wait(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    share = json.loads(result.read_text()) if result.exists() else {"running": f"the start of process {number}", "failures": {}}
+    if share["running"]:
+        text = log.read_text()[-3000:]
+        print(text)
+        share["failed"] = share.get("failed", 0) + 1
+        share["failures"][share["running"]] = f"process {number} ended early: {text[-300:]}"
+    return share
 
 
 def merged(shares: list[dict]) -> dict:
-    """The counts of all shares together; a share that ended without a result counts as a failure."""
+    """The counts of all shares together."""
     total = {"available": max(s.get("available", 0) for s in shares), **dict.fromkeys(COUNTS, 0)}
     by_test, failures = {}, {}
     for share in shares:
@@ -189,12 +251,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
+    parser.add_argument("--grace", type=float, default=60, help="seconds after --seconds until a process is ended")
     parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 
     if arguments.share is not None:
-        arguments.json.write_text(json.dumps(run_share(arguments)))
+        run_share(arguments)
         return
     start = time.monotonic()
     total = merged(run_all(arguments))

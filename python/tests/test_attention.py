@@ -206,6 +206,21 @@ def test_only_the_log_sum_exp_is_used(device):
     assert (grads[2] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_the_result_is_the_same_whether_recorded_or_not(rows, dtype, device):
+    """Without a graph no log-sum-exp is computed, which may take another kernel."""
+    t = make(rows=rows, dtype=dtype, device=device)
+    for options in ({}, {"causal": True}, {"window_size": (9, -1), "softcap": 3.0}, {"dropout_p": 0.3, "rng_state": (1, 2)}):
+        plain = strobe.attention(**t, **options)
+        with_lse, lse = strobe.attention(**t, **options, return_lse=True)
+        leaves = {n: x.detach().requires_grad_() for n, x in t.items()}
+        recorded = strobe.attention(**leaves, **options)
+        assert not plain.requires_grad and recorded.requires_grad and lse.shape == (2, 4, rows)
+        reference.near(plain, with_lse)
+        assert torch.equal(recorded, with_lse)
+
+
 def test_blocks_of_keys_merge_and_differentiate(device):
     """A ring of two: each block's forward in float32 is merged, each block's backward takes the merged result."""
     t = make(rows=24, cols=24, heads=2, heads_k=2, dtype=torch.bfloat16, device=device)
@@ -236,8 +251,9 @@ def test_deterministic_setting_of_torch_is_respected(device, monkeypatch):
     from strobe import _attention
 
     seen = []
-    monkeypatch.setattr(_attention, "_forward_op", lambda *a: seen.append(a) or _attention._ops.attention(*a))
-    index = _attention._ops._INDEX["deterministic"]
+    run = _attention._run
+    monkeypatch.setattr(_attention, "_run", lambda *a: seen.append(a[-1]) or run(*a))
+    index = _attention._ops._INDEX["deterministic"] - _attention._ops._INDEX["softmax_scale"]
     t = make(device=device)
     torch.use_deterministic_algorithms(True)
     try:

@@ -98,6 +98,48 @@ def test_mixed_devices():
             strobe.attention(q, k, v, dropout_p=0.1, rng_state=torch.zeros(2, dtype=torch.int64, device="cuda"))
     with pytest.raises(ValueError, match="k: is on meta, but q is on cpu"):
         strobe.attention(q, k.to("meta"), v)
+    with pytest.raises(ValueError, match="k: is on cpu, but q is on meta"):
+        strobe.attention(q.to("meta"), k, v)
+
+
+@pytest.mark.parametrize("elsewhere", ["meta"] + (["cuda"] if torch.cuda.is_available() else []))
+@pytest.mark.parametrize("name", ["v", "bias", "alibi_slopes", "cu_seqlens_k", "seqused_k"])
+def test_one_tensor_elsewhere(name, elsewhere):
+    q, k, v = (x.flatten(0, 1) for x in qkv())
+    cu, used = torch.tensor([0, 8, 16], dtype=torch.int32), torch.tensor([8, 8], dtype=torch.int32)
+    tensors = {"v": v, "bias": torch.zeros(8, 8), "alibi_slopes": torch.rand(4), "cu_seqlens_k": cu, "seqused_k": used}
+    tensors[name] = tensors[name].to(elsewhere)
+    for grad in (False, True):
+        with pytest.raises(ValueError, match=f"{name}: is on {elsewhere}.*, but q is on cpu"):
+            strobe.attention(q.requires_grad_(grad), k, cu_seqlens_q=cu, max_seqlen_q=8, max_seqlen_k=8, **tensors)
+
+
+def test_one_buffer_elsewhere():
+    q, k, v = qkv()
+    out, lse = strobe.attention(q, k, v, return_lse=True)
+    grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+    for name in grads:
+        with pytest.raises(ValueError, match=f"{name}: is on meta, but q is on cpu"):
+            strobe.attention_backward(out, q, k, v, out, lse, **{**grads, name: grads[name].to("meta")})
+    with pytest.raises(ValueError, match="lse: is on meta, but q is on cpu"):
+        strobe.attention_backward(out, q, k, v, out, lse.to("meta"), **grads)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.numpy, torch.Tensor.tolist], ids=lambda f: f.__name__)
+def test_no_tensor(make):
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match="k: is a .*; it must be a torch tensor"):
+        strobe.attention(q, make(k), v)
+    with torch.no_grad(), pytest.raises((TypeError, RuntimeError), match="argument 'k'"):
+        strobe.attention(q, make(k), v)
+
+
+def test_no_dense_tensor():
+    """torch's dispatcher knows no kernel and names the operator."""
+    q, k, v = qkv()
+    for grad in (False, True):
+        with pytest.raises(NotImplementedError, match="strobe::attention"):
+            strobe.attention(q.requires_grad_(grad), k.to_sparse(), v)
 
 
 def test_no_second_derivative():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import fa2_suite
+import pytest
 import torch
 
 FILE = '''
@@ -30,18 +31,62 @@ def test_kvcache(n):
 '''
 
 
-def test_counts_failures_and_skips(tmp_path):
-    file, record = tmp_path / "file.py", tmp_path / "record.json"
-    file.write_text(FILE)
-    command = [sys.executable, fa2_suite.__file__, str(file), "--cases", "100", "--processes", "2", "--json", str(record)]
+def run(folder, text, *options):
+    """(exit status and output, record) of the runner on a file of that text, in two processes."""
+    file, record = folder / "file.py", folder / "record.json"
+    file.write_text(text)
+    command = [sys.executable, fa2_suite.__file__, str(file), "--cases", "100", "--processes", "2", "--json", str(record), *options]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert record.exists(), result.stderr
+    return result, json.loads(record.read_text())
+
+
+def test_counts_failures_and_skips(tmp_path):
+    result, counts = run(tmp_path, FILE)
     assert result.returncode == 1, result.stderr
-    counts = json.loads(record.read_text())
     assert [counts[n] for n in ("available", "passed", "failed", "skipped", "not_run")] == [6, 3, 1, 2, 0]
     ((name, why),) = counts["failures"].items()
     assert "cols=4" in name and "bfloat16" in name and "a planted failure" in why
     assert counts["passed_by_test"] == {"test_values": 3}
+
+
+HANGS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("n", range(6))
+def test_one_hangs(n):
+    if n == 3:
+        time.sleep(1000)
+"""
+
+
+def test_a_process_that_hangs_is_ended(tmp_path):
+    """Its other results count, the case that it was in has failed, and the output says where."""
+    result, counts = run(tmp_path, HANGS, "--seconds", "12", "--grace", "4")
+    assert result.returncode == 1 and "in test_one_hangs" in result.stdout
+    ((name, why),) = counts["failures"].items()
+    assert name == "test_one_hangs[n=3]" and "ended early" in why
+    assert counts["failed"] == 1 and counts["passed"] >= 3 and counts["passed"] + counts["not_run"] == 5
+
+
+@pytest.mark.parametrize("too_often", [False, True])
+def test_a_case_without_memory_is_repeated(tmp_path, monkeypatch, too_often):
+    monkeypatch.setattr(fa2_suite.time, "sleep", lambda seconds: None)
+    tries = []
+
+    def function(n):
+        tries.append(n)
+        if too_often or len(tries) < 3:
+            raise torch.OutOfMemoryError("no room")
+
+    share = fa2_suite.Share(tmp_path / "share.json", 1)
+    function.pytestmark = [pytest.mark.parametrize("n", [5]).mark]
+    share.run(fa2_suite.Test("case", function), 0, 0)
+    assert share.record["passed"] == (not too_often) and share.record["failed"] == too_often
+    assert len(tries) == (4 if too_often else 3) and share.record["repeated"] == (4 if too_often else 2)
+    assert ("no room" in str(share.record["failures"])) == too_often
 
 
 def test_a_sample_is_repeatable_and_spread():

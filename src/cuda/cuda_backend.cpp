@@ -2,6 +2,7 @@
 // launches it on the caller's stream; nothing is allocated and nothing waits.
 #include <fmt/format.h>
 
+#include <array>
 #include <vector>
 
 #include "cuda/companion.hpp"
@@ -27,16 +28,47 @@ std::span<const Variant> variants() {
     return all;
 }
 
+/// The last few rows that this thread found: calls repeat, and a search goes over the whole table.
+class RecentRows {
+public:
+    const VariantRow* find(Arch arch, const Request& request, int device) const {
+        for (const Entry& e : entries_) {
+            if (e.row && e.row->variant.arch == arch && e.device == device && e.request == request) return e.row;
+        }
+        return nullptr;
+    }
+    void add(const VariantRow& row, const Request& request, int device) {
+        entries_[next_] = {&row, device, request};
+        next_ = (next_ + 1) % entries_.size();
+    }
+
+private:
+    struct Entry {
+        const VariantRow* row = nullptr;
+        int device = 0;
+        Request request;
+    };
+    std::array<Entry, 8> entries_{};
+    size_t next_ = 0;
+};
+
 /// The row for the call, or null and why not.
 template <class Params>
 const VariantRow* find_row(Arch arch, const Params& params, const Execution& e, std::string& refusal) {
+    thread_local RecentRows recent;
+    const Request request = request_of(params);
+    if (const VariantRow* row = recent.find(arch, request, e.device_index)) return row;
+
     std::string no_device;
     if (device_count(&no_device) == 0) {
         refusal = no_device;
         return nullptr;
     }
-    const Variant* v = select(variants(), arch, request_of(params), device_limits(e.device_index), refusal);
-    return v ? &variant_rows()[static_cast<size_t>(v - variants().data())] : nullptr;
+    const Variant* v = select(variants(), arch, request, device_limits(e.device_index), refusal);
+    if (!v) return nullptr;
+    const VariantRow& row = variant_rows()[static_cast<size_t>(v - variants().data())];
+    recent.add(row, request, e.device_index);
+    return &row;
 }
 
 template <Arch kArch, class Params>

@@ -28,6 +28,8 @@ struct Request {
     bool biased = false;     // an additive bias
     bool deterministic = false;
     bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
+
+    bool operator==(const Request&) const = default;
 };
 
 Request request_of(const ForwardParams& params);

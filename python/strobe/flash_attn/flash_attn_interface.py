@@ -1,17 +1,22 @@
-"""The functions of FlashAttention-2 (Dao, 2023): same names, arguments, defaults and results, computed by strobe.
+"""The functions of FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+2023): same names, arguments, defaults and results, computed by strobe.
 
 Common arguments:
-    dropout_p: probability of dropping an attention weight.
-    softmax_scale: 1 / sqrt(D) if None.
-    causal: aligned bottom-right; with ``window_size`` the right side becomes 0.
-    window_size: (left, right), -1 for no bound; two ints or a tensor of two elements.
-    softcap: 0.0 for none.
-    alibi_slopes: (H) or (B, H) float32; no gradient.
+    q, k, v: float32, bfloat16 or float16, all alike, on one device, CPU or CUDA; any strides.
+    cu_seqlens: (B + 1) int32 prefix sums of the sequence lengths in rows, starting with 0, on the device of q.
+    max_seqlen: the longest sequence, in rows.
+    dropout_p: probability of dropping an attention weight, in steps of 2^-16.
+    softmax_scale: factor on q @ k^T; 1 / sqrt(D) if None.
+    causal: query i sees keys j <= i + Sk - Sq (aligned bottom-right); with ``window_size`` the right side becomes 0.
+    window_size: (left, right) in keys, both included, -1 for no bound; two ints or a tensor of two elements.
+    softcap: scores become softcap * tanh(score / softcap) (Gemma 2, 2024); 0.0 for none.
+    alibi_slopes: (H) or (B, H) float32 (Press et al., ALiBi, 2022); no gradient.
     deterministic: the backward gives the same bits each time.
-    return_attn_probs: return (out, softmax_lse, S_dmask). softmax_lse is float32 (B, H, Sq), varlen (H, Tq), +inf on a row that
-        sees no key. S_dmask, for tests only, is (B, H, Sq, Sk) with the lengths rounded up to 128: exp(score - row maximum),
-        negative where dropped; empty without dropout.
-Bad arguments raise ValueError with the argument's name, as ``strobe.attention`` does.
+    return_attn_probs: return (out, softmax_lse, S_dmask). softmax_lse is float32, natural log, (B, H, Sq), varlen (H, Tq), +inf on
+        a row that sees no key. S_dmask, for tests only, is (B, H, Sq, Sk) with the lengths rounded up to 128:
+        exp(score - row maximum), negative where dropped; empty without dropout.
+Every function raises what ``strobe.attention`` raises: ValueError with the argument's name, RuntimeError where no implementation
+serves the call; and NotImplementedError for block_table, leftpad_k.
 """
 
 import torch
@@ -56,6 +61,18 @@ def _mask_arguments(causal: bool, window_size, rows_k: int, rows_q: int) -> dict
     return {"causal": causal, "window_size": (_bound(left, reach), -1 if causal else _bound(right, reach))}
 
 
+def _options(rows_q, rows_k, softmax_scale, causal, window_size, softcap, alibi_slopes, **others) -> dict:
+    """The keyword arguments of ``strobe.attention`` for a call with so many rows."""
+    mask = _mask_arguments(causal, window_size, rows_k, rows_q)
+    return {"softmax_scale": softmax_scale, **mask, "softcap": softcap, "alibi_slopes": alibi_slopes, **others}
+
+
+def _varlen_options(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *common, **others) -> dict:
+    rows_q, rows_k = int(max_seqlen_q), int(max_seqlen_k)
+    sequences = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": rows_q, "max_seqlen_k": rows_k}
+    return _options(rows_q, rows_k, *common, **sequences, **others)
+
+
 def _infinite_where_empty(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
@@ -94,14 +111,19 @@ def flash_attn_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Attention. q: (B, Sq, H, D); k, v: (B, Sk, Hk, D), Hk dividing H. Returns (B, Sq, H, D)."""
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, window_size, k.shape[1], q.shape[1]),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-    }
+    """Attention of dense batches, differentiable in q, k and v.
+
+    Args:
+        q: (B, Sq, H, D).
+        k, v: (B, Sk, Hk, D), Hk dividing H.
+        others, errors: as at the head of this module.
+
+    Returns:
+        out (B, Sq, H, D); with ``return_attn_probs`` (out, softmax_lse, S_dmask).
+    """
+    options = _options(
+        q.shape[1], k.shape[1], softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic=deterministic
+    )
     return _call(q, k, v, return_attn_probs, dropout_p, options)
 
 
@@ -160,20 +182,23 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Attention over sequences behind one another. q: (Tq, H, D); k, v: (Tk, Hk, D); cu_seqlens: (B + 1) int32."""
+    """Attention over sequences behind one another, differentiable in q, k and v.
+
+    Args:
+        q: (Tq, H, D).
+        k, v: (Tk, Hk, D), Hk dividing H.
+        cu_seqlens_q, cu_seqlens_k: (B + 1) int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none.
+        max_seqlen_q, max_seqlen_k: the longest sequence of each.
+        others, errors: as at the head of this module.
+
+    Returns:
+        out (Tq, H, D); with ``return_attn_probs`` (out, softmax_lse, S_dmask).
+    """
     _no_paging(block_table)
-    max_seqlen_q, max_seqlen_k = int(max_seqlen_q), int(max_seqlen_k)
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, window_size, max_seqlen_k, max_seqlen_q),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-    }
+    options = _varlen_options(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic=deterministic,
+    )  # fmt: skip
     return _call(q, k, v, return_attn_probs, dropout_p, options)
 
 
@@ -261,12 +286,8 @@ def _flash_attn_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) without autograd; rng_state is (2) int64 on the CPU, zero without dropout."""
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, (window_size_left, window_size_right), k.shape[1], q.shape[1]),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+    window_size = (window_size_left, window_size_right)
+    options = _options(q.shape[1], k.shape[1], softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _forward(q, k, v, dropout_p, return_softmax, options)
 
 
@@ -291,13 +312,10 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """Writes dq, dk and dv; returns rowsum(dout * out), (B, H, Sq) float32."""
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, (window_size_left, window_size_right), k.shape[1], q.shape[1]),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-    }
+    window_size = (window_size_left, window_size_right)
+    options = _options(
+        q.shape[1], k.shape[1], softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic=deterministic
+    )
     return _backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, rng_state, options)
 
 
@@ -326,17 +344,11 @@ def _flash_attn_varlen_forward(
     _no_paging(block_table)
     if leftpad_k is not None:
         raise NotImplementedError("leftpad_k: left-padded keys are not supported; start each sequence at its first key")
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, (window_size_left, window_size_right), max_seqlen_k, max_seqlen_q),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": int(max_seqlen_q),
-        "max_seqlen_k": int(max_seqlen_k),
-        "seqused_k": seqused_k,
-    }
+    window_size = (window_size_left, window_size_right)
+    options = _varlen_options(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        seqused_k=seqused_k,
+    )  # fmt: skip
     return _forward(q, k, v, dropout_p, return_softmax, options)
 
 
@@ -366,17 +378,11 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """Writes dq, dk and dv; returns rowsum(dout * out), (H, Tq) float32."""
-    options = {
-        "softmax_scale": softmax_scale,
-        **_mask_arguments(causal, (window_size_left, window_size_right), max_seqlen_k, max_seqlen_q),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": int(max_seqlen_q),
-        "max_seqlen_k": int(max_seqlen_k),
-    }
+    window_size = (window_size_left, window_size_right)
+    options = _varlen_options(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic=deterministic,
+    )  # fmt: skip
     return _backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, rng_state, options)
 
 

@@ -32,9 +32,10 @@ def _state_for(dropout_p: float) -> Tensor | None:
 
 
 def _returned_state(state: Tensor | None, device) -> Tensor:
-    """(2) uint64 on the call's device, as torch's own kernels return it. The copy of a state that was drawn does not wait."""
+    """(2) uint64 on the call's device, as torch's own kernels return it: anything without dropout. The copy of a state that was
+    drawn does not wait."""
     if state is None:
-        return torch.zeros(2, dtype=torch.uint64, device=device)
+        return torch.empty(2, dtype=torch.uint64, device=device)
     return state.view(torch.uint64).to(device, non_blocking=True)
 
 

@@ -69,7 +69,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
     if (status != cudaSuccess) return status;
 
-    if (p.workspace && forward_workspace_bytes(p) > 0) {
+    // Where every tile has a worker of its own there is nothing to deal, nor a counter to clear.
+    if (p.workspace && forward_workspace_bytes(p) > 0 && schedule.num_tiles > grid) {
         schedule.next_tile = static_cast<unsigned*>(p.workspace);
         status = cudaMemsetAsync(schedule.next_tile, 0, sizeof(unsigned), context.stream);
         if (status != cudaSuccess) return status;

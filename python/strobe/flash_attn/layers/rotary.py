@@ -66,6 +66,13 @@ def apply_rotary_emb(
         seqlen_offsets: position of the first row, an int or (B).
         cu_seqlens: (B + 1) int32 prefix sums.
         max_seqlen: the longest sequence; not needed here.
+
+    Returns:
+        x rotated, in its dtype; x itself if inplace.
+
+    Raises:
+        ValueError: R > D.
+        IndexError: a position behind the table.
     """
     positions = _positions(x, seqlen_offsets, cu_seqlens)
     # Rows past a sequence's own table (padding behind the last sequence) are rotated by the last one.
@@ -87,7 +94,8 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Rotates q and k inside qkv: (B, S, 3, H, D), or (B, S, H + 2 Hk, D) with num_heads_q = H."""
+    """qkv with q and k rotated: (B, S, 3, H, D), or (B, S, H + 2 Hk, D) with num_heads_q = H. Other arguments and errors as
+    ``apply_rotary_emb``; cos_k and sin_k are those of q if None."""
     cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
     if qkv.dim() == 5:
         q, k, rest = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2:]
@@ -108,7 +116,7 @@ def apply_rotary_emb_qkv_(
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
-    """Rotates k inside kv: (B, S, 2, Hk, D)."""
+    """kv, (B, S, 2, Hk, D), with k rotated. Other arguments and errors as ``apply_rotary_emb``."""
     k = apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, False, seqlen_offsets)
     return torch.stack((k, kv[:, :, 1]), dim=2)
 
