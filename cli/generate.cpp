@@ -28,8 +28,6 @@ void run_generate(const GenerateOptions& options, bool json) {
         fmt::print("{}\n", out.dump(2));
         return;
     }
-    fmt::print("{}", options.prompt);
-    std::fflush(stdout);
     const GenerateResult r = generate(options, [](std::string_view text) {
         std::fwrite(text.data(), 1, text.size(), stdout);
         std::fflush(stdout);

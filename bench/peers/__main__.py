@@ -4,31 +4,32 @@
     python bench/peers --quick                  a few cells of each section
     python bench/peers --sections grid,gqa --peers strobe,FA3,cuDNN --seconds 120 --json results/peers.json
 
-Sections: grid (16k tokens, hidden size 2048), gqa (64 query heads, 8 key heads), varlen (lengths from 8 to 8192, 32k tokens), window
-(1024 keys), deterministic, options (softcap, ALiBi, bias, dropout), memory (peak over the sequence length). bfloat16; CUDA events;
-the L2 is flushed before every run; contenders take turns run by run; medians. Backward is timed through autograd; "both" is the sum
-of the two medians. Every contender's results are compared with strobe's before they are timed.
+Sections: grid (16k tokens, hidden size 2048), gqa (64 query heads, 8 key heads), varlen (lengths from 8 to 8192, 32k tokens), short
+(128 and 256 rows), deterministic, window (1024 keys), options (softcap, ALiBi, bias, dropout), others (the grid beside Triton,
+memory-efficient and plain attention), memory (peak over the sequence length). bfloat16; CUDA events; the L2 is flushed before every
+run; contenders take turns run by run; medians. Backward is timed through autograd; "both" is the sum of the two medians. Every
+contender's results are compared with strobe's before they are timed. FA3 takes part where flash_attn_interface can be imported.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import sys
+import time
 
 import report
-from cases import QUICK, SECTIONS
+from cases import MEMORY_SEQLENS, QUICK, SECTIONS
 from contenders import CONTENDERS
-
-_SHARE_OF_SETUP = 0.5  # of --seconds, for what is not timed: inputs, first calls, compiling
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="bench/peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cells of each section")
-    parser.add_argument("--sections", default=",".join([*SECTIONS, "memory"]), help="comma-separated (default: all)")
+    parser.add_argument("--sections", default=",".join([*SECTIONS, "memory"]), help="comma-separated, in this order (default: all)")
     parser.add_argument("--peers", default=",".join(CONTENDERS), help="comma-separated contenders; strobe always runs")
-    parser.add_argument("--seconds", type=float, help="about how long the whole call may take (default: 600, quick: 60)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--seconds", type=float, help="when to stop, counted from the start (default: 600, quick: 60)")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="the record, written anew after every cell")
     options = parser.parse_args(arguments)
     options.sections = _names(parser, "--sections", options.sections, [*SECTIONS, "memory"])
     options.peers = _names(parser, "--peers", options.peers, CONTENDERS)
@@ -53,7 +54,53 @@ def cells_of(options):
     return [case for name in options.sections if name != "memory" for case in sections[name]()]
 
 
+def command_of(options) -> list[str]:
+    """What repeats the measurement; where the record went is no part of it."""
+    quick = ["--quick"] if options.quick else []
+    chosen = [f"--sections={','.join(options.sections)}", f"--peers={','.join(options.peers)}", f"--seconds={options.seconds:g}"]
+    return ["python", "bench/peers", *quick, *chosen]
+
+
+def work_of(options):
+    """(section, case or sequence length) in the order of the sections."""
+    cells = cells_of(options)
+    lengths = MEMORY_SEQLENS[:: 3 if options.quick else 1]
+    for name in options.sections:
+        yield from ((name, x) for x in (lengths if name == "memory" else [c for c in cells if c.section == name]))
+
+
+def write(record: dict, path: pathlib.Path | None):
+    """Replaces the file in one step: whoever ends the process, a whole record is there."""
+    if not path:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record | {"bars": report.bars(record)}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def run(record: dict, work: list, runner, deadline: float, path: pathlib.Path | None, clock=time.monotonic):
+    """Measures what the time allows: each piece gets an equal part of what is left. Names the rest in the record."""
+    section = None
+    for i, (name, what) in enumerate(work):
+        left = deadline - clock()
+        if left <= 0:
+            record["left_out"] = [f"memory {x}" if n == "memory" else x.name for n, x in work[i:]]
+            break
+        if name != section:
+            section = name
+            print(report.memory_heading() if name == "memory" else report.heading(name, runner.contenders(name)), flush=True)
+        if name == "memory":
+            record["memory"].append(row := runner.memory(what))
+            print(report.memory_line(row), flush=True)
+        else:
+            record["cells"].append(cell := runner.cell(what, left / (len(work) - i)))
+            print(report.lines(cell, runner.contenders(name)), flush=True)
+        write(record, path)
+
+
 def main():
+    begin = time.monotonic()
     options = parse()
     import torch
 
@@ -62,28 +109,12 @@ def main():
     import machine
     import measure
 
-    record = {"machine": machine.describe(), "seconds": options.seconds, "quick": options.quick, "cells": [], "memory": []}
-    cells = cells_of(options)
-    runner = measure.Runner(options.peers, options.seconds * _SHARE_OF_SETUP / max(1, len(cells)))
+    record = {"machine": machine.describe(command_of(options)), "cells": [], "memory": [], "left_out": []}
     try:
-        section = None
-        for case in cells:
-            if case.section != section:
-                section = case.section
-                print(report.heading(section, runner.contenders(section)), flush=True)
-            cell = runner.cell(case)
-            record["cells"].append(cell)
-            print(report.lines(cell, runner.contenders(section)), flush=True)
-        if "memory" in options.sections:
-            print(report.memory_heading(), flush=True)
-            for row in runner.memory(options.quick):
-                record["memory"].append(row)
-                print(report.memory_line(row), flush=True)
+        run(record, list(work_of(options)), measure.Runner(options.peers), begin + options.seconds, options.json)
     finally:
+        write(record, options.json)
         print(report.summary(record))
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from dataclasses import replace
 
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
@@ -68,6 +69,16 @@ def grid(head_dims=HEAD_DIMS, seqlens=SEQLENS) -> list[Case]:
     ]  # fmt: skip
 
 
+def short(head_dims=HEAD_DIMS, seqlens=(128, 256)) -> list[Case]:
+    """Sequences below the grid's: few blocks each, where a schedule's ends weigh most."""
+    return [replace(case, section="short") for case in grid(head_dims, seqlens)]
+
+
+def others(head_dims=HEAD_DIMS, seqlens=SEQLENS) -> list[Case]:
+    """The grid again for peers that are far behind, so that they take no time from the close ones."""
+    return [replace(case, section="others") for case in grid(head_dims, seqlens)]
+
+
 def gqa(seqlens=SEQLENS[1:]) -> list[Case]:
     """Grouped heads, 64 query and 8 key."""
     return [Case("gqa", 128, s, TOKENS // s, 64, 8, causal) for causal in (False, True) for s in seqlens]
@@ -101,17 +112,21 @@ SECTIONS = {
     "grid": grid,
     "gqa": gqa,
     "varlen": varlen,
-    "window": window,
+    "short": short,
     "deterministic": deterministic,
+    "window": window,
     "options": options,
+    "others": others,
 }
 QUICK = {
     "grid": lambda: grid(head_dims=(128,), seqlens=(1024, 4096, 16384)),
     "gqa": lambda: gqa(seqlens=(4096,)),
     "varlen": varlen,
-    "window": window,
+    "short": lambda: short(head_dims=(128,)),
     "deterministic": lambda: deterministic(head_dims=(128,)),
+    "window": window,
     "options": lambda: options(head_dims=(128,)),
+    "others": lambda: others(head_dims=(128,), seqlens=(1024, 4096)),
 }
 MEMORY_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 

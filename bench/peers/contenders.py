@@ -102,6 +102,15 @@ def _sdpa(backend: SDPBackend, case: Case, x: Inputs):
     return call
 
 
+def _cudnn(case: Case, x: Inputs):
+    """Lengths by the operator below SDPA."""
+    if not case.lengths:
+        return _sdpa(SDPBackend.CUDNN_ATTENTION, case, x)
+    lengths = (x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen)
+    operator = torch.ops.aten._cudnn_attention_forward
+    return lambda: operator(*x.leaves, None, *lengths, True, 0.0, case.causal, False)[0]
+
+
 def _torch_fa2(case: Case, x: Inputs):
     """torch's FlashAttention-2 by the operator below SDPA where the case has lengths or a window."""
     if not case.lengths and case.window is None:
@@ -135,11 +144,11 @@ def _triton(case: Case, x: Inputs):
     return lambda: module.attention(*x.leaves, case.causal)
 
 
-def _fa3(case: Case, x: Inputs):
+def _fa3(case: Case, x: Inputs, **more):
     module = importlib.import_module("flash_attn_interface")
-    options = {"causal": case.causal}
+    options = {"causal": case.causal, **more}
     if case.window is not None:
-        options["window_size"] = (case.window, 0)
+        options |= {"causal": False, "window_size": (case.window, 0)}
     if case.lengths:
         lengths = (x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen)
         return lambda: _first(module.flash_attn_varlen_func(*x.leaves, *lengths, **options))
@@ -161,22 +170,24 @@ class Contender:
             return torch.autograd.grad(out, x.leaves, x.dout, retain_graph=True)
 
 
-_SPEED = frozenset({"grid", "gqa", "varlen", "window", "memory"})
-_PEERS = _SPEED - {"memory"}
+_CLOSE = frozenset({"grid", "gqa", "varlen", "window", "short"})
+_FAR = frozenset({"others"})
+_DETERMINISTIC, _OPTIONS, _MEMORY = frozenset({"deterministic"}), frozenset({"options"}), frozenset({"memory"})
 CONTENDERS: dict[str, Contender] = {
-    "strobe": Contender(_strobe, _SPEED | {"deterministic", "options"}),
-    "FA3": Contender(_fa3, _PEERS),
-    "cuDNN": Contender(functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _PEERS),
-    "FA2": Contender(_torch_fa2, _SPEED | {"deterministic"}),
-    "Triton": Contender(_triton, _PEERS),
-    "efficient": Contender(functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _PEERS),
-    "math": Contender(functools.partial(_sdpa, SDPBackend.MATH), frozenset({"grid", "memory"})),
-    "strobe deterministic": Contender(functools.partial(_strobe, deterministic=True), frozenset({"deterministic"})),
-    "FA2 deterministic": Contender(_torch_fa2, frozenset({"deterministic"}), deterministic=True),
-    "strobe softcap": Contender(functools.partial(_strobe, softcap=30.0), frozenset({"options"})),
-    "strobe ALiBi": Contender(_strobe_alibi, frozenset({"options"})),
-    "strobe bias": Contender(_strobe_bias, frozenset({"options"})),
-    "strobe dropout": Contender(functools.partial(_strobe, dropout_p=0.1, rng_state=(1, 2)), frozenset({"options"})),
+    "strobe": Contender(_strobe, _CLOSE | _FAR | _DETERMINISTIC | _OPTIONS | _MEMORY),
+    "FA3": Contender(_fa3, _CLOSE | _DETERMINISTIC | _MEMORY),
+    "cuDNN": Contender(_cudnn, _CLOSE | _MEMORY),
+    "FA2": Contender(_torch_fa2, _CLOSE | _DETERMINISTIC | _MEMORY),
+    "Triton": Contender(_triton, _FAR),
+    "efficient": Contender(functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _FAR),
+    "math": Contender(functools.partial(_sdpa, SDPBackend.MATH), _FAR | _MEMORY),
+    "strobe deterministic": Contender(functools.partial(_strobe, deterministic=True), _DETERMINISTIC),
+    "FA3 deterministic": Contender(functools.partial(_fa3, deterministic=True), _DETERMINISTIC),
+    "FA2 deterministic": Contender(_torch_fa2, _DETERMINISTIC, deterministic=True),
+    "strobe softcap": Contender(functools.partial(_strobe, softcap=30.0), _OPTIONS),
+    "strobe ALiBi": Contender(_strobe_alibi, _OPTIONS),
+    "strobe bias": Contender(_strobe_bias, _OPTIONS),
+    "strobe dropout": Contender(functools.partial(_strobe, dropout_p=0.1, rng_state=(1, 2)), _OPTIONS),
 }
 # Contenders that compute something else than `strobe` does.
 OTHER_RESULTS = frozenset({"strobe softcap", "strobe ALiBi", "strobe bias", "strobe dropout"})

@@ -1,6 +1,7 @@
 """Runs cells: prepares contenders, checks their results against strobe's, times them, and measures peak memory."""
 
 import dataclasses
+import time
 
 import torch
 
@@ -23,10 +24,13 @@ def difference(ours, theirs) -> float:
     return max(one(a, b) for a, b in zip(ours, theirs))
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
 class Runner:
-    def __init__(self, names: list[str], seconds_per_cell: float):
+    def __init__(self, names: list[str]):
         self._names = names
-        self._seconds = seconds_per_cell
         self._clock = timing.Clock()
         self._missing: dict[str, str] = {}
 
@@ -51,8 +55,8 @@ class Runner:
             except ImportError as e:
                 refused[name] = self._missing[name] = str(e)
                 continue
-            except (peers.Refused, RuntimeError, ValueError) as e:
-                refused[name] = (str(e).splitlines() or [type(e).__name__])[0][:300]
+            except Exception as e:  # whatever a peer stumbles over, the others are still measured
+                refused[name] = _first_line(e)
                 continue
             if expected is None:
                 expected = results
@@ -65,10 +69,13 @@ class Runner:
             del results
         return calls, outs, refused
 
-    def cell(self, case: cases.Case) -> dict:
-        """The record of one cell: per contender seconds and TFLOP/s of forward, backward and both, or why it has none."""
+    def cell(self, case: cases.Case, seconds: float) -> dict:
+        """The record of one cell: per contender seconds and TFLOP/s of forward, backward and both, or why it has none. Takes about
+        `seconds` in all, of which the runs get what inputs, first calls and comparisons leave, but a quarter at least."""
+        begin = time.perf_counter()
         x = peers.make_inputs(case)
         calls, outs, refused = self._prepare(case, x)
+        timed = max(seconds - (time.perf_counter() - begin), 0.25 * seconds)
 
         def without_graph(call):
             def forward():
@@ -80,37 +87,37 @@ class Runner:
         def backward(name):
             return lambda: peers.CONTENDERS[name].gradients(outs[name], x)
 
-        before = machine.clocks()
-        forward = timing.measure(self._clock, {n: without_graph(c) for n, c in calls.items()}, self._seconds * 0.3)
-        gradients = timing.measure(self._clock, {n: backward(n) for n in calls}, self._seconds * 0.7)
+        forward, forward_clocks = timing.measure(
+            self._clock, {n: without_graph(c) for n, c in calls.items()}, timed * 0.3, machine.clocks
+        )
+        gradients, backward_clocks = timing.measure(self._clock, {n: backward(n) for n in calls}, timed * 0.7, machine.clocks)
         results = {}
         for name in calls:
-            both = {key: forward[name][key] + gradients[name][key] for key in ("seconds", "least")}
+            both = {key: forward[name][key] + gradients[name][key] for key in ("seconds", "least", "host")}
             both["runs"] = min(forward[name]["runs"], gradients[name]["runs"])
             results[name] = {"forward": forward[name], "backward": gradients[name], "both": both}
             for direction, numbers in results[name].items():
                 numbers["tflops"] = cases.flops(case, direction) / numbers["seconds"] * 1e-12
         return {
             "case": dataclasses.asdict(case) | {"mask": case.mask},
-            "clocks": {"before": before, "after": machine.clocks()},
+            "clocks": {"forward": forward_clocks, "backward": backward_clocks},
             "results": results,
             "refused": refused,
         }
 
-    def memory(self, quick: bool):
-        """Rows of peak bytes beyond q, k, v and dout, of one forward and backward, by sequence length and contender."""
-        for seqlen in cases.MEMORY_SEQLENS[:: 3 if quick else 1]:
-            case = cases.memory_case(seqlen)
-            x = peers.make_inputs(case)
-            row = {"seqlen": seqlen, "inputs": sum(t.nbytes for t in (*x.leaves, x.dout)), "peak": {}, "seconds": {}, "refused": {}}
-            for name in self.contenders("memory"):
-                try:
-                    call = peers.CONTENDERS[name].prepare(case, x)
-                    row["peak"][name] = _peak(call, x)
-                    row["seconds"][name] = self._clock.start(lambda call=call: _both(call, x))()
-                except (peers.Refused, ImportError, RuntimeError) as e:
-                    row["refused"][name] = str(e).splitlines()[0][:300]
-            yield row
+    def memory(self, seqlen: int) -> dict:
+        """Peak bytes beyond q, k, v and dout of one forward and backward, by contender."""
+        case = cases.memory_case(seqlen)
+        x = peers.make_inputs(case)
+        row = {"seqlen": seqlen, "inputs": sum(t.nbytes for t in (*x.leaves, x.dout)), "peak": {}, "seconds": {}, "refused": {}}
+        for name in self.contenders("memory"):
+            try:
+                call = peers.CONTENDERS[name].prepare(case, x)
+                row["peak"][name] = _peak(call, x)
+                row["seconds"][name] = self._clock.start(lambda call=call: _both(call, x))()
+            except Exception as e:
+                row["refused"][name] = _first_line(e)
+        return row
 
 
 def _both(call, x):

@@ -34,12 +34,17 @@ def blank(width: float, height: float):
 
 
 def grid_cells(record: dict) -> dict[tuple[int, str], list[dict]]:
-    """The cells of the grid by (head dim, mask), in the order of their lengths."""
-    cells: dict[tuple[int, str], list[dict]] = {}
-    for cell in record["cells"]:
-        if cell["case"]["section"] == "grid":
-            cells.setdefault((cell["case"]["head_dim"], cell["case"]["mask"]), []).append(cell)
-    return {key: sorted(row, key=lambda c: c["case"]["seqlen"]) for key, row in sorted(cells.items(), key=lambda x: (x[0][1] == "causal", x[0][0]))}
+    """The cells of the grid by (head dim, mask), in the order of their lengths. Peers of the section `others` join them."""
+    cells: dict[tuple[int, str, int], dict] = {}
+    for section in ("grid", "others"):
+        for cell in (c for c in record["cells"] if c["case"]["section"] == section):
+            case = cell["case"]
+            place = cells.setdefault((case["head_dim"], case["mask"], case["seqlen"]), {"case": case, "results": {}})
+            place["results"] = cell["results"] | place["results"]
+    rows: dict[tuple[int, str], list[dict]] = {}
+    for dim, mask, seqlen in sorted(cells, key=lambda at: (at[1] == "causal", at[0], at[2])):
+        rows.setdefault((dim, mask), []).append(cells[dim, mask, seqlen])
+    return rows
 
 
 def speed(record: dict, direction: str):
@@ -55,7 +60,8 @@ def speed(record: dict, direction: str):
         bar = 0.85 / len(names)
         for i, name in enumerate(names):
             at = [(x, c["results"][name][direction]["tflops"]) for x, c in enumerate(row) if name in c["results"]]
-            axes.bar([x + (i - (len(names) - 1) / 2) * bar for x, _ in at], [y for _, y in at], bar, color=COLOURS[name], label=_label(name))
+            places = [x + (i - (len(names) - 1) / 2) * bar for x, _ in at]
+            axes.bar(places, [y for _, y in at], bar, color=COLOURS[name], label=_label(name))
         axes.set_xticks(range(len(row)), [_length(c["case"]["seqlen"]) for c in row])
         axes.set_title(f"head dim {dim}, {mask} mask")
         axes.grid(axis="y", linewidth=0.4)
@@ -103,7 +109,7 @@ def draw(record: dict, output: pathlib.Path) -> list[pathlib.Path]:
     figures = {}
     if grid_cells(record):
         figures = {f"{d}.svg": speed(record, d) for d in ("forward", "backward")} | {"forward_backward.svg": speed(record, "both")}
-    if record["memory"]:
+    if any(row["peak"] for row in record["memory"]):
         figures["memory.svg"] = memory(record)
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

@@ -1,6 +1,7 @@
 """Seconds on the device: CUDA events, caches flushed before every run, contenders in turn."""
 
 import statistics
+import time
 
 import torch
 
@@ -13,10 +14,15 @@ class Clock:
 
     def __init__(self):
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flush.zero_()
+        self.flush_seconds = self._timed(self._flush.zero_)()
 
     def start(self, call):
         """Queues one cold run of `call`; its seconds can be asked for once the device has got there."""
         self._flush.zero_()
+        return self._timed(call)
+
+    def _timed(self, call):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -36,25 +42,41 @@ def shares(first: dict[str, float], seconds: float, most: int = 30, least: int =
 
 
 def in_turn(counts: dict[str, int]):
-    """The contenders' names, in rounds; those with fewer runs take part in evenly spread rounds."""
+    """The contenders' names, in rounds. Those with fewer runs take part in evenly spread rounds, and every round begins with
+    another contender, so that nobody always follows the same one."""
+    names = list(counts)
     rounds = max(counts.values(), default=0)
     for r in range(rounds):
-        for name, count in counts.items():
-            if (r + 1) * count // rounds > r * count // rounds:
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            if (r + 1) * counts[name] // rounds > r * counts[name] // rounds:
                 yield name
 
 
-def measure(clock: Clock, calls: dict[str, object], seconds: float) -> dict[str, dict]:
-    """Median, least and number of runs of each call, all warmed up before the first is timed."""
-    first = {}
+def measure(clock: Clock, calls: dict[str, object], seconds: float, sample=lambda: None) -> tuple[dict[str, dict], object]:
+    """Per call the median, the least, the number of runs and the host's seconds to launch it (in what `waits`, longer than flush
+    and run: then the device waited, and the time is the host's), all warmed up before the first is timed. And what `sample()`
+    says while the device is at work."""
+    host, first = {}, {}
     for name, call in calls.items():
         call()
         torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        host[name] = time.perf_counter() - begin
         first[name] = clock.start(call)()
+    turns = list(in_turn(shares(first, seconds)))
     pending = {name: [] for name in calls}
-    for name in in_turn(shares(first, seconds)):
+    sampled = None
+    for turn, name in enumerate(turns):
         pending[name].append(clock.start(calls[name]))
+        if turn == len(turns) // 2:
+            sampled = sample()
     times = {name: [seconds_of() for seconds_of in runs] for name, runs in pending.items()}
-    return {
-        name: {"seconds": statistics.median(runs), "least": min(runs), "runs": len(runs)} for name, runs in times.items()
-    }
+    results = {}
+    for name, runs in times.items():
+        seconds = statistics.median(runs)
+        results[name] = {"seconds": seconds, "least": min(runs), "runs": len(runs), "host": host[name]}
+        if host[name] > clock.flush_seconds + seconds:
+            results[name]["waits"] = True
+    return results, sampled

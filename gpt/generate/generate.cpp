@@ -89,6 +89,7 @@ GenerateResult generate(const Weights& weights, const Tokenizer& tokenizer, Back
     Reader reader(weights, backend, std::min(weights.config.context_length, wanted), options.cache);
     TokenSampler sampler(options.sampling);
     TextStream out(stream);
+    out.add(options.prompt);
 
     GenerateResult result;
     result.prompt_tokens = static_cast<int64_t>(prompt_size);

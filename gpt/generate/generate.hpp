@@ -41,8 +41,8 @@ struct GenerateResult {
     }
 };
 
-/// Calls `stream` with the text as it comes, whole characters at a time. When the context is full the older half of the text
-/// is forgotten.
+/// Calls `stream` with the prompt once the model is there, then with the text as it comes, whole characters at a time. When
+/// the context is full the older half of the text is forgotten.
 GenerateResult generate(const GenerateOptions& options, const std::function<void(std::string_view)>& stream);
 
 /// The same on a model that is in memory.

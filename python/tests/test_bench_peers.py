@@ -1,5 +1,6 @@
-"""The peer benchmark as far as no GPU is needed: arguments, FLOPs, lengths, turns, results that differ, the table, the plots."""
+"""The peer benchmark as far as no GPU is needed: arguments, FLOPs, lengths, turns, results that differ, records, tables, plots."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -16,6 +17,7 @@ import contenders  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("bench_peers_main", pathlib.Path(cases.__file__).parent / "__main__.py")
@@ -27,9 +29,11 @@ def test_arguments():
     whole = command.parse([])
     assert whole.sections == [*cases.SECTIONS, "memory"] and whole.seconds == 600 and len(command.cells_of(whole)) > 60
     quick = command.parse(["--quick"])
-    assert quick.seconds == 60 and len(command.cells_of(quick)) < 25
+    assert quick.seconds == 60 and len(command.cells_of(quick)) < 30
     some = command.parse(["--sections", "gqa,memory", "--peers", "cuDNN", "--seconds", "5"])
     assert some.peers == ["strobe", "cuDNN"] and {c.section for c in command.cells_of(some)} == {"gqa"} and some.seconds == 5
+    assert [name for name, _ in command.work_of(some)] == ["gqa"] * 10 + ["memory"] * len(cases.MEMORY_SEQLENS)
+    assert command.parse(command.command_of(some)[2:]) == some and "--json" not in command.command_of(some)
 
 
 @pytest.mark.parametrize("wrong", [["--sections", "grids"], ["--peers", "FA4"], ["--seconds", "-1"]])
@@ -68,7 +72,9 @@ def test_turns():
     assert counts == {"fast": 30, "slow": 3, "middle": 10}
     order = list(timing.in_turn(counts))
     assert {n: order.count(n) for n in counts} == counts
-    assert all("fast" in order[i : i + 3] for i in range(len(order) - 2))  # nobody runs in a block of its own
+    assert all("fast" in order[i : i + 5] for i in range(len(order) - 4))  # nobody runs in a block of its own
+    even = list(timing.in_turn({"a": 6, "b": 6, "c": 6}))
+    assert sorted(even[:3]) == ["a", "b", "c"] and {even[0], even[3], even[6]} == {"a", "b", "c"}  # nor first in every round
     assert list(timing.in_turn({})) == []
 
 
@@ -93,7 +99,7 @@ def test_varlen_inputs():
     x = contenders.make_inputs(case, "cpu")
     assert x.q.shape == (128, 2, 64) and x.cu_seqlens.tolist() == [0, 38, 128] and x.max_seqlen == 90
     assert contenders.CONTENDERS["strobe"].prepare(case, x)().shape == x.q.shape
-    for name in ("cuDNN", "Triton", "efficient", "math"):
+    for name in ("Triton", "efficient", "math"):
         with pytest.raises(contenders.Refused):
             contenders.CONTENDERS[name].prepare(case, x)
 
@@ -105,27 +111,137 @@ def test_math_is_refused_before_it_fills_the_memory():
         contenders.CONTENDERS["math"].prepare(case, x)
 
 
+def made_up_cell(case, **speeds):
+    results = {n: {d: {"seconds": 1e-3, "least": 1e-3, "runs": 3, "tflops": s} for d in report.DIRECTIONS} for n, s in speeds.items()}
+    clocks = {d: {"sm_mhz": 1700 + case.head_dim} for d in ("forward", "backward")}
+    return {"case": {**case.__dict__, "mask": case.mask}, "clocks": clocks, "results": results, "refused": {"Triton": "is not installed"}}
+
+
 def made_up_record():
-    """Numbers with a known pattern, for the table and the plots."""
-    record = {"machine": {"gpu": "no GPU", "torch": "0", "cudnn": 0, "commit": "none"}, "cells": [], "memory": []}
-    for case in cases.grid():
-        speeds = {"strobe": 600.0, "FA2": 300.0, "cuDNN": 500.0 + case.seqlen / 1024}
-        results = {n: {d: {"seconds": 1e-3, "least": 1e-3, "runs": 3, "tflops": s} for d in report.DIRECTIONS} for n, s in speeds.items()}
-        record["cells"].append({"case": {**case.__dict__, "mask": case.mask}, "results": results, "refused": {"FA3": "is not installed"}})
+    """Numbers with a known pattern, for the tables and the plots."""
+    machine = {"gpu": "no GPU", "driver": "1", "cuda": "13", "torch": "0", "cudnn": 0, "commit": "none", "date": "2026-01-01T00:00"}
+    record = {"machine": {**machine, "command": ["python", "bench/peers", "--peers=strobe deterministic"]}, "cells": [], "memory": []}
+    for case in [*cases.grid(), *cases.short(), *cases.gqa(), *cases.varlen(), *cases.window()]:
+        record["cells"].append(made_up_cell(case, strobe=600.0, FA2=700.0, FA3=300.0, cuDNN=500.0 + case.seqlen / 1024))
+    for case in cases.deterministic():
+        speeds = {"strobe": 600.0, "strobe deterministic": 480.0, "FA3 deterministic": 400.0}
+        record["cells"].append(made_up_cell(case, **speeds))
+    for case in cases.others():
+        record["cells"].append(made_up_cell(case, strobe=555.0, Triton=200.0, math=20.0))
     for seqlen in cases.MEMORY_SEQLENS:
         record["memory"].append({"seqlen": seqlen, "inputs": seqlen, "peak": {"strobe": seqlen << 14, "math": seqlen**2}, "refused": {}})
     return record
 
 
-def test_table():
+def test_report():
     record = made_up_record()
     cell = next(c for c in record["cells"] if c["case"]["seqlen"] == 16384)
-    assert report.ratio(cell, "forward") == pytest.approx(600 / 516)
+    assert report.ratio(cell, "forward") == pytest.approx(600 / 516)  # of FA3 and cuDNN, whatever FA2 does
     text = report.lines(cell, ["strobe", "FA3", "cuDNN"])
-    assert "600" in text and "516" in text and "1.16" in text and "FA3: is not installed" in text and len(text.splitlines()) == 4
+    assert "600" in text and "516" in text and "1.16" in text and "Triton: is not installed" in text and len(text.splitlines()) == 4
     summary = report.summary(record)
-    assert "FA2 2.00 (2.00)" in summary and "best 1.1" in summary
+    assert "FA3 2.00 (2.00)" in summary and "best 1.1" in summary and "FA2 0.86 (0.86)" in summary
     assert report.geometric_mean([1.0, 4.0]) == 2.0 and report.geometric_mean([]) is None
+
+
+def test_bars():
+    bars = {(b["what"], b["direction"], b["against"]): b for b in report.bars(made_up_record())}
+    grid = bars["grid", "forward", "best"]
+    assert grid["cells"] == 36 and grid["least"] == pytest.approx(600 / 516) and grid["least_cell"] == "d64 full 1x16384"
+    assert grid["mean"] > grid["least"]
+    assert bars["up to 1k", "both", "best"]["cells"] == 12 + 12 and bars["gqa", "backward", "FA2"]["cells"] == 10
+    assert bars["deterministic", "backward", "strobe deterministic"]["mean"] == pytest.approx(0.8)
+    assert bars["deterministic", "backward", "FA3 deterministic"]["mean"] == pytest.approx(1.2)
+    assert ("others", "both", "best") in bars and bars["others", "both", "math"]["mean"] == pytest.approx(555 / 20)
+
+
+class MadeUpRunner:
+    """Takes ten seconds for a cell and none for memory."""
+
+    def __init__(self):
+        self.now, self.given = 0.0, []
+
+    def contenders(self, section):
+        return ["strobe"]
+
+    def cell(self, case, seconds):
+        self.now += 10
+        self.given.append(seconds)
+        return made_up_cell(case, strobe=600.0, FA3=500.0)
+
+    def memory(self, seqlen):
+        return {"seqlen": seqlen, "inputs": seqlen, "peak": {"strobe": seqlen}, "refused": {}}
+
+
+def measured(seconds, path, sections="varlen,memory,gqa"):
+    runner, record = MadeUpRunner(), {"machine": {}, "cells": [], "memory": [], "left_out": []}
+    work = list(command.work_of(command.parse(["--sections", sections])))
+    command.run(record, work, runner, seconds, path, clock=lambda: runner.now)
+    return runner, record
+
+
+def test_everything_is_measured_where_there_is_time(tmp_path):
+    runner, record = measured(400, tmp_path / "new" / "record.json")
+    assert len(record["cells"]) == 2 + 10 and len(record["memory"]) == len(cases.MEMORY_SEQLENS) and not record["left_out"]
+    assert runner.given[0] == pytest.approx(400 / 20) and runner.given[1] == pytest.approx(390 / 19)
+    written = json.loads((tmp_path / "new" / "record.json").read_text())
+    assert written["cells"] == json.loads(json.dumps(record["cells"])) and written["bars"] == report.bars(record)
+
+
+def test_time_that_runs_out_leaves_a_whole_record(tmp_path, capsys):
+    _, record = measured(45, tmp_path / "record.json")
+    assert [c["case"]["section"] for c in record["cells"]] == ["varlen"] * 2 + ["gqa"] * 3
+    assert len(record["left_out"]) == 7 and record["left_out"][0] == "gqa d128 h64k8 full 2x8192"
+    assert len(json.loads((tmp_path / "record.json").read_text())["cells"]) == 5
+    assert "left out for want of time: 7" in report.summary(record)
+
+
+def test_the_record_is_on_disk_after_every_cell(tmp_path):
+    class Dies(MadeUpRunner):
+        def cell(self, case, seconds):
+            if len(self.given) == 4:
+                raise KeyboardInterrupt
+            return super().cell(case, seconds)
+
+    record = {"machine": {}, "cells": [], "memory": [], "left_out": []}
+    work = list(command.work_of(command.parse(["--sections", "gqa"])))
+    with pytest.raises(KeyboardInterrupt):
+        command.run(record, work, Dies(), 1000, tmp_path / "record.json", clock=lambda: 0.0)
+    assert len(json.loads((tmp_path / "record.json").read_text())["cells"]) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_tables(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(made_up_record()))
+    blocks = {name: f"<!-- table: {name} record.json -->\nold\n<!-- end of table -->\n" for name in tables.TABLES}
+    text = tables.renewed("# before\n" + "\n".join(blocks.values()) + "after\n", tmp_path)
+    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    assert tables.renewed(text, tmp_path) == text
+    of = {name: text.split(f"<!-- table: {name} record.json -->")[1].split("<!-- end")[0] for name in blocks}
+    assert "| 64 | full | 512 | 600 | 300 | 500 | 700 | 1.20 |" in of["grid-forward"] and of["grid-forward"].count("\n| ") == 2 + 36
+    assert "| 128 | full | 8 to 7" in of["varlen"] and "600, 600" in of["varlen"]
+    assert "| 64 | full | 4096 | 600 | 480 | 400 | 0.80 |" in of["deterministic"]
+    assert "| the grid, 512 to 16k rows | 36 | 1.1" in of["summary"] and "128 to 1024 rows | 24 | 1.2" in of["summary"]
+    assert "| grid | forward | 36 | 1.1" in of["bars"] and "deterministic" not in of["bars"]
+    assert "| 512 | full" not in of["memory"] and "| 65536 | 0 | 1024 | 4096 |" in of["memory"]
+    assert "SM clock under load 1764 to 1956 MHz" in of["machine"] and "'--peers=strobe deterministic'" in of["machine"]
+    for wrong in ("grids record.json", "grid-both none.json"):
+        with pytest.raises(SystemExit, match=wrong.split()[0 if "grids" in wrong else 1]):
+            tables.renewed(f"<!-- table: {wrong} -->\n<!-- end of table -->", tmp_path)
+
+
+def test_the_documents_tables_are_what_their_records_say():
+    root = pathlib.Path(__file__).resolve().parents[2]
+    for path in (root / "README.md", root / "docs" / "benchmarks.md"):
+        assert tables.renewed(path.read_text(), root) == path.read_text(), f"run bench/peers/tables.py {path.name}"
+
+
+def test_far_peers_join_the_plot():
+    cells = plot.grid_cells(made_up_record())
+    assert list(cells) == [(d, mask) for mask in ("full", "causal") for d in (64, 128, 256)]
+    row = cells[128, "causal"]
+    assert [c["case"]["seqlen"] for c in row] == list(cases.SEQLENS)
+    assert row[0]["results"]["strobe"]["both"]["tflops"] == 600 and row[0]["results"]["math"]["both"]["tflops"] == 20
 
 
 def test_plots(tmp_path):

@@ -30,8 +30,11 @@ struct Call {
         const int64_t task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED);
         return task < tasks ? task : -1;
     }
-    int32_t* turn(int64_t batch, int64_t head, int64_t block_q) const {
-        return shared<int32_t>(plan.turns) + (batch * params.size.num_heads + head) * plan.blocks_q + block_q;
+    /// Sequences share no counter: each begins at the block of its first row among all rows, and one further on than the
+    /// sequence before, which has at most that many blocks.
+    int32_t* turn(const Sequence& s, int64_t batch, int64_t head, int64_t block_q) const {
+        const int64_t first = row_index(params, s, batch, 0, 0) / plan.block_q + batch;
+        return shared<int32_t>(plan.turns) + head * plan.turns_per_head + first + block_q;
     }
 };
 
@@ -60,8 +63,9 @@ private:
         batch_ = task / plan_.blocks_q / p_.size.num_heads;
         head_ = task / plan_.blocks_q % p_.size.num_heads;
         sequence_ = sequence_of(p_, static_cast<int>(batch_));
-        *call_.turn(batch_, head_, block) = 0;
         const IndexRange rows{block * plan_.block_q, lesser((block + 1) * plan_.block_q, sequence_.rows_q)};
+        if (rows.empty()) return;
+        *call_.turn(sequence_, batch_, head_, block) = 0;
         const int64_t end = lesser(rows.end, sequence_.seqlen_q);
         for (int64_t i = rows.begin; i < end; i += kPanel) {
             const IndexRange panel{i, lesser(i + kPanel, end)};
@@ -288,7 +292,8 @@ private:
         const IndexRange keys = tile_.mask().key_range(queries.begin, queries.end);
         const int64_t turn = block_k_ - keys.begin / plan_.block_k;
         const bool last = block_k_ == (keys.end - 1) / plan_.block_k;
-        int32_t* const counter = call_.turn(batch_, head, block);
+        const Sequence& s = tile_.sequence();
+        int32_t* const counter = call_.turn(s, batch_, head, block);
         for (int spin = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != turn; ++spin) {
             if (spin < 200) {
                 pause();
@@ -296,7 +301,6 @@ private:
                 sched_yield();
             }
         }
-        const Sequence& s = tile_.sequence();
         for (int64_t r = 0; r < queries.size(); ++r) {
             const int64_t i = queries.begin + r;
             float* const sum = plan_.dq_in_place ? row_of<float>(p_.dq, batch_, s.q_row + i, head)

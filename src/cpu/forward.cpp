@@ -119,10 +119,10 @@ private:
             const Product product{.rows = dv, .steps = words<T>(seen.size()), .a = v, .a_stride = pitch, .a_first = first,
                                   .b = scratch_ + plan_.scores, .b_stride = kPerWord<T> * kPanel, .c = panel_o(panel),
                                   .c_stride = kPanel, .factor = correction_};
+            if constexpr (kPairsOf<T>) pair_scores(seen.size());
             if (hidden && !known_finite) {
                 multiply_visible(panel, seen, product);
             } else {
-                if constexpr (kPairsOf<T>) pair_scores(seen.size());
                 multiply_strip<2, Layout::packed, Result::scale, kPairsOf<T>>(product);
             }
         }
@@ -281,8 +281,11 @@ private:
     int64_t q_position() const { return p_.mask.has_positions ? p_.mask.q_position : 0; }
     int64_t k_position() const { return p_.mask.has_positions ? p_.mask.k_position : 0; }
 
-    /// The product with a value tile that holds NaN or inf: hidden keys are skipped and not multiplied by 0.
+    /// The product with a value tile that holds NaN or inf: hidden values become 0 first, lane by lane. A lane that sees none of
+    /// them gets the same bits as by the other product.
     void multiply_visible(int64_t panel, IndexRange keys, const Product& product) const {
+        constexpr int64_t kItems = kPerWord<T>;
+        constexpr uint32_t kItemBits[] = {kItems == 2 ? 0x0000FFFFu : 0xFFFFFFFFu, 0xFFFF0000u};
         const EvenBlocks blocks(product.rows);
         for (int lane = 0; lane < kPanel; lane += kWidth) {
             IVec begin, end;
@@ -292,12 +295,16 @@ private:
                 for (int64_t c = 0; c < size; ++c) {
                     float* const at = product.c + (first + c) * kPanel + lane;
                     Vec sum = load(at) * load(product.factor + lane);
-                    for (int64_t t = 0; t < keys.size(); ++t) {
-                        const float* const word = product.a + first * product.a_stride +
-                                                  (product.a_first + t / kPerWord<T>) * size + c;
-                        const IVec key = splat(static_cast<int32_t>(t));
-                        const Vec next = fma(splat(item<T>(word, t)), load(product.b + t * kPanel + lane), sum);
-                        sum = select((key >= begin) & (key < end), next, sum);
+                    for (int64_t w = 0; w < product.steps; ++w) {
+                        UVec visible{};
+                        for (int64_t i = 0; i < kItems; ++i) {
+                            const IVec key = splat(static_cast<int32_t>(w * kItems + i));
+                            visible |= reinterpret_cast<UVec>((key >= begin) & (key < end)) & kItemBits[i];
+                        }
+                        const float word = product.a[first * product.a_stride + (product.a_first + w) * size + c];
+                        const Vec value = reinterpret_cast<Vec>(reinterpret_cast<UVec>(splat(word)) & visible);
+                        const Vec next = accumulate<kPairsOf<T>>(value, load(product.b + w * product.b_stride + lane), sum);
+                        sum = select(reinterpret_cast<IVec>(visible != 0), next, sum);
                     }
                     store(at, sum);
                 }

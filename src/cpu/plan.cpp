@@ -129,7 +129,8 @@ BackwardPlan plan_backward(const BackwardParams& p, int num_threads) {
     const int64_t rows = s.num_heads * s.total_q;
     plan.delta = bytes.take(rows * 4);
     plan.neg_lse = bytes.take(rows * 4);
-    plan.turns = bytes.take(static_cast<int64_t>(s.batch) * s.num_heads * plan.blocks_q * 4);
+    plan.turns_per_head = s.total_q / plan.block_q + s.batch;
+    plan.turns = bytes.take(s.num_heads * plan.turns_per_head * 4);
     plan.dq = bytes.take(plan.dq_in_place ? 0 : rows * s.head_dim * 4);
     plan.scratch = bytes.size();
 

@@ -63,12 +63,13 @@ struct BackwardPlan {
     int64_t padded_dim = 0;
     int64_t padded_dim_v = 0;
     int64_t score_stride = 0;
+    int64_t turns_per_head = 0;  // blocks of queries of all sequences, at most: does not grow with an overstated seqlen_q
     bool dq_in_place = false;  // dq is fp32 and takes the sums itself
 
     // Shared by all threads, offsets in bytes.
     size_t delta = 0;      // (num_heads, total_q) fp32: rowsum(dout * out) - dlse
     size_t neg_lse = 0;    // (num_heads, total_q) fp32: -lse
-    size_t turns = 0;      // (batch, num_heads, blocks_q) int32: key blocks that have been added to this block of dQ
+    size_t turns = 0;      // (num_heads, turns_per_head) int32: key blocks that have been added to this block of dQ
     size_t dq = 0;         // (num_heads, total_q, head_dim) fp32 unless dq_in_place
     size_t scratch = 0;
 

@@ -63,6 +63,37 @@ void add_scaled(Real* y, Real a, const Real* x, int n) {
     for (int d = 0; d < n; ++d) y[d] += a * x[d];
 }
 
+/// Terms that are added up in one chain. Longer sums are made of such chains, as those of blocked matrix products and of
+/// vectorised reductions are: one chain over 100,000 keys would be too generous a yardstick.
+constexpr int64_t kChain = 256;
+
+/// An array of sums that go on side by side.
+template <class Real>
+class Sums {
+public:
+    explicit Sums(int64_t count) : total_(static_cast<size_t>(count)), chain_(total_.size()) {}
+
+    /// Comes before the terms number `term` of the sums, counted from 0.
+    void next_term(int64_t term) {
+        if (term % kChain == 0) end_chain();
+    }
+    /// sum[first + d] += a * x[d]
+    void add(int64_t first, Real a, const Real* x, int n) { add_scaled(&chain_[first], a, x, n); }
+
+    const std::vector<Real>& result() {
+        end_chain();
+        return total_;
+    }
+
+private:
+    void end_chain() {
+        for (size_t n = 0; n < total_.size(); ++n) total_[n] += chain_[n];
+        chain_.assign(chain_.size(), Real(0));
+    }
+
+    std::vector<Real> total_, chain_;
+};
+
 /// Rows [first, first + rows) of one head of a tensor as a dense (rows, dim) array.
 template <class A>
 std::vector<typename A::Real> read_rows(const TensorRef& t, DType dtype, int b, int head, int64_t first, int64_t rows,
@@ -164,7 +195,6 @@ void forward_head(const ForwardParams& p, const Head<A>& head) {
     using Real = typename A::Real;
     const int head_dim_v = p.size.head_dim_v;
     std::vector<Real> s(head.seq.seqlen_k);
-    std::vector<Real> out(head_dim_v);
 
     for (int64_t i = 0; i < head.seq.rows_q; ++i) {
         Real row_max = -kInfinity<Real>;
@@ -177,22 +207,26 @@ void forward_head(const ForwardParams& p, const Head<A>& head) {
             }
         }
 
-        out.assign(head_dim_v, 0);
+        Sums<Real> out(head_dim_v);
         Real lse = -kInfinity<Real>;
         if (row_max != -kInfinity<Real>) {
-            Real row_sum = 0;
+            constexpr Real kOne = 1;
+            Sums<Real> exponentials(1);
             for (int64_t j = 0; j < head.seq.seqlen_k; ++j) {
-                if (head.mask.visible(i, j)) row_sum += std::exp(s[j] - row_max);
+                exponentials.next_term(j);
+                if (head.mask.visible(i, j)) exponentials.add(0, std::exp(s[j] - row_max), &kOne, 1);
             }
+            const Real row_sum = exponentials.result()[0];
             lse = row_max + std::log(row_sum);
             for (int64_t j = 0; j < head.seq.seqlen_k; ++j) {
+                out.next_term(j);
                 if (!head.mask.visible(i, j)) continue;
                 const Real probability = head.rounded(std::exp(s[j] - row_max) / row_sum);
                 const Real dropped = head.rounded(probability * head.dropout_factor(i, j));
-                add_scaled(out.data(), dropped, &head.v[j * head_dim_v], head_dim_v);
+                out.add(0, dropped, &head.v[j * head_dim_v], head_dim_v);
             }
         }
-        write_row<A>(p.out, p.out_dtype, head.b, head.h, head.seq.q_row + i, out.data(), head_dim_v);
+        write_row<A>(p.out, p.out_dtype, head.b, head.h, head.seq.q_row + i, out.result().data(), head_dim_v);
         if (p.lse) A::Storage::store(p.lse.data, DType::f32, head.row_at(p.lse, i), lse);
     }
 }
@@ -237,16 +271,16 @@ struct BiasGradient {
 
 /// Writes dq of this head, and adds its share to dk, dv (dense, of its key head) and dbias.
 template <class A>
-void backward_head(const BackwardParams& p, const Head<A>& head, std::vector<typename A::Real>& dk,
-                   std::vector<typename A::Real>& dv, BiasGradient<A>& dbias) {
+void backward_head(const BackwardParams& p, const Head<A>& head, Sums<typename A::Real>& dk, Sums<typename A::Real>& dv,
+                   BiasGradient<A>& dbias) {
     using Real = typename A::Real;
     const int head_dim = p.size.head_dim;
     const int head_dim_v = p.size.head_dim_v;
-    std::vector<Real> dq(head_dim);
-
     for (int64_t i = 0; i < head.seq.rows_q; ++i) {
         const int64_t row = head.seq.q_row + i;
-        dq.assign(head_dim, 0);
+        Sums<Real> dq(head_dim);
+        dk.next_term(i);
+        dv.next_term(i);
         const Real lse = i < head.seq.seqlen_q ? head.load_row(p.lse, i) : -kInfinity<Real>;
         if (lse != -kInfinity<Real>) {
             const std::vector<Real> q = head.query(i);
@@ -256,11 +290,12 @@ void backward_head(const BackwardParams& p, const Head<A>& head, std::vector<typ
             const Real delta = dot(dout.data(), out.data(), head_dim_v) - dlse;
 
             for (int64_t j = 0; j < head.seq.seqlen_k; ++j) {
+                dq.next_term(j);
                 if (!head.mask.visible(i, j)) continue;
                 const auto s = head.score(q, i, j);
                 const Real factor = head.dropout_factor(i, j);
                 const Real probability = head.rounded(std::exp(s.value - lse));
-                add_scaled(&dv[j * head_dim_v], head.rounded(probability * factor), dout.data(), head_dim_v);
+                dv.add(j * head_dim_v, head.rounded(probability * factor), dout.data(), head_dim_v);
 
                 Real dp = head.rounded(dot(dout.data(), &head.v[j * head_dim_v], head_dim_v));
                 dp = head.rounded(dp * factor);
@@ -268,11 +303,11 @@ void backward_head(const BackwardParams& p, const Head<A>& head, std::vector<typ
                 dbias.add(head.b, head.h, i, j, ds);
                 ds = head.rounded(ds * s.derivative);
                 ds = head.rounded(ds * Real(p.score.softmax_scale));
-                add_scaled(dq.data(), ds, &head.k[j * head_dim], head_dim);
-                add_scaled(&dk[j * head_dim], ds, q.data(), head_dim);
+                dq.add(0, ds, &head.k[j * head_dim], head_dim);
+                dk.add(j * head_dim, ds, q.data(), head_dim);
             }
         }
-        write_row<A>(p.dq, p.grad_dtype, head.b, head.h, row, dq.data(), head_dim, p.accumulate);
+        write_row<A>(p.dq, p.grad_dtype, head.b, head.h, row, dq.result().data(), head_dim, p.accumulate);
     }
 }
 
@@ -291,15 +326,15 @@ void run_backward(const BackwardParams& p) {
         const Sequence seq = sequence_of(p, b);
         for (int h_k = 0; h_k < p.size.num_heads_k; ++h_k) {
             // Keys past seqlen_k are never seen: their gradient stays zero.
-            std::vector<typename A::Real> dk(static_cast<size_t>(seq.rows_k * p.size.head_dim));
-            std::vector<typename A::Real> dv(static_cast<size_t>(seq.rows_k * p.size.head_dim_v));
+            Sums<typename A::Real> dk(seq.rows_k * p.size.head_dim), dv(seq.rows_k * p.size.head_dim_v);
             for (int g = 0; g < heads_per_key_head; ++g) {
                 backward_head(p, Head<A>(p, b, h_k * heads_per_key_head + g), dk, dv, dbias);
             }
+            const auto &dk_rows = dk.result(), &dv_rows = dv.result();
             for (int64_t j = 0; j < seq.rows_k; ++j) {
-                write_row<A>(p.dk, p.grad_dtype, b, h_k, seq.k_row + j, &dk[j * p.size.head_dim], p.size.head_dim,
+                write_row<A>(p.dk, p.grad_dtype, b, h_k, seq.k_row + j, &dk_rows[j * p.size.head_dim], p.size.head_dim,
                              p.accumulate);
-                write_row<A>(p.dv, p.grad_dtype, b, h_k, seq.k_row + j, &dv[j * p.size.head_dim_v], p.size.head_dim_v,
+                write_row<A>(p.dv, p.grad_dtype, b, h_k, seq.k_row + j, &dv_rows[j * p.size.head_dim_v], p.size.head_dim_v,
                              p.accumulate);
             }
         }

@@ -19,10 +19,12 @@
 namespace strobe::verify {
 namespace {
 
-// The bound allows the naive error twice, and a little on top for where the naive run happens to be exact (one key, a
-// probability of one half): a result in another order of operations still differs in its last bits.
-constexpr double kRoundings = 8;           // of fp32, in out and lse
-constexpr double kGradientFloor = 1e-5;    // gradients are small differences of larger numbers, dP - delta
+// The bound allows some naive errors, and a little on top for where the naive run happens to be exact (one key, a
+// probability of one half): a result in another order of operations still differs in its last bits. Those are counted in
+// roundings of fp32, whatever the dtype; gradients are differences of larger numbers, dP - delta, and dbias sums them over
+// the broadcast axes, where without dlse they cancel to nothing.
+constexpr double kRoundings = 8;
+constexpr double kGradientFloor = 1e-5;  // the most for dq, dk and dv, and that for dbias
 
 class HostMemory : public Memory {
 public:
@@ -122,9 +124,23 @@ double element_error(double x, double truth) {
     return std::isnan(x) ? INFINITY : std::abs(x - truth);
 }
 
-/// `gradient_factor` 0: the tensor is no gradient.
-TensorError compare(const char* name, const View& view, double gradient_factor, const Trial& subject, const Trial& naive,
-                    const Trial& truth) {
+enum class Kind { forward, gradient, bias_gradient };
+
+/// What a tensor whose largest element is `largest`, or 1 if that is less, may be off.
+struct Bound {
+    double naive_errors;
+    double floor;  // where the naive run is exact
+};
+
+Bound bound_of(Kind kind, const GradientBound& gradient, double largest) {
+    constexpr double kRounding = 0x1p-24;
+    if (kind == Kind::forward) return {2, kRoundings * kRounding * largest};
+    if (kind == Kind::bias_gradient) return {gradient.naive_errors, kGradientFloor};
+    return {gradient.naive_errors, std::min(kGradientFloor, gradient.roundings * kRounding * largest)};
+}
+
+TensorError compare(const char* name, Kind kind, const GradientBound& gradient, const View& view, const Trial& subject,
+                    const Trial& naive, const Trial& truth) {
     TensorError e{.tensor = name};
     double largest = 1;
     view.for_each([&](int64_t at) {
@@ -135,7 +151,8 @@ TensorError compare(const char* name, const View& view, double gradient_factor, 
         if (std::isfinite(naive_error)) e.naive = std::max(e.naive, naive_error);
         if (std::isfinite(t)) largest = std::max(largest, std::abs(t));
     });
-    e.bound = gradient_factor > 0 ? gradient_factor * e.naive + kGradientFloor : 2 * e.naive + kRoundings * 0x1p-24 * largest;
+    const Bound bound = bound_of(kind, gradient, largest);
+    e.bound = bound.naive_errors * e.naive + bound.floor;
     return e;
 }
 
@@ -195,6 +212,7 @@ struct Output {
     const char* name;
     const View* view;
     bool repeatable;  // the same bits in every run
+    Kind kind;
 };
 
 class Verification {
@@ -202,9 +220,11 @@ public:
     Verification(const Case& c, Subject& subject, const VerifyOptions& options)
         : data_(c), subject_(subject), options_(options), runs_(data_, subject.memory()) {
         result_.name = c.name();
-        forward_outputs_ = {{"out", &data_.out, true}, {"lse", &data_.lse, true}};
-        backward_outputs_ = {{"dq", &data_.dq, c.deterministic}, {"dk", &data_.dk, true}, {"dv", &data_.dv, true}};
-        if (data_.dbias.given()) backward_outputs_.push_back({"dbias", &data_.dbias, c.deterministic});
+        forward_outputs_ = {{"out", &data_.out, true, Kind::forward}, {"lse", &data_.lse, true, Kind::forward}};
+        backward_outputs_ = {{"dq", &data_.dq, c.deterministic, Kind::gradient},
+                             {"dk", &data_.dk, true, Kind::gradient},
+                             {"dv", &data_.dv, true, Kind::gradient}};
+        if (data_.dbias.given()) backward_outputs_.push_back({"dbias", &data_.dbias, c.deterministic, Kind::bias_gradient});
     }
 
     CaseResult run() {
@@ -233,7 +253,7 @@ private:
             reference::backward(backward_params(data_, runs_.naive.placement()), reference::Precision::naive);
             runs_.truth.refresh(views(backward_outputs_));
             runs_.naive.refresh(views(backward_outputs_));
-            judge(backward_outputs_, true);
+            judge(backward_outputs_);
         }
 
         const int repeats = std::max(options_.repeats, data_.spec.deterministic ? 1 : 0);
@@ -250,7 +270,7 @@ private:
         subject_.forward(data_, runs_.subject.placement());
         runs_.subject.refresh(views(forward_outputs_));
         for (const Output& o : forward_outputs_) bits.push_back(runs_.subject.bits(*o.view));
-        if (!repeating_) judge(forward_outputs_, false);
+        if (!repeating_) judge(forward_outputs_);
         if (!options_.backward) return bits;
 
         if (data_.spec.global_out) {
@@ -270,10 +290,10 @@ private:
         return bits;
     }
 
-    void judge(const std::vector<Output>& outputs, bool gradients) {
+    void judge(const std::vector<Output>& outputs) {
         for (const Output& o : outputs) {
             const TensorError e =
-                compare(o.name, *o.view, gradients ? subject_.gradient_factor() : 0, runs_.subject, runs_.naive, runs_.truth);
+                compare(o.name, o.kind, subject_.gradient_bound(), *o.view, runs_.subject, runs_.naive, runs_.truth);
             if (!e.passed()) {
                 char text[160];
                 std::snprintf(text, sizeof text, "%s: error %.3g is beyond %.3g (naive error %.3g)", o.name, e.error, e.bound,

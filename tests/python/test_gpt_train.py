@@ -211,3 +211,17 @@ def test_cache_and_no_cache_give_the_same_tokens(finished, sampling):
 
     assert len(tokens()) == 80
     assert tokens() == tokens("--no-cache")
+
+
+def test_generate_prints_the_prompt_and_the_text(finished):
+    arguments = [STROBE, "generate", "--checkpoint", finished[0], "--prompt", "the room", "--tokens", "20", "--temperature", "0"]
+    text = json.loads(subprocess.run([*arguments, "--json"], check=True, capture_output=True, text=True).stdout)["text"]
+    assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout == "the room" + text + "\n"
+
+
+def test_generate_refuses_before_it_prints(tmp_path, finished):
+    for arguments, said in ((["--checkpoint", tmp_path / "none"], str(tmp_path / "none")),
+                            (["--checkpoint", finished[0], "--tokens", "0"], "tokens is 0")):
+        done = subprocess.run([STROBE, "generate", "--prompt", "the room", *arguments], capture_output=True, text=True)
+        assert done.returncode != 0 and said in done.stderr
+        assert done.stdout == ""

@@ -2,6 +2,11 @@
 // instruction written out, so that machines without it test it too.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
 #include "cpu/cpu_backend.hpp"
 #include "cpu/plan.hpp"
 #include "error.hpp"
@@ -101,6 +106,35 @@ public:
 TEST(BFloat16Pairs, ServeTheCaseList) {
     EmulatedPairs subject;
     expect_passed(sample("bf16", 2), subject);
+}
+
+/// A value that only later queries see leaves the bits of the earlier ones alone, although it shares words with theirs.
+TEST(BFloat16Pairs, HiddenNaNsChangeNoBit) {
+    const CaseData data(Case{.dtype = DType::bf16, .batch = 1, .seqlen_q = 100, .seqlen_k = 100, .head_dim = 40, .window_right = 0});
+    for (const int64_t poisoned_row : {50, 51}) {
+        const auto out_with = [&](double value) {
+            std::vector<std::vector<std::byte>> images;
+            Placement placement;
+            for (const Buffer& buffer : data.buffers) images.push_back(encode(buffer, false));
+            for (std::vector<std::byte>& image : images) placement.buffers.push_back(image.data());
+            View row = data.v;
+            row.offset += poisoned_row * row.strides[1];
+            row.shape[1] = 1;
+            const Buffer& v = data.buffers[data.v.buffer];
+            if (value != 0) row.for_each([&](int64_t at) { encode_element(v, false, images[data.v.buffer].data(), at, value); });
+            EmulatedPairs().forward(data, placement);
+            std::vector<double> out;
+            data.out.for_each([&](int64_t at) { out.push_back(decode(data.buffers[data.out.buffer], false, images[data.out.buffer].data(), at)); });
+            return out;
+        };
+        const std::vector<double> clean = out_with(0);
+        const int64_t before = poisoned_row * data.spec.num_heads * data.spec.head_dim;
+        for (const double value : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+            const std::vector<double> seen = out_with(value);
+            EXPECT_TRUE(std::equal(clean.begin(), clean.begin() + before, seen.begin())) << value << " in row " << poisoned_row;
+            EXPECT_FALSE(std::isfinite(seen[before]));
+        }
+    }
 }
 
 TEST(BFloat16Pairs, LeaveTheOtherTypesAlone) {

@@ -1,4 +1,4 @@
-// Tensors past 2^31 elements, and memory that does not grow with the square of the sequence.
+// Tensors past 2^31 elements, and memory that grows with the sequence and not with its square.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -112,47 +112,81 @@ TEST_P(FarStrides, ElementsPast2To31AreFound) {
 INSTANTIATE_TEST_SUITE_P(Large, FarStrides, testing::Combine(testing::Values(FarAxis::batch, FarAxis::row, FarAxis::head),
                                                              testing::Values(DType::bf16, DType::f32)));
 
-TEST(LargeTensor, MoreThan2To31ElementsAllOfThemUsed) {
-    if (!enough_memory(16)) GTEST_SKIP() << "needs 16 GB of free memory";
-    constexpr int64_t kBatch = 32'800, kSeqlen = 16, kHeads = 32, kDim = 128;
-    constexpr int64_t kElements = kBatch * kSeqlen * kHeads * kDim;
-    static_assert(kElements > kTwo31);
-    const Pages q(kElements * 2), out(kElements * 2), dq(kElements * 2);
-    ASSERT_TRUE(q.mapped() && out.mapped() && dq.mapped());
-    OwnedCall c({DType::bf16, kBatch, kSeqlen, kSeqlen, 1, 1, kDim});  // k, v and their gradients: one head
-    // A pattern whose period divides nothing here, so that no two batches are alike.
-    const int64_t period = 1'000'003;
-    const Tensor pattern = c.random(DType::bf16, {period});
-    auto* to = static_cast<uint16_t*>(q.data());
-    for (int64_t n = 0; n < kElements; n += period) {
-        std::memcpy(to + n, pattern.data, static_cast<size_t>(std::min(period, kElements - n)) * 2);
-    }
-    const auto whole = [&](const Pages& pages) { return Tensor(pages.data(), DType::bf16, {kBatch, kSeqlen, kHeads, kDim}); };
-    c.attention.q = c.backward.dout = whole(q);  // an input may serve twice
-    c.forward.out = c.backward.out = whole(out);
-    c.backward.dq = whole(dq);
-    c.forward.lse = c.backward.lse = c.zeros(DType::f32, {kBatch, kHeads, kSeqlen});
-    c.run();
+constexpr int64_t kBatch = 32'800, kSeqlen = 16, kHeads = 32, kDim = 128;
+constexpr int64_t kElements = kBatch * kSeqlen * kHeads * kDim;
+static_assert(kElements > kTwo31);
 
-    for (int64_t b : {int64_t{0}, int64_t{1}, kBatch / 2, kTwo31 / (kSeqlen * kHeads * kDim) - 1, kTwo31 / (kSeqlen * kHeads * kDim),
-                      kBatch - 1}) {
-        OwnedCall one({DType::bf16, 1, kSeqlen, kSeqlen, kHeads, 1, kDim});
+/// (B, S, H, D) of more than 2^31 elements.
+Tensor whole(const Pages& pages) { return {pages.data(), DType::bf16, {kBatch, kSeqlen, kHeads, kDim}}; }
+
+/// A pattern whose period divides nothing here, so that no two batches are alike.
+void fill(const Tensor& t, OwnedCall& c) {
+    constexpr int64_t kPeriod = 1'000'003;
+    const Tensor pattern = c.random(DType::bf16, {kPeriod});
+    auto* const to = static_cast<uint16_t*>(t.data);
+    for (int64_t n = 0; n < kElements; n += kPeriod) {
+        std::memcpy(to + n, pattern.data, static_cast<size_t>(std::min(kPeriod, kElements - n)) * 2);
+    }
+}
+
+/// Calls check(b, one, batch): `one` is an OwnedCall that runs batch b alone by the specification, batch(t) is t's part of it.
+/// Batches at both ends, in the middle, and on both sides of element 2^31.
+template <class Check>
+void for_some_batches(OwnedCall& c, int64_t dim_v, Check check) {
+    constexpr int64_t kBorder = kTwo31 / (kSeqlen * kHeads * kDim);
+    for (int64_t b : {int64_t{0}, int64_t{1}, kBatch / 2, kBorder - 1, kBorder, kBatch - 1}) {
+        OwnedCall one({DType::bf16, 1, kSeqlen, kSeqlen, kHeads, 1, kDim, dim_v});
         const auto batch = [&](Tensor t) {
             t.data = static_cast<std::byte*>(t.data) + b * t.strides[0] * static_cast<int64_t>(size_of(static_cast<DType>(t.dtype)));
             t.shape[0] = 1;
             return t;
         };
-        one.attention.q = one.backward.dout = batch(c.attention.q);
+        one.attention.q = batch(c.attention.q);
         one.attention.k = batch(c.attention.k);
         one.attention.v = batch(c.attention.v);
         one.attention.implementation = "reference";
-        one.run();
+        check(b, one, batch);
+    }
+}
+
+TEST(LargeTensor, ForwardOfMoreThan2To31Elements) {
+    if (!enough_memory(10)) GTEST_SKIP() << "needs 10 GB of free memory";
+    const Pages q(kElements * 2), out(kElements * 2);
+    ASSERT_TRUE(q.mapped() && out.mapped());
+    OwnedCall c({DType::bf16, kBatch, kSeqlen, kSeqlen, 1, 1, kDim});  // k and v: one head
+    c.attention.q = whole(q);
+    fill(c.attention.q, c);
+    c.forward.out = whole(out);
+    c.forward.lse = c.zeros(DType::f32, {kBatch, kHeads, kSeqlen});
+    c.run_forward();
+    for_some_batches(c, kDim, [&](int64_t b, OwnedCall& one, auto batch) {
+        one.run_forward();
         EXPECT_LE(largest_difference(one.forward.out, batch(c.forward.out)), 0.02) << b;
         EXPECT_LE(largest_difference(one.forward.lse, batch(c.forward.lse)), 1e-3) << b;
+    });
+}
+
+TEST(LargeTensor, BackwardOfMoreThan2To31Elements) {
+    // q, dq and the fp32 sums of dq in the workspace; values are narrow to leave room for them.
+    if (!enough_memory(19.5)) GTEST_SKIP() << "needs 19.5 GB of free memory";
+    constexpr int64_t kDimV = 8;
+    const Pages q(kElements * 2), dq(kElements * 2);
+    ASSERT_TRUE(q.mapped() && dq.mapped());
+    OwnedCall c({DType::bf16, kBatch, kSeqlen, kSeqlen, 1, 1, kDim, kDimV});
+    c.attention.q = whole(q);
+    fill(c.attention.q, c);
+    c.forward.out = c.backward.out = c.zeros(DType::bf16, {kBatch, kSeqlen, kHeads, kDimV});
+    c.backward.dout = c.random(DType::bf16, {kBatch, kSeqlen, kHeads, kDimV});
+    c.backward.dq = whole(dq);
+    c.forward.lse = c.backward.lse = c.zeros(DType::f32, {kBatch, kHeads, kSeqlen});
+    c.run();
+    for_some_batches(c, kDimV, [&](int64_t b, OwnedCall& one, auto batch) {
+        one.backward.dout = batch(c.backward.dout);
+        one.run();
         EXPECT_LE(largest_difference(one.backward.dq, batch(c.backward.dq)), 0.02) << b;
         EXPECT_LE(largest_difference(one.backward.dk, batch(c.backward.dk)), 0.1) << b;
         EXPECT_LE(largest_difference(one.backward.dv, batch(c.backward.dv)), 0.1) << b;
-    }
+    });
 }
 
 // ---- memory -------------------------------------------------------------------------------------------------------------
@@ -198,6 +232,20 @@ TEST(Memory, WorkspaceGrowsWithTheSequenceAndNotWithItsSquare) {
     const auto [forward_long, backward_long] = bytes(1 << 17);
     EXPECT_LE(forward_long, 8.5 * forward_short + 1e6);
     EXPECT_LE(backward_long, 8.5 * backward_short + 1e6);
+}
+
+TEST(Memory, WorkspaceDoesNotGrowWithAnOverstatedLongestSequence) {
+    const auto bytes = [](int64_t max_seqlen) {
+        const Tensor rows(nullptr, DType::bf16, {4096, 4, 64}), lse(nullptr, DType::f32, {4, 4096});
+        Attention a{.q = rows, .k = rows, .v = rows};
+        a.cu_seqlens_q = a.cu_seqlens_k = Tensor(static_cast<const int32_t*>(nullptr), {1025});
+        a.max_seqlen_q = a.max_seqlen_k = max_seqlen;
+        Backward b;
+        b.out = b.dout = b.dq = b.dk = b.dv = rows;
+        b.lse = lse;
+        return plan(a, b).workspace_bytes;
+    };
+    EXPECT_LE(bytes(1 << 20), 2 * bytes(2048));
 }
 
 }  // namespace
