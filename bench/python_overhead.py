@@ -64,6 +64,8 @@ def whole_calls(device) -> dict:
 
     both("strobe.attention", strobe.attention, tensors, grad)
     both("torch SDPA", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
+    with strobe.hooks.sdpa():
+        both("SDPA on strobe", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
     return results
 
 
