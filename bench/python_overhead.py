@@ -2,12 +2,14 @@
 
     python bench/python_overhead.py [--device cuda] [--stages] [--json FILE]
 
-Times are of the calling thread, the least of many repetitions. On CUDA the kernels run behind the calls and are not waited for.
+Times are of the calling thread, the least of many repetitions, which the contenders take in turn: processors speed up and slow
+down. On CUDA the kernels run behind the calls and are not waited for.
 --stages times the parts of a forward call too, each on its own: the operator below the Python function, the C function below the
 operator, both with nothing to launch, and what torch takes to allocate a tensor and to launch one kernel.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import pathlib
@@ -26,17 +28,27 @@ import strobe.numpy as abi  # noqa: E402
 from strobe import _attention, _native  # noqa: E402
 
 
-def seconds_per_call(function, repetitions=40, calls=100):
+def seconds_per_call(function, calls=50):
+    """Of one repetition."""
+    for _ in range(5):
+        function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.thread_time()
     for _ in range(calls):
         function()
-    best = float("inf")
-    for _ in range(repetitions):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.thread_time()
-        for _ in range(calls):
-            function()
-        best = min(best, (time.thread_time() - start) / calls)
+    return (time.thread_time() - start) / calls
+
+
+def least(calls: dict, rounds=100) -> dict:
+    """{name: seconds} of {name: (function, contexts to call it in)}."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, (function, contexts) in calls.items():
+            with contextlib.ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context())
+                best[name] = min(best[name], seconds_per_call(function))
     return best
 
 
@@ -50,21 +62,21 @@ def whole_calls(device) -> dict:
     tensors = inputs(device)
     heads_first = [x.transpose(1, 2) for x in tensors]
     grad = torch.ones_like(tensors[0])
-    results = {}
+    calls = {}
 
     def step(function, tensors, grad):
         torch.autograd.grad(function(*tensors), tensors, grad)
 
-    def both(name, function, tensors, grad):
-        with torch.no_grad():
-            results[f"{name} forward"] = seconds_per_call(lambda: function(*tensors))
+    def add(name, function, tensors, grad, *contexts):
         leaves = [x.detach().requires_grad_() for x in tensors]
-        results[f"{name} forward, recording"] = seconds_per_call(lambda: function(*leaves))
-        results[f"{name} forward and backward"] = seconds_per_call(lambda: step(function, leaves, grad), 50, 50)
+        calls[f"{name} forward"] = (lambda: function(*tensors)), (torch.no_grad, *contexts)
+        calls[f"{name} forward, recording"] = (lambda: function(*leaves)), contexts
+        calls[f"{name} forward and backward"] = (lambda: step(function, leaves, grad)), contexts
 
-    both("strobe.attention", strobe.attention, tensors, grad)
-    both("torch SDPA", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
-    return results
+    add("strobe.attention", strobe.attention, tensors, grad)
+    add("torch SDPA", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
+    add("SDPA on strobe", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2), strobe.hooks.sdpa)
+    return least(calls)
 
 
 # ---- parts of a call --------------------------------------------------------------------------------------------------------
@@ -122,8 +134,7 @@ def parts(device) -> dict:
         "torch.empty": lambda: torch.empty((1, 8, 1, 64), device=device),
         "one torch kernel in place": one.neg_,
     }
-    with torch.no_grad():
-        return {name: seconds_per_call(function) for name, function in calls.items()}
+    return least({name: (function, (torch.no_grad,)) for name, function in calls.items()})
 
 
 def main():

@@ -14,6 +14,9 @@ from .. import _ops
 from .._attention import _four_dimensional, new_rng_state
 
 NAME = "strobe"
+# The operators without the Python frame of OpOverload.__call__.
+_attention_into = _ops.attention_into._op
+_attention_backward_into = _ops.attention_backward_into._op
 
 
 def _rows_by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +50,11 @@ def _options(
     *, scale, causal, window=(-1, -1), bias=None, slopes=None, cu_q=None, cu_k=None, max_q=0, max_k=0, used_k=None,
     dropout_p=0.0, rng_state=None, positions=(-1, -1),
 ):  # fmt: skip
+    """The operators' options; those behind the last one that matters are left out."""
     deterministic = torch.are_deterministic_algorithms_enabled()
+    plain = window == positions == (-1, -1) and dropout_p == 0.0 and not deterministic
+    if plain and bias is None and slopes is None and cu_q is None and used_k is None:
+        return scale, causal
     return (
         scale, causal, *window, 0.0, bias, slopes, cu_q, cu_k, max_q, max_k, None, used_k, dropout_p, rng_state, *positions,
         deterministic,
@@ -57,7 +64,7 @@ def _options(
 def _forward_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: tuple) -> Tensor:
     """Fills `out` and returns the log-sum-exp."""
     lse = torch.empty(_ops.lse_shape(q), dtype=torch.float32, device=q.device)
-    _ops.attention_into(out, lse, q, k, v, *options)
+    _attention_into(out, lse, q, k, v, *options)
     return lse
 
 
@@ -83,7 +90,7 @@ def _sdpa_backward(
     options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=_saved_state(dropout_p, philox_seed))
     grads = [_dense_like(x) for x in (query, key, value)]
     dout, q, k, v, o = _rows_by_heads(grad_out, query, key, value, out)
-    _ops.attention_backward_into(*(g.transpose(1, 2) for g in grads), None, False, dout, None, q, k, v, o, logsumexp, *options)
+    _attention_backward_into(*(g.transpose(1, 2) for g in grads), None, False, dout, None, q, k, v, o, logsumexp, *options)
     return tuple(grads)
 
 
@@ -126,7 +133,7 @@ def _flash_backward(
     )  # fmt: skip
     q, k, v, o = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, out))
     grads = [_dense_like(x) for x in (query, key, value)]
-    _ops.attention_backward_into(*grads, None, False, grad_out, None, q, k, v, o, logsumexp, *options)
+    _attention_backward_into(*grads, None, False, grad_out, None, q, k, v, o, logsumexp, *options)
     return tuple(grads)
 
 
