@@ -65,7 +65,7 @@ def measure(clock: Clock, calls: dict[str, object], seconds: float, sample=lambd
     timed; in what `waits`, the device waited for the host after all. And what `sample()` says while the device is at work."""
     host, first = {}, {}
     for name, call in calls.items():
-        host[name] = max(_launch_seconds(call) for _ in range(3))
+        host[name] = statistics.median(_launch_seconds(call) for _ in range(3))
         first[name] = clock.start(call, flushes(host[name], 0.0, clock.flush_seconds))()
     ahead = max((flushes(host[n], first[n], clock.flush_seconds) for n in calls), default=1)  # the same for everyone
     turns = list(in_turn(shares(first, seconds)))
