@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import measuring
 
@@ -188,37 +189,35 @@ def main():
         tokenizer = [options.strobe, "tokenizer", "train", "--data", options.text, "--out", work / "tokenizer", "--vocab-size", options.vocab_size]
         subprocess.run([str(c) for c in tokenizer], check=True, stdout=subprocess.DEVNULL)
         write_start(work / "start", options.seqlen)
-        begin = time.perf_counter()
-        gpu = start_strobe(options, work, "cuda", *options.strobe_options.split())
-        if gpu.wait():
-            sys.exit("strobe train --device cuda failed")
-        strobe_seconds = time.perf_counter() - begin
-        curves = {"strobe, GPU": losses_of(work / "cuda")}
-        log = [json.loads(line) for line in (work / "cuda" / "log.jsonl").read_text().splitlines()]
-        seconds = sum(line["seconds"] for line in log if "loss" in line)
-        # The CPU works while PyTorch has the GPU.
-        cpu = None
-        if options.cpu_steps > 0:
-            from concurrent.futures import ThreadPoolExecutor
+        seconds, curves = {}, {}
 
-            cpu = ThreadPoolExecutor(1).submit(run_cpu, options, work)
-        torch_seconds = 0.0
+        def record():
+            """After each run, so that what there is is kept."""
+            ours = curves["strobe, GPU"]
+            out = {**measuring.header(), "tokens_per_step": options.batch * options.seqlen, "seconds": seconds,
+                   "distances": {name: distances(curve, ours) for name, curve in curves.items() if curve is not ours}, "curves": curves}
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(out))
+            return out
+
+        if start_strobe(options, work, "cuda", *options.strobe_options.split()).wait():
+            sys.exit("strobe train --device cuda failed")
+        log = [json.loads(line) for line in (work / "cuda" / "log.jsonl").read_text().splitlines()]
+        curves["strobe, GPU"] = losses_of(work / "cuda")
+        seconds["strobe, GPU"] = sum(line["seconds"] for line in log if "loss" in line)
+        record()
+        # The CPU works while PyTorch has the GPU.
+        cpu = ThreadPoolExecutor(1).submit(run_cpu, options, work) if options.cpu_steps > 0 else None
         if options.torch_steps > 0:
             shard = next((work / "cache").glob("*.train.tok"))
-            curves["PyTorch, GPU"], torch_seconds = train_torch(work / "start", shard, options)
+            curves["PyTorch, GPU"], seconds["PyTorch, GPU"] = train_torch(work / "start", shard, options)
+            record()
         if cpu:
             curves["strobe, CPU"] = cpu.result()
-
-    record = {**measuring.header(),
-              "parameters": 124475904, "tokens_per_step": options.batch * options.seqlen,
-              "seconds": {"strobe, GPU": seconds, "strobe, GPU, whole process": strobe_seconds, "PyTorch, GPU": torch_seconds},
-              "distances": {name: distances(curve, curves["strobe, GPU"]) for name, curve in curves.items() if name != "strobe, GPU"},
-              "curves": curves}
+        out = record()
     for name, curve in curves.items():
-        print(f"{name:<13} {len(curve)} steps: {curve[0]:.4f} ... {curve[-1]:.4f}; {record['distances'].get(name, '')}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record))
+        print(f"{name:<13} {len(curve)} steps: {curve[0]:.4f} ... {curve[-1]:.4f}; {out['distances'].get(name, '')}")
     if options.plot:
         draw(curves, options.plot)
 
