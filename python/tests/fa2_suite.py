@@ -137,12 +137,12 @@ class Share:
         part.replace(self.path)
 
 
-def _share_memory(processes: int) -> None:
+def _share_memory(processes: int, fraction: float) -> None:
     import torch
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(0.97 * (1 / processes - _CONTEXT_BYTES / total))
+        torch.cuda.set_per_process_memory_fraction(fraction / processes - _CONTEXT_BYTES / total)
 
 
 def run_share(arguments) -> None:
@@ -152,7 +152,7 @@ def run_share(arguments) -> None:
         faulthandler.dump_traceback_later(arguments.seconds + 0.9 * arguments.grace, exit=True)
     import strobe
 
-    _share_memory(arguments.processes)
+    _share_memory(arguments.processes, arguments.memory)
     strobe.install_as("flash_attn")
     # The file imports the KV-cache function beside the others; its cases are not run.
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
@@ -178,7 +178,8 @@ def run_all(arguments) -> list[dict]:
         results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
         logs = [r.with_suffix(".log") for r in results]
         command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
-        command += ["--processes", str(arguments.processes), "--seconds", str(arguments.seconds), "--grace", str(arguments.grace)]
+        for name in ("processes", "memory", "seconds", "grace"):
+            command += [f"--{name}", str(getattr(arguments, name))]
         children = []
         try:
             for i, (log, result) in enumerate(zip(logs, results)):
@@ -250,6 +251,7 @@ def main():
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="how many processes share the GPU")
+    parser.add_argument("--memory", type=float, default=0.95, help="their part of the GPU's memory, all together")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
     parser.add_argument("--grace", type=float, default=60, help="seconds after --seconds until a process is ended")
     parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")

@@ -15,7 +15,9 @@ from .._attention import _four_dimensional, new_rng_state
 
 NAME = "strobe"
 # The operators without the Python frame of OpOverload.__call__.
+_attention_plain = _ops.attention_plain._op
 _attention_into = _ops.attention_into._op
+_attention_backward_plain = _ops.attention_backward_plain._op
 _attention_backward_into = _ops.attention_backward_into._op
 
 
@@ -68,6 +70,16 @@ def _forward_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: tuple) 
     return lse
 
 
+def _forward_like(query: Tensor, key: Tensor, value: Tensor, options: tuple) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) of (B, H, S, D) tensors, out in the memory layout of query."""
+    q, k, v = _rows_by_heads(query, key, value)
+    if len(options) == _ops.NUM_PLAIN_OPTIONS and q.is_contiguous():
+        out, lse = _attention_plain(q, k, v, True, *options)  # allocates what the layout asks for
+        return out.transpose(1, 2), lse
+    out = _dense_like(query)
+    return out, _forward_into(out.transpose(1, 2), q, k, v, options)
+
+
 # ---- (B, H, S, D), CUDA -----------------------------------------------------------------------------------------------------
 
 
@@ -75,9 +87,8 @@ def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debu
     if return_debug_mask:
         raise NotImplementedError("return_debug_mask: strobe does not write the attention matrix; strobe.dropout_mask gives the mask")
     state = _state_for(dropout_p)
-    out = _dense_like(query)
     options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=state)
-    lse = _forward_into(out.transpose(1, 2), *_rows_by_heads(query, key, value), options)
+    out, lse = _forward_like(query, key, value, options)
     state = _returned_state(state, query.device)
     unused, debug_mask = state.new_empty(()), query.new_empty((0,))
     return out, lse, None, None, query.shape[2], key.shape[2], state, unused, debug_mask
@@ -88,8 +99,10 @@ def _sdpa_backward(
     philox_offset, *, scale=None,
 ):  # fmt: skip
     options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=_saved_state(dropout_p, philox_seed))
-    grads = [_dense_like(x) for x in (query, key, value)]
     dout, q, k, v, o = _rows_by_heads(grad_out, query, key, value, out)
+    if len(options) == _ops.NUM_PLAIN_OPTIONS and q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
+        return tuple(g.transpose(1, 2) for g in _attention_backward_plain(dout, None, q, k, v, o, logsumexp, *options))
+    grads = [_dense_like(x) for x in (query, key, value)]
     _attention_backward_into(*(g.transpose(1, 2) for g in grads), None, False, dout, None, q, k, v, o, logsumexp, *options)
     return tuple(grads)
 
@@ -150,9 +163,7 @@ def _cpu_options(query, key, is_causal, attn_mask, scale):
 def _cpu_forward(native, query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     if query.dtype == torch.float64:
         return native(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    out = _dense_like(query)
-    options = _cpu_options(query, key, is_causal, attn_mask, scale)
-    lse = _forward_into(out.transpose(1, 2), *_rows_by_heads(query, key, value), options)
+    out, lse = _forward_like(query, key, value, _cpu_options(query, key, is_causal, attn_mask, scale))
     return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
