@@ -4,7 +4,8 @@ prints the table of the FlashAttention-2 announcement: TFLOP/s and model FLOPs u
     python3 bench/gpt_step_cuda.py build/cuda/bin/gpt_cuda_step_bench --json results/FILE.json
 
 FLOPs of a step: 6 * tokens * parameters + 12 * layers * width * tokens * seqlen (attention counted as if it were full).
-PyTorch's side is pure bf16 with fused AdamW, its best case; strobe's keeps fp32 masters, gradients and moments.
+PyTorch's side is pure bf16 with fused AdamW, its best case; strobe's keeps fp32 masters and gradients, and moments in bf16 that are
+rounded stochastically. Rows are printed and recorded as they come.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+import measuring
 
 SHAPES = {"124M": (12, 768, 12), "350M": (24, 1024, 16), "1.3B": (24, 2048, 16), "2.7B": (32, 2560, 32)}
 VOCAB = 50304
@@ -59,7 +62,9 @@ def time_torch(model_name, seqlen, rows, steps, backend, compiled):
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    kernels = {"math": SDPBackend.MATH, "fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    kernels = {"math": SDPBackend.MATH, "fa2": SDPBackend.FLASH_ATTENTION, "fa3": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    if backend == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")  # needs the flash_attn_3 package
     layers, width, heads = SHAPES[model_name]
 
     def attention(q, k, v):
@@ -113,7 +118,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", help="gpt_cuda_step_bench")
     parser.add_argument("--cases", nargs="+", default=["1.3B:2048x8", "1.3B:8192x2"], help="MODEL:SEQLENxROWS")
-    parser.add_argument("--peers", nargs="*", default=["fa2", "fa2:compile", "cudnn:compile"], help="math, fa2 or cudnn, with :compile")
+    parser.add_argument("--peers", nargs="*", default=["math", "fa2", "fa2:compile", "cudnn:compile"],
+                        help="math (standard attention), fa2, fa3 or cudnn, with :compile")
+    parser.add_argument("--strobe", nargs="*", default=[""], help="options of gpt_cuda_step_bench, a row for each: pointwise, no-graph, ...")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json")
     parser.add_argument("--torch-only", nargs=4, help=argparse.SUPPRESS)
@@ -125,26 +132,26 @@ def main():
         print(json.dumps(time_torch(model, int(seqlen), int(rows), args.steps, backend, mode == "compile")))
         return
 
-    record = {"command": " ".join(sys.argv), "peak_flops_per_second": PEAK, "rows": []}
+    record = {**measuring.header(), "peak_flops_per_second": PEAK, "rows": []}
     for case in args.cases:
         model, _, sizes = case.partition(":")
         seqlen, rows = sizes.split("x")
-        for peer in [*args.peers, "strobe"]:
-            if peer == "strobe":
-                row = in_process([args.program, model, seqlen, rows, str(args.steps)])
+        for peer in [*args.peers, *(":".join(["strobe", *option.split()]) for option in args.strobe)]:
+            if peer.startswith("strobe"):
+                row = in_process([args.program, model, seqlen, rows, str(args.steps), *peer.split(":")[1:]])
             else:
                 row = in_process([sys.executable, __file__, args.program, "--steps", str(args.steps), "--torch-only", model, seqlen, rows, peer])
             if "failed" in row:
-                print(f"{model:>5} {sizes:>7} {peer:<14} {row['failed']}")
+                print(f"{model:>5} {sizes:>7} {peer:<18} {row['failed']}")
             else:
                 figures(row, model, int(seqlen), int(rows))
-                print(f"{model:>5} {sizes:>7} {peer:<14} {row['tflops_per_second']:6.1f} TFLOP/s {100 * row['mfu']:5.1f} % "
+                print(f"{model:>5} {sizes:>7} {peer:<18} {row['tflops_per_second']:6.1f} TFLOP/s {100 * row['mfu']:5.1f} % "
                       f"({row['tflops_per_second_causal_halved']:6.1f} causal halved) {row['tokens_per_second']:9.0f} tokens/s "
                       f"{row['peak_memory_bytes'] / 2**30:5.1f} GiB", flush=True)
             record["rows"].append({"case": case, "peer": peer, **row})
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=2)
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump(record, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def _git(*arguments):
 def header():
     """The first entries of a record."""
     return {"command": " ".join([pathlib.Path(sys.executable).name, *sys.argv]),
-            "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+            "commit": os.environ.get("STROBE_COMMIT")  # for a tree without its history
+            or _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": {"processor": _field("/proc/cpuinfo", "model name"), "processors": len(os.sched_getaffinity(0)),
                         "memory": _field("/proc/meminfo", "MemTotal")}}

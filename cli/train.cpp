@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "commands.hpp"
+#include "gpt/distributed/spawn.hpp"
 #include "gpt/train/trainer.hpp"
 #include "gpt_commands.hpp"
 
@@ -20,9 +21,10 @@ struct Arguments {
     TrainOptions options;
     std::string architecture = "llama";
     std::string recompute = "none";
-    std::string device = "cpu", precision;
+    std::string device = "cpu", precision, moments = "fp32";
     int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
-    bool across_documents = false, untied = false, plan = false, json = false, nondeterministic = false;
+    int processes = 0;
+    bool across_documents = false, untied = false, plan = false, json = false, nondeterministic = false, no_graph = false;
 };
 
 /// Fills what follows from other options.
@@ -44,7 +46,9 @@ TrainOptions complete(const Arguments& a) {
     o.split_documents = !a.across_documents;
     o.device = device_from_string(a.device);
     o.precision = precision_for(o.device, a.precision);
+    o.moments = precision_from_string(a.moments);
     o.deterministic = !a.nondeterministic;
+    o.graph = !a.no_graph;
     return o;
 }
 
@@ -79,8 +83,22 @@ void print_summary(const TrainResult& r) {
     if (r.interrupted) fmt::print("go on with     strobe train --resume --out {}\n", r.checkpoint.parent_path().string());
 }
 
+/// A launcher's processes, or those that --processes asks for. False: this process is none of them but has started them.
+bool take_place(const Arguments& a, TrainOptions& options) {
+    options.launch = read_launch();
+    const int launched = options.launch.size;
+    if (a.processes == 0 || a.processes == launched) return true;
+    if (launched > 1)
+        throw std::invalid_argument(fmt::format("processes is {}, but a launcher has started {}: leave --processes out", a.processes, launched));
+    options.launch.size = a.processes;
+    if (a.plan) return true;
+    if (const int status = run_as_processes(a.processes); status != 0) throw cli::Exit{status, ""};
+    return false;
+}
+
 void run_train(const Arguments& a) {
     TrainOptions options = complete(a);
+    if (!take_place(a, options)) return;
     if (a.plan) {
         options.validate();
         fmt::print("{}\n", describe(options).dump(2));
@@ -88,10 +106,7 @@ void run_train(const Arguments& a) {
     }
     options.quiet |= a.json;
     const TrainResult result = train(options);
-    if (a.json)
-        fmt::print("{}\n", to_json(result).dump(2));
-    else
-        print_summary(result);
+    if (options.launch.rank == 0) a.json ? fmt::print("{}\n", to_json(result).dump(2)) : print_summary(result);
     std::fflush(stdout);
     if (result.interrupted) throw cli::Exit{kExitInterrupted, ""};
 }
@@ -149,7 +164,12 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--save-every", o.save_every, "Steps; 0: only at the end")->capture_default_str();
     command.add_option("--device", a.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
     command.add_option("--precision", a.precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
+    command.add_option("--moments", a.moments, "What AdamW's moments lie in: bf16 is rounded stochastically and takes half the memory")
+        ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
     command.add_flag("--non-deterministic", a.nondeterministic, "cuda: attention's backward may differ by rounding between runs, and is faster");
+    command.add_flag("--no-graph", a.no_graph, "cuda: ask for a step's operators one by one instead of replaying them as one CUDA graph");
+    command.add_option("--processes", a.processes, "Share each step's rows among so many processes, which this one starts; on cuda each takes a GPU "
+                       "(torchrun, mpirun and srun do without this option)")->check(CLI::Range(1, 1024));
     command.add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
     command.add_flag("--plan", a.plan, "Print sizes and memory of the run, and leave");
     command.add_flag("--json", a.json, "One JSON object on standard output instead of progress and summary");

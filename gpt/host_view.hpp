@@ -1,32 +1,34 @@
-// Arenas as files are read and written: in host memory.
+// Arenas as files are read and written: fp32 in host memory.
 #pragma once
 
 #include "gpt/parameters.hpp"
 
 namespace strobe::gpt {
 
+inline bool is_host_view(const ParameterArena& arena) { return arena.memory().on_host() && arena.precision() == Precision::fp32; }
+
 /// An arena's numbers: the arena itself, or a copy of a device's.
 class HostView {
 public:
     HostView(const ParameterLayout& layout, const ParameterArena& arena) : arena_(arena) {
-        if (arena.memory().on_host()) return;
+        if (is_host_view(arena)) return;
         copy_ = ParameterArena(layout);
         copy_.copy_from(arena);
     }
     HostView(const HostView&) = delete;
     HostView& operator=(const HostView&) = delete;
 
-    const ParameterArena* get() const { return arena_.memory().on_host() ? &arena_ : &copy_; }
+    const ParameterArena* get() const { return is_host_view(arena_) ? &arena_ : &copy_; }
 
 private:
     const ParameterArena& arena_;
     ParameterArena copy_;
 };
 
-/// Calls fill(arena) with one in host memory, whose numbers `arena` then has.
+/// Calls fill(arena) with one of fp32 in host memory, whose numbers `arena` then has.
 template <class Fill>
 void fill_by_host(const ParameterLayout& layout, const ParameterArena& arena, Fill&& fill) {
-    if (arena.memory().on_host()) return fill(arena);
+    if (is_host_view(arena)) return fill(arena);
     const ParameterArena host(layout);
     fill(host);
     arena.copy_from(host);

@@ -20,6 +20,8 @@ public:
     /// Between this memory and the host's, or within it. Comes after all that operators were asked to do, and is done on
     /// return.
     virtual void copy(void* to, const void* from, size_t bytes) = 0;
+    /// A few bytes out of the host's memory, in order with the operators; `from` is free on return, `to` need not be there yet.
+    virtual void put(void* to, const void* from, size_t bytes) = 0;
     /// In order with the operators.
     virtual void zero(void* data, size_t bytes) = 0;
     virtual bool on_host() const = 0;
@@ -36,6 +38,7 @@ public:
     }
     void release(std::byte* data) noexcept override { std::free(data); }
     void copy(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+    void put(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
     void zero(void* data, size_t bytes) override { std::memset(data, 0, bytes); }
     bool on_host() const override { return true; }
 };

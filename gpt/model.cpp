@@ -71,7 +71,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
     plan.values = arena;
     plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
     plan.gradients = options.training ? arena : 0;
-    plan.moments = options.training ? 2 * arena : 0;
+    plan.moments = options.training ? 2 * elements * size_of(options.moments) / static_cast<size_t>(options.processes) : 0;
     plan.activations = arena_bytes(config, options);
     constexpr int kTypicalParts = 264;
     plan.scratch = scratch_bytes(config, options, options.device == Device::cpu ? 1 : kTypicalParts);
@@ -92,9 +92,10 @@ Model::Model(const Weights& weights, Backend& backend, const ModelOptions& optio
       norm_kind_(config_.architecture == Architecture::gpt2 ? NormKind::layernorm : NormKind::rmsnorm),
       activation_kind_(config_.architecture == Architecture::gpt2 ? ActivationKind::gelu : ActivationKind::swiglu),
       fuses_gelu_(activation_kind_ == ActivationKind::gelu && exec_.ops->fuses_gelu),
+      fuses_residual_(exec_.ops->fuses_residual),
       arena_(arena_bytes(config_, options_), backend.memory()),
       gradients_(options.training ? ParameterArena(weights.layout, backend.memory()) : ParameterArena()),
-      inputs_(config_, backend, options.max_rows) {
+      single_(config_, backend, options.max_rows) {
     size_t bytes = 0;
     act_ = lay_out(config_, activation_options(options_), arena_.at<std::byte>(0), &bytes);
     backend_.reserve_scratch(scratch_bytes(config_, options_, exec_.parts));
@@ -115,13 +116,58 @@ float* Model::gradient(int index) const {
     return index < 0 ? nullptr : gradients_.data() + weights_.layout[index].offset;
 }
 
+void Model::use(const StepInputs& inputs) {
+    inputs_ = &inputs;
+    rows_ = inputs.rows();
+}
+
 void Model::load(const Batch& batch, float gradient_scale) {
-    inputs_.load(batch, gradient_scale);
-    rows_ = inputs_.rows();
+    single_.load(batch, gradient_scale);
+    use(single_);
+    reserve_attention_workspace();
+}
+
+// Of the batch at hand. Scratch may move when it grows, so before the first operator of a step.
+void Model::reserve_attention_workspace() {
     const BlockActivations& a = act_.blocks.front();
     size_t workspace = attention_workspace_bytes(exec_, attention(a));
     if (options_.training) workspace = std::max(workspace, attention_workspace_bytes(exec_, attention_backward(a)));
     backend_.reserve_scratch(workspace);
+}
+
+void Model::prepare(std::span<const Batch> batches, float gradient_scale) {
+    if (!options_.training) throw std::logic_error("model: made without gradients");
+    while (prepared_.size() < batches.size())
+        prepared_.push_back(std::make_unique<StepInputs>(config_, backend_, options_.max_rows));
+    for (size_t i = 0; i < batches.size(); ++i) prepared_[i]->write(batches[i], gradient_scale);
+    num_prepared_ = batches.size();
+}
+
+void Model::begin_step() {
+    for (size_t i = 0; i < num_prepared_; ++i) {
+        prepared_[i]->send();
+        use(*prepared_[i]);
+        reserve_attention_workspace();
+    }
+    has_loss_ = true;
+}
+
+void Model::passes(GradientSink* sink) {
+    clear_gradients();
+    has_loss_ = false;
+    for (size_t i = 0; i < num_prepared_; ++i) {
+        use(*prepared_[i]);
+        pass(i + 1 == num_prepared_ ? sink : nullptr);
+    }
+}
+
+std::vector<int64_t> Model::step_shape() const {
+    std::vector<int64_t> shape{reinterpret_cast<int64_t>(exec_.scratch), exec_.deterministic};
+    for (size_t i = 0; i < num_prepared_; ++i) {
+        const StepInputs& p = *prepared_[i];
+        shape.insert(shape.end(), {p.rows(), p.num_sequences(), p.max_seqlen(), p.uniform()});
+    }
+    return shape;
 }
 
 NormForward Model::norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const {
@@ -139,6 +185,19 @@ LinearForward Model::linear(Buffer x, Buffer y, int weight, int bias, int64_t in
     return {.rows = rows_, .in = in, .out = out, .x = x, .weight = weights_[weight], .bias = weights_[bias], .y = y};
 }
 
+// dbias of the product whose result was added to the stream that the norm reads: the sums of the stream's gradient behind it, which
+// passes through the norm's gradient where that can do it, and else is the product's own.
+NormBackward Model::with_bias_of_branch(NormBackward a, int branch_bias) const {
+    if (exec_.ops->norms_again) a.dsum = gradient(branch_bias);
+    return a;
+}
+
+LinearBackward Model::branch_backward(Buffer x, Buffer dx, int weight, int bias, int64_t in) const {
+    LinearBackward a = linear_backward(x, act_.dstream, dx, weight, bias, in, config_.hidden_size);
+    if (exec_.ops->norms_again) a.dbias = nullptr;
+    return a;
+}
+
 LinearBackward Model::linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const {
     return {.rows = rows_, .in = in, .out = out, .x = x, .weight = weights_[weight], .dy = dy, .dx = dx,
             .dweight = gradient(weight), .dbias = gradient(bias), .overwrite = fresh_};
@@ -146,10 +205,10 @@ LinearBackward Model::linear_backward(Buffer x, Buffer dy, Buffer dx, int weight
 
 AttentionForward Model::attention(const BlockActivations& a) const {
     const int64_t stride = config_.qkv_size();
-    return {.shape = {.batch = inputs_.num_sequences(), .num_heads = config_.num_heads, .num_heads_k = config_.num_heads_k,
-                      .head_dim = config_.head_dim, .total_q = rows_, .total_k = rows_, .max_seqlen_q = inputs_.max_seqlen(),
-                      .max_seqlen_k = inputs_.max_seqlen(), .cu_seqlens_q = inputs_.cu_seqlens(),
-                      .cu_seqlens_k = inputs_.cu_seqlens(), .uniform = inputs_.uniform()},
+    return {.shape = {.batch = inputs_->num_sequences(), .num_heads = config_.num_heads, .num_heads_k = config_.num_heads_k,
+                      .head_dim = config_.head_dim, .total_q = rows_, .total_k = rows_, .max_seqlen_q = inputs_->max_seqlen(),
+                      .max_seqlen_k = inputs_->max_seqlen(), .cu_seqlens_q = inputs_->cu_seqlens(),
+                      .cu_seqlens_k = inputs_->cu_seqlens(), .uniform = inputs_->uniform()},
             .q_stride = stride, .k_stride = stride, .v_stride = stride, .out_stride = config_.q_size(), .q = a.qkv,
             .k = a.qkv.offset(config_.q_size()), .v = a.qkv.offset(config_.q_size() + config_.kv_size()), .out = a.attn,
             .lse = a.lse};
@@ -163,8 +222,24 @@ AttentionBackward Model::attention_backward(const BlockActivations& a) const {
 
 Rope Model::rope(Buffer qkv, bool inverse) const {
     return {.rows = rows_, .heads = config_.num_heads + config_.num_heads_k, .head_dim = config_.head_dim,
-            .row_stride = config_.qkv_size(), .x = qkv, .positions = inputs_.positions(), .cos = rope_table_.at<float>(0),
+            .row_stride = config_.qkv_size(), .x = qkv, .positions = inputs_->positions(), .cos = rope_table_.at<float>(0),
             .sin = rope_table_.at<float>(rope_table_.size_bytes() / 2), .inverse = inverse};
+}
+
+// y gets what a branch gives, or, where products add the stream themselves, the stream behind the branch.
+LinearForward Model::branch(Buffer x, int weight, int bias, int64_t in, Buffer stream, Buffer next_stream) const {
+    LinearForward a = linear(x, fuses_residual_ ? next_stream : act_.branch, weight, bias, in, config_.hidden_size);
+    if (fuses_residual_) a.residual = stream;
+    return a;
+}
+
+// The norm of the stream behind a branch; it adds the two where products do not.
+NormForward Model::norm_behind(Buffer stream, Buffer next_stream, Buffer out, int weight, int bias, float* mean, float* rstd) const {
+    NormForward a = norm(fuses_residual_ ? next_stream : stream, out, weight, bias, mean, rstd);
+    if (fuses_residual_) return a;
+    a.branch = act_.branch;
+    a.sum = next_stream;
+    return a;
 }
 
 // `again`: the backward wants the block's activations back. The stream x is still there, and neither the branch of the
@@ -174,22 +249,18 @@ void Model::forward_block(int64_t layer, bool again) {
     const BlockParameters& p = weights_.layout.block(layer);
     const int64_t hidden = config_.hidden_size;
 
-    NormForward norm1 = norm(a.x, a.norm1, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1);
     if (layer > 0 && !again) {
-        norm1.x = act_.blocks[static_cast<size_t>(layer - 1)].mid;
-        norm1.branch = act_.branch;
-        norm1.sum = a.x;
+        const Buffer before = act_.blocks[static_cast<size_t>(layer - 1)].mid;
+        run(exec_, norm_behind(before, a.x, a.norm1, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1));
+    } else {
+        run(exec_, norm(a.x, a.norm1, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1));
     }
-    run(exec_, norm1);
     run(exec_, linear(a.norm1, a.qkv, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()));
     if (config_.has_rope()) run(exec_, rope(a.qkv, false));
     run(exec_, attention(a));
-    run(exec_, linear(a.attn, act_.branch, p.proj_weight, p.proj_bias, config_.q_size(), hidden));
+    run(exec_, branch(a.attn, p.proj_weight, p.proj_bias, config_.q_size(), a.x, a.mid));
 
-    NormForward norm2 = norm(a.x, a.norm2, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2);
-    norm2.branch = act_.branch;
-    norm2.sum = a.mid;
-    run(exec_, norm2);
+    run(exec_, norm_behind(a.x, a.mid, a.norm2, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
     if (fuses_gelu_) {
         LinearForward both = linear(a.norm2, a.act, p.up_weight, p.up_bias, hidden, up);
@@ -199,27 +270,43 @@ void Model::forward_block(int64_t layer, bool again) {
         run(exec_, linear(a.norm2, a.up, p.up_weight, p.up_bias, hidden, up));
         run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
     }
-    if (!again) run(exec_, linear(a.act, act_.branch, p.down_weight, p.down_bias, config_.ffn_size, hidden));
+    if (again) return;
+    const bool last = layer + 1 == config_.num_layers;
+    const Buffer next = last ? act_.final_x : act_.blocks[static_cast<size_t>(layer + 1)].x;
+    run(exec_, branch(a.act, p.down_weight, p.down_bias, config_.ffn_size, a.mid, next));
 }
 
 // Embedding to final norm.
 void Model::forward_stream() {
     const ParameterLayout& layout = weights_.layout;
-    run(exec_, EmbeddingForward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_.tokens(),
-                                .positions = inputs_.positions(), .table = weights_[layout.embedding()],
+    run(exec_, EmbeddingForward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_->tokens(),
+                                .positions = inputs_->positions(), .table = weights_[layout.embedding()],
                                 .position_table = weights_[layout.positions()], .out = act_.blocks.front().x});
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) forward_block(layer, false);
-    NormForward last = norm(act_.blocks.back().mid, act_.final_norm, layout.final_norm_weight(), layout.final_norm_bias(),
-                            act_.final_mean, act_.final_rstd);
-    last.branch = act_.branch;
-    last.sum = act_.final_x;
-    run(exec_, last);
+    run(exec_, norm_behind(act_.blocks.back().mid, act_.final_x, act_.final_norm, layout.final_norm_weight(),
+                           layout.final_norm_bias(), act_.final_mean, act_.final_rstd));
 }
 
-void Model::recompute_pointwise(const BlockActivations& a, const BlockParameters& p) {
+void Model::recompute_norms(const BlockActivations& a, const BlockParameters& p) {
     run(exec_, norm(a.x, a.norm1, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1));
     run(exec_, norm(a.mid, a.norm2, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
-    run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
+}
+
+// The gradients of a norm and of the product that reads it, from the product's dy to the stream. The product's weight needs the
+// norm's output: kept, computed again before, or given again by the norm's own gradient, which must then come between.
+void Model::backward_into_norm(LinearBackward product, NormBackward normed, int bias) {
+    if (options_.recompute != Recompute::pointwise || !exec_.ops->norms_again) {
+        run(exec_, product);
+        return run(exec_, normed);
+    }
+    LinearBackward weight = product;
+    weight.dx = {};
+    product.dweight = product.dbias = nullptr;
+    normed.out = product.x;
+    normed.bias = weights_.master(bias);
+    run(exec_, product);
+    run(exec_, normed);
+    run(exec_, weight);
 }
 
 // On entry dstream is the gradient of the stream behind the block, on return of the stream before it.
@@ -228,9 +315,12 @@ void Model::backward_block(int64_t layer) {
     const BlockParameters& p = weights_.layout.block(layer);
     const int64_t hidden = config_.hidden_size;
     if (options_.recompute == Recompute::block) forward_block(layer, true);
-    if (options_.recompute == Recompute::pointwise) recompute_pointwise(a, p);
+    if (options_.recompute == Recompute::pointwise) {
+        if (!exec_.ops->norms_again) recompute_norms(a, p);
+        run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
+    }
 
-    LinearBackward down = linear_backward(a.act, act_.dstream, act_.dact, p.down_weight, p.down_bias, config_.ffn_size, hidden);
+    LinearBackward down = branch_backward(a.act, act_.dact, p.down_weight, p.down_bias, config_.ffn_size);
     Buffer dup = act_.dact;
     if (fuses_gelu_) {
         down.gelu_input = a.up;
@@ -243,27 +333,36 @@ void Model::backward_block(int64_t layer) {
                                       .dy = act_.dact, .dx = dup});
     }
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
-    run(exec_, linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up));
-    run(exec_, norm_backward(a.mid, act_.dnorm, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
+    backward_into_norm(linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up),
+                       with_bias_of_branch(norm_backward(a.mid, act_.dnorm, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2), p.proj_bias),
+                       p.norm2_bias);
 
-    run(exec_, linear_backward(a.attn, act_.dstream, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size(), hidden));
+    run(exec_, branch_backward(a.attn, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size()));
     run(exec_, attention_backward(a));
     if (config_.has_rope()) run(exec_, rope(act_.dqkv, true));
-    run(exec_, linear_backward(a.norm1, act_.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()));
-    run(exec_, norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1));
+    backward_into_norm(linear_backward(a.norm1, act_.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()),
+                       with_bias_of_branch(norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1),
+                                           layer > 0 ? weights_.layout.block(layer - 1).down_bias : -1),
+                       p.norm1_bias);
 }
 
 // From dnorm, the gradient of the final norm's output, down to the embedding.
-void Model::backward_stream() {
+void Model::backward_stream(GradientSink* sink) {
     const ParameterLayout& layout = weights_.layout;
     backend_.memory().zero(act_.dstream.data, static_cast<size_t>(rows_ * config_.hidden_size) * size_of(act_.dstream.precision));
-    run(exec_, norm_backward(act_.final_x, act_.dnorm, layout.final_norm_weight(), layout.final_norm_bias(),
-                             act_.final_mean, act_.final_rstd));
-    for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) backward_block(layer);
-    run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_.tokens(),
-                                 .positions = inputs_.positions(), .dout = act_.dstream,
+    run(exec_, with_bias_of_branch(norm_backward(act_.final_x, act_.dnorm, layout.final_norm_weight(), layout.final_norm_bias(),
+                                                 act_.final_mean, act_.final_rstd),
+                                   layout.block(config_.num_layers - 1).down_bias));
+    for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) {
+        backward_block(layer);
+        // A block's matrices lie behind one another, before them those of the blocks to come.
+        if (sink) sink->ready(layout[layout.block(layer).qkv_weight].offset);
+    }
+    run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_->tokens(),
+                                 .positions = inputs_->positions(), .dout = act_.dstream,
                                  .dtable = gradient(layout.embedding()), .dposition_table = gradient(layout.positions()),
-                                 .token_groups = inputs_.token_groups(), .position_groups = inputs_.position_groups()});
+                                 .token_groups = inputs_->token_groups(), .position_groups = inputs_->position_groups()});
+    if (sink) sink->ready(0);
 }
 
 double Model::take_loss() {
@@ -283,9 +382,13 @@ double Model::loss(const Batch& batch) {
 void Model::accumulate(const Batch& batch, float gradient_scale) {
     if (!options_.training) throw std::logic_error("model: made without gradients");
     load(batch, gradient_scale);
+    pass(nullptr);
+}
+
+void Model::pass(GradientSink* sink) {
     forward_stream();
     head(true);
-    backward_stream();
+    backward_stream(sink);
     fresh_ = false;
 }
 
@@ -297,7 +400,7 @@ double Model::forward_backward(const Batch& batch, float gradient_scale) {
 // The head and its loss, a chunk of rows at a time: the logits of a whole batch never exist. With `gradient_too` leaves the
 // gradient of the final norm's output in dnorm.
 void Model::head(bool gradient_too) {
-    if (!inputs_.has_targets()) throw std::invalid_argument("batch: a loss needs targets");
+    if (!inputs_->has_targets()) throw std::invalid_argument("batch: a loss needs targets");
     const int64_t hidden = config_.hidden_size, vocab = config_.vocab_size;
     const int weight = weights_.layout.head();
     for (int64_t begin = 0; begin < rows_; begin += act_.head_chunk) {
@@ -305,8 +408,8 @@ void Model::head(bool gradient_too) {
         const Buffer x = act_.final_norm.offset(begin * hidden);
         run(exec_, LinearForward{.rows = rows, .in = hidden, .out = vocab, .x = x, .weight = weights_[weight], .bias = {},
                                  .y = act_.logits, .y_stride = act_.logits_stride});
-        run(exec_, CrossEntropy{.rows = rows, .vocab = vocab, .targets = inputs_.targets() + begin, .logits = act_.logits,
-                                .losses = act_.losses + begin, .gradient_scale = gradient_too ? inputs_.gradient_scale() : nullptr,
+        run(exec_, CrossEntropy{.rows = rows, .vocab = vocab, .targets = inputs_->targets() + begin, .logits = act_.logits,
+                                .losses = act_.losses + begin, .gradient_scale = gradient_too ? inputs_->gradient_scale() : nullptr,
                                 .stride = act_.logits_stride});
         if (gradient_too)
             run(exec_, LinearBackward{.rows = rows, .in = hidden, .out = vocab, .x = x, .weight = weights_[weight],

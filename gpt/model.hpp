@@ -2,6 +2,7 @@
 // config chooses among them.
 #pragma once
 
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -21,6 +22,8 @@ struct ModelOptions {
     // Of the plan alone: a model takes them from its backend and weights.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
+    Precision moments = Precision::fp32;  // of the optimizer
+    int processes = 1;                    // which share the optimizer's moments
 };
 
 /// Bytes by purpose, known before the first allocation.
@@ -30,6 +33,14 @@ struct MemoryPlan {
     size_t total() const { return values + narrow_values + gradients + moments + activations + scratch; }
 };
 MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options);
+
+/// Hears how far a backward is.
+class GradientSink {
+public:
+    virtual ~GradientSink() = default;
+    /// The gradients from element `from` of their arena on will not change any more.
+    virtual void ready(int64_t from) = 0;
+};
 
 class Model {
 public:
@@ -44,6 +55,18 @@ public:
     /// The same without waiting for a device: the loss is added to what take_loss() returns next.
     void accumulate(const Batch& batch, float gradient_scale);
     double take_loss();
+    /// Where the sum lies that take_loss() returns.
+    double* loss_sum() const { return act_.loss_sum; }
+
+    // The same in two halves, for a step whose second half is always the same work and can be recorded. prepare writes down the
+    // step's batches and may do so while the device is busy with the step before; begin_step sends them off; passes asks for
+    // operators alone: gradients start from zero and get the sum over the batches, the loss goes to take_loss(). `sink` hears
+    // of the last batch's backward.
+    void prepare(std::span<const Batch> batches, float gradient_scale);
+    void begin_step();
+    void passes(GradientSink* sink = nullptr);
+    /// Equal for two steps whose passes are the same calls on the same memory.
+    std::vector<int64_t> step_shape() const;
 
     /// (rows, vocab) of every token of the batch, in host memory.
     void logits(const Batch& batch, std::span<float> out);
@@ -56,16 +79,24 @@ public:
     Backend& backend() { return backend_; }
 
 private:
+    void use(const StepInputs& inputs);
     void load(const Batch& batch, float gradient_scale);
+    void reserve_attention_workspace();
+    void pass(GradientSink* sink);
     void forward_stream();
     void forward_block(int64_t layer, bool again);
     void head(bool gradient_too);
-    void backward_stream();
+    void backward_stream(GradientSink* sink);
     void backward_block(int64_t layer);
-    void recompute_pointwise(const BlockActivations& a, const BlockParameters& p);
+    void recompute_norms(const BlockActivations& a, const BlockParameters& p);
+    void backward_into_norm(LinearBackward product, NormBackward normed, int bias);
     NormForward norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const;
     NormBackward norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const;
     LinearForward linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const;
+    LinearForward branch(Buffer x, int weight, int bias, int64_t in, Buffer stream, Buffer next_stream) const;
+    NormForward norm_behind(Buffer stream, Buffer next_stream, Buffer out, int weight, int bias, float* mean, float* rstd) const;
+    NormBackward with_bias_of_branch(NormBackward a, int branch_bias) const;
+    LinearBackward branch_backward(Buffer x, Buffer dx, int weight, int bias, int64_t in) const;
     LinearBackward linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const;
     AttentionForward attention(const BlockActivations& a) const;
     AttentionBackward attention_backward(const BlockActivations& a) const;
@@ -79,12 +110,15 @@ private:
     ModelOptions options_;
     NormKind norm_kind_;
     ActivationKind activation_kind_;
-    bool fuses_gelu_;
+    bool fuses_gelu_, fuses_residual_;
     Arena arena_;
     Activations act_;
     ParameterArena gradients_;
     Arena rope_table_;
-    StepInputs inputs_;    // of the batch at hand
+    StepInputs single_;    // of a batch that is loaded and used at once
+    std::vector<std::unique_ptr<StepInputs>> prepared_;  // of the step to come, one for each of its batches
+    size_t num_prepared_ = 0;
+    const StepInputs* inputs_ = &single_;  // of the batch at hand
     int64_t rows_ = 0;     // of the batch at hand
     bool has_loss_ = false;
     bool fresh_ = false;   // the next pass overwrites the gradients of products

@@ -1,11 +1,15 @@
 #include "gpt/parameters.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
+#include <thread>
 #include <utility>
 
 #include <fmt/format.h>
 
+#include "gpt/bf16.hpp"
 #include "gpt/random.hpp"
 
 namespace strobe::gpt {
@@ -13,6 +17,10 @@ namespace strobe::gpt {
 namespace {
 
 constexpr int64_t kAlignElements = kArenaAlignment / sizeof(float);
+// Fewer random numbers than this are there before a thread has started.
+constexpr int64_t kElementsOfAThread = int64_t{1} << 22;
+
+int64_t rounded_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 }  // namespace
 
@@ -24,15 +32,17 @@ int ParameterLayout::add(std::string name, std::vector<int64_t> shape, Init init
     p.decay = p.shape.size() >= 2;
     p.init = init;
     p.size = std::accumulate(p.shape.begin(), p.shape.end(), int64_t{1}, std::multiplies<>());
-    // A joined parameter lies directly behind the previous one: the two are one matrix to the model.
-    p.offset = joined ? arena_elements_ : (arena_elements_ + kAlignElements - 1) / kAlignElements * kAlignElements;
-    arena_elements_ = p.offset + p.size;
+    // Of a matrix for now: behind the end of the vectors. A joined parameter lies directly behind the previous one: the two
+    // are one matrix to the model.
+    int64_t& end = p.decay ? arena_elements_ : vector_elements_;
+    p.offset = joined ? end : rounded_up(end, kAlignElements);
+    end = p.offset + p.size;
     num_elements_ += p.size;
     parameters_.push_back(std::move(p));
     return static_cast<int>(parameters_.size()) - 1;
 }
 
-ParameterLayout::ParameterLayout(const ModelConfig& c) {
+ParameterLayout::ParameterLayout(const ModelConfig& c, int shards) {
     c.validate();
     const bool gpt2 = c.architecture == Architecture::gpt2;
     const int64_t hidden = c.hidden_size;
@@ -75,7 +85,11 @@ ParameterLayout::ParameterLayout(const ModelConfig& c) {
     final_norm_weight_ = add(root + (gpt2 ? "ln_f.weight" : "norm.weight"), {hidden}, Init::ones);
     if (gpt2) final_norm_bias_ = add(root + "ln_f.bias", {hidden}, Init::zeros);
     head_ = c.tied_head ? embedding_ : add("lm_head.weight", {c.vocab_size, hidden}, Init::normal);
-    arena_elements_ = (arena_elements_ + kAlignElements - 1) / kAlignElements * kAlignElements;
+
+    vector_elements_ = rounded_up(vector_elements_, kAlignElements * shards);
+    arena_elements_ = vector_elements_ + rounded_up(arena_elements_, kAlignElements * shards);
+    for (Parameter& p : parameters_)
+        if (p.decay) p.offset += vector_elements_;
 }
 
 const Parameter* ParameterLayout::find(std::string_view name) const {
@@ -84,11 +98,27 @@ const Parameter* ParameterLayout::find(std::string_view name) const {
     return nullptr;
 }
 
+void ParameterArena::copy_from(const ParameterArena& other) const {
+    if (precision_ == other.precision_)
+        return (memory_->on_host() ? *other.memory_ : *memory_).copy(buffer().data, other.buffer().data, size_bytes());
+    std::vector<uint16_t> bits(static_cast<size_t>(size_));
+    const size_t bytes = bits.size() * sizeof(uint16_t);
+    if (precision_ == Precision::fp32) {
+        other.memory_->copy(bits.data(), other.buffer().data, bytes);
+        std::transform(bits.begin(), bits.end(), data(), widen_bf16);
+    } else {
+        std::transform(other.data(), other.data() + size_, bits.begin(), round_bf16);
+        memory_->copy(buffer().data, bits.data(), bytes);
+    }
+}
+
+// Each parameter has a stream of random numbers of its own, so threads change nothing.
 void initialize(const ParameterLayout& layout, const ModelConfig& config, uint64_t seed, const ParameterArena& values) {
     const double residual_scale = 1.0 / std::sqrt(2.0 * static_cast<double>(config.num_layers));
-    uint64_t stream = 0;
-    for (const Parameter& p : layout.list()) {
-        Random random(seed, ++stream);
+    const std::vector<Parameter>& list = layout.list();
+    const auto fill = [&](size_t i) {
+        const Parameter& p = list[i];
+        Random random(seed, i + 1);
         const double scale = config.init_std * (p.init == Init::normal_residual ? residual_scale : 1.0);
         for (float& x : values[p]) {
             switch (p.init) {
@@ -98,7 +128,15 @@ void initialize(const ParameterLayout& layout, const ModelConfig& config, uint64
                 case Init::normal_residual: x = static_cast<float>(scale * random.normal()); break;
             }
         }
-    }
+    };
+    std::atomic<size_t> next = 0;
+    const auto work = [&] {
+        for (size_t i; (i = next++) < list.size();) fill(i);
+    };
+    std::vector<std::jthread> threads;
+    if (layout.num_elements() > kElementsOfAThread)
+        for (unsigned i = 1; i < std::thread::hardware_concurrency(); ++i) threads.emplace_back(work);
+    work();
 }
 
 }  // namespace strobe::gpt

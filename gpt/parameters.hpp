@@ -1,4 +1,4 @@
-// The named parameters of a model, and arenas that hold one fp32 number per parameter: values, gradients and the
+// The named parameters of a model, and arenas that hold one number per parameter: values, gradients and the
 // optimizer's moments all share one layout, so the optimizer and the checkpoint writer walk them alike.
 #pragma once
 
@@ -38,9 +38,12 @@ struct BlockParameters {
     int down_weight = -1, down_bias = -1;  // (hidden, ffn)
 };
 
+/// Norms and biases lie in front of everything, then the matrices in the order in which the model meets them: the backward
+/// finishes their gradients from the end of the arena to its beginning.
 class ParameterLayout {
 public:
-    explicit ParameterLayout(const ModelConfig& config);
+    /// The vectors' part and the matrices' part of an arena can each be cut into `shards` equal and aligned pieces.
+    explicit ParameterLayout(const ModelConfig& config, int shards = 1);
 
     const std::vector<Parameter>& list() const { return parameters_; }
     const Parameter& operator[](int index) const { return parameters_[static_cast<size_t>(index)]; }
@@ -59,6 +62,8 @@ public:
     int64_t num_elements() const { return num_elements_; }
     /// Length of an arena in floats; padding between parameters is zero and stays zero.
     int64_t arena_elements() const { return arena_elements_; }
+    /// Where the matrices begin: weight decay applies from here on.
+    int64_t matrices_begin() const { return vector_elements_; }
 
 private:
     int add(std::string name, std::vector<int64_t> shape, Init init, bool transposed = false, bool joined = false);
@@ -68,36 +73,40 @@ private:
     int embedding_ = -1, positions_ = -1, final_norm_weight_ = -1, final_norm_bias_ = -1, head_ = -1;
     int64_t num_elements_ = 0;
     int64_t arena_elements_ = 0;
+    int64_t vector_elements_ = 0;
 };
 
-/// One fp32 number for each parameter, zero at first.
+/// One number for each parameter, zero at first: fp32, or bf16 where half the memory is worth more than the digits.
 class ParameterArena {
 public:
     ParameterArena() = default;
-    explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory())
-        : arena_(static_cast<size_t>(layout.arena_elements()) * sizeof(float), memory), memory_(&memory),
-          size_(layout.arena_elements()) {}
+    explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory(), Precision precision = Precision::fp32)
+        : arena_(static_cast<size_t>(layout.arena_elements()) * size_of(precision), memory), memory_(&memory),
+          size_(layout.arena_elements()), precision_(precision) {}
 
-    float* data() const { return arena_.at<float>(0); }
+    Buffer buffer() const { return {arena_.at<void>(0), precision_}; }
+    Precision precision() const { return precision_; }
     int64_t size() const { return size_; }
-    size_t size_bytes() const { return static_cast<size_t>(size_) * sizeof(float); }
+    size_t size_bytes() const { return static_cast<size_t>(size_) * size_of(precision_); }
     Memory& memory() const { return *memory_; }
 
-    /// In host memory only.
+    /// Of fp32 only.
+    float* data() const { return arena_.at<float>(0); }
+    /// Of fp32 in host memory only.
     std::span<float> all() const { return {data(), static_cast<size_t>(size_)}; }
     std::span<float> operator[](const Parameter& p) const {
         return {data() + p.offset, static_cast<size_t>(p.size)};
     }
 
-    /// From an arena of the same layout; at least one of the two is in host memory, or both are on one device.
-    void copy_from(const ParameterArena& other) const {
-        (memory_->on_host() ? *other.memory_ : *memory_).copy(data(), other.data(), size_bytes());
-    }
+    /// From an arena of the same layout; at least one of the two is in host memory, or both are on one device. Between the
+    /// precisions: one of the two is fp32 in host memory; to bf16 numbers are rounded to the nearest.
+    void copy_from(const ParameterArena& other) const;
 
 private:
     Arena arena_;
     Memory* memory_ = &host_memory();
     int64_t size_ = 0;
+    Precision precision_ = Precision::fp32;
 };
 
 /// Fills `values` by each parameter's Init; a pure function of layout, config and seed.

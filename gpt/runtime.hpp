@@ -1,6 +1,7 @@
 // What a device offers besides operators: memory, an order of work, a clock, and facts about itself.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -19,9 +20,19 @@ public:
     virtual std::byte* send(size_t bytes) = 0;
 };
 
+/// Work that the device does again as a whole: the same operators on the same memory, whatever lies there by then.
+class Recording {
+public:
+    virtual ~Recording() = default;
+    virtual void replay() = 0;
+};
+
 class Runtime : public Memory {
 public:
     virtual std::unique_ptr<InputStage> make_stage(size_t bytes) = 0;
+    /// What `enqueue` asks for, not done but written down. It may ask for operators, `zero` and nothing else, and must have been
+    /// done once before: choices that need a measurement are made then. Null where the device does not record.
+    virtual std::unique_ptr<Recording> record(const std::function<void()>& enqueue) = 0;
     /// Waits until everything asked for is done.
     virtual void synchronize() = 0;
     /// Sets what operators run with.

@@ -1,11 +1,20 @@
 #include "gpt/step_inputs.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 
 #include <fmt/format.h>
 
 namespace strobe::gpt {
+
+namespace {
+
+constexpr int64_t kLengthStep = 256;
+
+int64_t max_merges(int64_t rows) { return rows / RowGroups::kPieceRows + 1; }
+
+}  // namespace
 
 StepInputs::StepInputs(const ModelConfig& config, Backend& backend, int64_t max_rows)
     : config_(config), max_rows_(max_rows), wants_groups_(backend.exec().ops->uses_row_groups) {
@@ -25,12 +34,17 @@ StepInputs::StepInputs(const ModelConfig& config, Backend& backend, int64_t max_
 }
 
 StepInputs::Groups StepInputs::reserve_groups(ArenaPlan& plan, int64_t table_rows) const {
-    const int64_t full_pieces = max_rows_ / RowGroups::kPieceRows;
     Groups g;
+    g.table_rows = table_rows;
     g.order = plan.reserve(max_rows_, sizeof(int32_t));
-    g.pieces = plan.reserve(full_pieces + std::min(max_rows_, table_rows), sizeof(RowGroups::Piece));
-    g.merges = plan.reserve(full_pieces + 1, sizeof(RowGroups::Merge));
+    g.pieces = plan.reserve(max_pieces(max_rows_, g), sizeof(RowGroups::Piece));
+    g.merges = plan.reserve(max_merges(max_rows_), sizeof(RowGroups::Merge));
+    g.counts = plan.reserve(1, sizeof(RowGroups::Counts));
     return g;
+}
+
+int64_t StepInputs::max_pieces(int64_t rows, const Groups& g) const {
+    return rows / RowGroups::kPieceRows + std::min(rows, g.table_rows);
 }
 
 void StepInputs::check(const Batch& batch) const {
@@ -55,7 +69,7 @@ void StepInputs::check(const Batch& batch) const {
     }
 }
 
-void StepInputs::load(const Batch& batch, float gradient_scale) {
+void StepInputs::write(const Batch& batch, float gradient_scale) {
     check(batch);
     rows_ = static_cast<int64_t>(batch.tokens.size());
     has_targets_ = !batch.targets.empty();
@@ -82,32 +96,41 @@ void StepInputs::load(const Batch& batch, float gradient_scale) {
         ++num_sequences_;
     }
     uniform_ = shortest == max_seqlen_;
-    if (wants_groups_) {
-        group({write(tokens_), static_cast<size_t>(rows_)}, config_.vocab_size, token_groups_);
-        group({write(positions_), static_cast<size_t>(rows_)}, config_.context_length, position_groups_);
-    }
-    device_ = stage_->send(bytes_);
+    if (!wants_groups_) return;
+    if (!uniform_) round_up_shape(borders);
+    group({write(tokens_), static_cast<size_t>(rows_)}, token_groups_);
+    group({write(positions_), static_cast<size_t>(rows_)}, position_groups_);
+}
+
+void StepInputs::send() { device_ = stage_->send(bytes_); }
+
+void StepInputs::round_up_shape(int32_t* end_of_borders) {
+    const auto rounded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(num_sequences_)));
+    for (const int64_t most = std::min(rounded, max_rows_); num_sequences_ < most; ++num_sequences_)
+        *end_of_borders++ = static_cast<int32_t>(rows_);
+    max_seqlen_ = std::min(config_.context_length, (max_seqlen_ + kLengthStep - 1) / kLengthStep * kLengthStep);
 }
 
 // A stable counting sort, then the cut into pieces.
-void StepInputs::group(std::span<const int32_t> keys, int64_t table_rows, Groups& g) {
+void StepInputs::group(std::span<const int32_t> keys, const Groups& g) {
     std::fill(counts_.begin(), counts_.end(), 0);
     for (const int32_t key : keys) ++counts_[static_cast<size_t>(key) + 1];
-    for (int64_t k = 0; k < table_rows; ++k) counts_[static_cast<size_t>(k) + 1] += counts_[static_cast<size_t>(k)];
+    for (int64_t k = 0; k < g.table_rows; ++k) counts_[static_cast<size_t>(k) + 1] += counts_[static_cast<size_t>(k)];
     auto* pieces = reinterpret_cast<RowGroups::Piece*>(host_ + g.pieces);
     auto* merges = reinterpret_cast<RowGroups::Merge*>(host_ + g.merges);
-    g.num_pieces = g.num_merges = g.num_slots = 0;
-    for (int64_t k = 0; k < table_rows; ++k) {
+    int32_t num_pieces = 0, num_merges = 0, num_slots = 0;
+    for (int64_t k = 0; k < g.table_rows; ++k) {
         const int32_t begin = counts_[static_cast<size_t>(k)], end = counts_[static_cast<size_t>(k) + 1];
         const int64_t count = (end - begin + RowGroups::kPieceRows - 1) / RowGroups::kPieceRows;
-        const auto first_slot = static_cast<int32_t>(g.num_slots);
+        const int32_t first_slot = num_slots;
         for (int64_t i = 0; i < count; ++i) {
             const auto from = static_cast<int32_t>(begin + i * RowGroups::kPieceRows);
             const auto to = std::min(end, static_cast<int32_t>(from + RowGroups::kPieceRows));
-            pieces[g.num_pieces++] = {from, to, count == 1 ? static_cast<int32_t>(k) : ~static_cast<int32_t>(g.num_slots++)};
+            pieces[num_pieces++] = {from, to, count == 1 ? static_cast<int32_t>(k) : ~num_slots++};
         }
-        if (count > 1) merges[g.num_merges++] = {first_slot, static_cast<int32_t>(g.num_slots), static_cast<int32_t>(k)};
+        if (count > 1) merges[num_merges++] = {first_slot, num_slots, static_cast<int32_t>(k)};
     }
+    *reinterpret_cast<RowGroups::Counts*>(host_ + g.counts) = {num_pieces, num_merges};
     auto* order = reinterpret_cast<int32_t*>(host_ + g.order);
     for (size_t r = 0; r < keys.size(); ++r) order[counts_[static_cast<size_t>(keys[r])]++] = static_cast<int32_t>(r);
 }
@@ -115,7 +138,7 @@ void StepInputs::group(std::span<const int32_t> keys, int64_t table_rows, Groups
 RowGroups StepInputs::groups(const Groups& g) const {
     if (!wants_groups_) return {};
     return {.order = at<int32_t>(g.order), .pieces = at<RowGroups::Piece>(g.pieces), .merges = at<RowGroups::Merge>(g.merges),
-            .num_pieces = g.num_pieces, .num_merges = g.num_merges, .num_slots = g.num_slots};
+            .counts = at<RowGroups::Counts>(g.counts), .max_pieces = max_pieces(rows_, g), .max_merges = max_merges(rows_)};
 }
 
 }  // namespace strobe::gpt

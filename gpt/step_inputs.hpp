@@ -15,12 +15,20 @@ public:
     /// For batches of at most max_rows tokens.
     StepInputs(const ModelConfig& config, Backend& backend, int64_t max_rows);
 
-    /// Checks everything that operators rely on - no operator looks at indices again - and sends the batch off. Throws
-    /// std::invalid_argument.
-    void load(const Batch& batch, float gradient_scale);
+    /// Checks everything that operators rely on - no operator looks at indices again - and writes the batch where the host
+    /// can while operators still read the one before. Throws std::invalid_argument.
+    void write(const Batch& batch, float gradient_scale);
+    /// Sends off what was written, in order with the operators.
+    void send();
+    void load(const Batch& batch, float gradient_scale) {
+        write(batch, gradient_scale);
+        send();
+    }
 
     int64_t rows() const { return rows_; }
     bool has_targets() const { return has_targets_; }
+    // Of sequences of several lengths a GPU is told round numbers: with a few empty sequences behind the true ones, and a bound
+    // of their lengths. So batches of one kind of data are calls with the same arguments.
     int64_t num_sequences() const { return num_sequences_; }
     int64_t max_seqlen() const { return max_seqlen_; }
     /// All sequences have max_seqlen() rows.
@@ -37,8 +45,8 @@ public:
 
 private:
     struct Groups {
-        size_t order = 0, pieces = 0, merges = 0;  // offsets
-        int64_t num_pieces = 0, num_merges = 0, num_slots = 0;
+        size_t order = 0, pieces = 0, merges = 0, counts = 0;  // offsets
+        int64_t table_rows = 0;
     };
     template <class T>
     const T* at(size_t offset) const {
@@ -46,7 +54,9 @@ private:
     }
     void check(const Batch& batch) const;
     Groups reserve_groups(ArenaPlan& plan, int64_t table_rows) const;
-    void group(std::span<const int32_t> keys, int64_t table_rows, Groups& groups);
+    void group(std::span<const int32_t> keys, const Groups& groups);
+    void round_up_shape(int32_t* end_of_borders);
+    int64_t max_pieces(int64_t rows, const Groups& groups) const;
     RowGroups groups(const Groups& g) const;
 
     const ModelConfig& config_;

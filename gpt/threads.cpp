@@ -13,13 +13,6 @@ constexpr uint64_t kCall = uint64_t{1} << 32;
 
 uint64_t part_of(uint64_t ticket) { return ticket & (kCall - 1); }
 
-int usable_processors() {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-    const unsigned n = std::thread::hardware_concurrency();
-    return n ? static_cast<int>(n) : 1;
-}
-
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -37,6 +30,13 @@ void wait_while(const std::atomic<T>& value, T old) {
 }
 
 }  // namespace
+
+int usable_processors() {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    const unsigned n = std::thread::hardware_concurrency();
+    return n ? static_cast<int>(n) : 1;
+}
 
 ThreadTeam::ThreadTeam(int size) : size_(size > 0 ? size : usable_processors()), ticket_(static_cast<uint64_t>(size_)) {
     for (int i = 1; i < size_; ++i) workers_.emplace_back([this] { work(); });

@@ -11,6 +11,9 @@
 
 namespace strobe::gpt {
 
+/// Those that this process may run on.
+int usable_processors();
+
 class ThreadTeam {
 public:
     /// `size` threads, the caller's among them; 0: as many as the process may use.

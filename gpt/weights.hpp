@@ -8,9 +8,9 @@
 namespace strobe::gpt {
 
 struct Weights {
-    explicit Weights(const ModelConfig& c, Memory& memory = host_memory(), Precision compute = Precision::fp32)
+    explicit Weights(const ModelConfig& c, Memory& memory = host_memory(), Precision compute = Precision::fp32, int shards = 1)
         : config(c),
-          layout(c),
+          layout(c, shards),
           values(layout, memory),
           precision(compute),
           narrow(compute == Precision::fp32 ? 0 : static_cast<size_t>(layout.arena_elements()) * size_of(compute), memory) {}

@@ -1,7 +1,7 @@
 // Development driver of the Hopper backward kernels: checks dq, dk, dv against an fp64 reference on the GPU by the rule
 // "error <= 2 x error of the naive computation in the working precision", repeats runs to catch races, and times the grid
 // of the FlashAttention papers. build_backward_sm90.sh builds it from rows of src/variants.def.
-// Usage: backward_sm90 [check] [race] [time] [beyond] [once] [d64] [d96] ...
+// Usage: backward_sm90 [check] [race] [time] [deterministic] [beyond] [once] [d64] [d96] ...
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -536,7 +536,7 @@ double tflops(const Case& c, double ms) { return 10.0 * visible_pairs(c) * c.hea
 std::vector<Case> check_cases() {
     std::vector<Case> cases;
     for (DType t : {DType::bf16, DType::f16}) {
-        for (int d : {64, 128, 96, 192, 256, 40, 80}) {
+        for (int d : {64, 128, 96, 192, 256, 40, 80, 136, 200}) {
             const bool narrow = t == DType::f16;
             cases.push_back({"one tile", 1, 1, 1, 64, 128, d, t});
             cases.push_back({"full 256", 2, 2, 2, 256, 256, d, t});
@@ -615,6 +615,25 @@ int main(int argc, char** argv) {
                     const int heads = d == 96 ? 21 : d == 192 ? 11 : 2048 / d;
                     const Case c{"", static_cast<int>(16384 / s), heads, heads, s, s, d, DType::bf16, -1, right};
                     std::printf(" %6.0f", tflops(c, milliseconds(c, s >= 8192 ? 7 : 15)));
+                    std::fflush(stdout);
+                }
+                std::printf("\n");
+            }
+        }
+    }
+    if (wanted("deterministic")) {
+        for (int d : {64, 128, 96, 192, 256}) {
+            if (!wants_dim(d)) continue;
+            for (int64_t right : {-1, 0}) {
+                std::printf("deterministic d%-3d %-6s", d, right ? "full" : "causal");
+                for (int64_t s : {512, 1024, 2048, 4096, 8192, 16384}) {
+                    const int heads = d == 96 ? 21 : d == 192 ? 11 : 2048 / d;
+                    Case c{"", static_cast<int>(16384 / s), heads, heads, s, s, d, DType::bf16, -1, right};
+                    const int runs = s >= 8192 ? 5 : 9;
+                    const double free = tflops(c, milliseconds(c, runs));
+                    c.deterministic = true;
+                    const double ordered = tflops(c, milliseconds(c, runs));
+                    std::printf(" %4.0f (%.2f)", ordered, ordered / free);
                     std::fflush(stdout);
                 }
                 std::printf("\n");

@@ -1,5 +1,6 @@
 """Seconds on the device: CUDA events, caches flushed before every run, contenders in turn."""
 
+import math
 import statistics
 import time
 
@@ -17,9 +18,10 @@ class Clock:
         self._flush.zero_()
         self.flush_seconds = self._timed(self._flush.zero_)()
 
-    def start(self, call):
+    def start(self, call, flushes: int = 1):
         """Queues one cold run of `call`; its seconds can be asked for once the device has got there."""
-        self._flush.zero_()
+        for _ in range(flushes):
+            self._flush.zero_()
         return self._timed(call)
 
     def _timed(self, call):
@@ -53,23 +55,24 @@ def in_turn(counts: dict[str, int]):
                 yield name
 
 
+def flushes(host: float, device: float, flush: float) -> int:
+    """How often the caches are written before a run, so that flushes and run last longer than the host takes to launch them."""
+    return max(1, math.ceil((1.3 * host - device) / flush))
+
+
 def measure(clock: Clock, calls: dict[str, object], seconds: float, sample=lambda: None) -> tuple[dict[str, dict], object]:
-    """Per call the median, the least, the number of runs and the host's seconds to launch it (in what `waits`, longer than flush
-    and run: then the device waited, and the time is the host's), all warmed up before the first is timed. And what `sample()`
-    says while the device is at work."""
+    """Per call the median, the least, the number of runs and the host's seconds to launch it, all warmed up before the first is
+    timed; in what `waits`, the device waited for the host after all. And what `sample()` says while the device is at work."""
     host, first = {}, {}
     for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        host[name] = time.perf_counter() - begin
-        first[name] = clock.start(call)()
+        host[name] = statistics.median(_launch_seconds(call) for _ in range(3))
+        first[name] = clock.start(call, flushes(host[name], 0.0, clock.flush_seconds))()
+    ahead = max((flushes(host[n], first[n], clock.flush_seconds) for n in calls), default=1)  # the same for everyone
     turns = list(in_turn(shares(first, seconds)))
     pending = {name: [] for name in calls}
     sampled = None
     for turn, name in enumerate(turns):
-        pending[name].append(clock.start(calls[name]))
+        pending[name].append(clock.start(calls[name], ahead))
         if turn == len(turns) // 2:
             sampled = sample()
     times = {name: [seconds_of() for seconds_of in runs] for name, runs in pending.items()}
@@ -77,6 +80,14 @@ def measure(clock: Clock, calls: dict[str, object], seconds: float, sample=lambd
     for name, runs in times.items():
         seconds = statistics.median(runs)
         results[name] = {"seconds": seconds, "least": min(runs), "runs": len(runs), "host": host[name]}
-        if host[name] > clock.flush_seconds + seconds:
+        if host[name] > ahead * clock.flush_seconds + seconds:
             results[name]["waits"] = True
     return results, sampled
+
+
+def _launch_seconds(call) -> float:
+    """The host's time for a call while the device has nothing else to do."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin

@@ -1,15 +1,22 @@
 // Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
-// JSON.
-//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic]
+// JSON. With "once" one step warms up and none is looked at by operator: for steps of a minute.
+//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] [pointwise|block]
+//       [processes=N]
+// ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
+#include <memory>
+#include <optional>
 #include <nlohmann/json.hpp>
 
+#include "gpt/distributed/data_parallel.hpp"
+#include "gpt/distributed/spawn.hpp"
+#include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
+#include "gpt/step_graphs.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt {
@@ -32,9 +39,9 @@ Shape shape_of(const std::string& name) {
     return found->second;
 }
 
-Batch random_batch(int64_t seqlen, int64_t rows) {
+Batch random_batch(int64_t seqlen, int64_t rows, int rank) {
     Batch batch;
-    Random random(1);
+    Random random(1, static_cast<uint64_t>(rank));
     for (int64_t i = 0; i < seqlen * rows; ++i) {
         if (i % seqlen == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(i));
         batch.tokens.push_back(static_cast<int32_t>(random.below(kVocab)));
@@ -50,85 +57,171 @@ double flops_of_step(const ModelConfig& c, int64_t seqlen, int64_t tokens, doubl
     return static_cast<double>(tokens) * (6.0 * static_cast<double>(c.num_parameters()) + attention_share * attention);
 }
 
+nlohmann::ordered_json row_of(const OpTimes::Entry& e, OpKind kind, double steps, double peak) {
+    // Causal attention does half of what is counted.
+    const double flops = e.flops * (kind == OpKind::attention ? 0.5 : 1.0);
+    const double bound = flops / peak + e.bytes / kCopyBytesPerSecond;
+    return {{"milliseconds", 1e3 * e.seconds / steps},
+            {"calls", static_cast<double>(e.calls) / steps},
+            {"tflops_per_second", 1e-12 * flops / e.seconds},
+            {"terabytes_per_second", 1e-12 * e.bytes / e.seconds},
+            {"bound_over_time", bound / e.seconds}};
+}
+
 nlohmann::ordered_json operator_table(OpTimes& times, double steps, double peak) {
     nlohmann::ordered_json out;
-    for (int kind = 0; kind < static_cast<int>(OpKind::count); ++kind) {
-        const OpTimes::Entry& e = times[static_cast<OpKind>(kind)];
-        if (e.calls == 0) continue;
-        // Causal attention does half of what is counted.
-        const double flops = e.flops * (static_cast<OpKind>(kind) == OpKind::attention ? 0.5 : 1.0);
-        const double bound = flops / peak + e.bytes / kCopyBytesPerSecond;
-        out[std::string(to_string(static_cast<OpKind>(kind)))] = {{"milliseconds", 1e3 * e.seconds / steps},
-                                                                  {"calls", static_cast<double>(e.calls) / steps},
-                                                                  {"tflops_per_second", 1e-12 * flops / e.seconds},
-                                                                  {"bytes_per_second", e.bytes / e.seconds},
-                                                                  {"bound_over_time", bound / e.seconds}};
+    for (int i = 0; i < static_cast<int>(OpKind::count); ++i) {
+        const auto kind = static_cast<OpKind>(i);
+        if (times[kind].calls > 0) out[std::string(to_string(kind))] = row_of(times[kind], kind, steps, peak);
     }
     return out;
 }
 
-int run_bench(int argc, char** argv) {
-    const std::string name = argv[1];
-    const int64_t seqlen = std::atoll(argv[2]), rows = std::atoll(argv[3]), steps = std::atoll(argv[4]);
-    const Shape shape = shape_of(name);
-    const ModelConfig config = gpt2_config(shape.layers, shape.hidden, shape.heads, seqlen, kVocab);
+/// The same by part, and products by shape.
+nlohmann::ordered_json part_table(const OpTimes& times, double steps, double peak) {
+    nlohmann::ordered_json out;
+    for (const auto& [part, entry] : times.parts) {
+        const auto& [kind, name, in, columns] = part;
+        std::string label = std::string(to_string(kind)) + " " + std::string(name);
+        if (in > 0) label += " " + std::to_string(in) + "->" + std::to_string(columns);
+        out[label] = row_of(entry, kind, steps, peak);
+    }
+    return out;
+}
+
+/// What each product took when its algorithm was chosen, alone on the machine.
+nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
+    constexpr const char* kEpilogues[] = {"", "bias", "gelu, aux, bias", "gelu, aux", "dgelu", "sums of b"};
+    auto out = nlohmann::ordered_json::array();
+    for (const auto& [call, milliseconds] : gemm.measured())
+        out.push_back({{"m", call.m},
+                       {"n", call.n},
+                       {"k", call.k},
+                       {"transposed", std::string(call.transpose_a ? "T" : "N") + (call.transpose_b ? "T" : "N")},
+                       {"d", to_string(call.d.precision)},
+                       {"accumulate", call.accumulate},
+                       {"epilogue", kEpilogues[static_cast<int>(call.epilogue)]},
+                       {"milliseconds", milliseconds},
+                       {"tflops_per_second", 2e-9 * static_cast<double>(call.m * call.n) * static_cast<double>(call.k) / milliseconds}});
+    return out;
+}
+
+struct Arguments {
+    std::string model = "1.3B";
+    int64_t seqlen = 2048, rows = 8, steps = 10;
+    bool deterministic = false, graph = true, once = false;
+    Precision moments = Precision::bf16;
+    Recompute recompute = Recompute::none;
+    int processes = 1;
+};
+
+Arguments parse(int argc, char** argv) {
+    Arguments a{.model = argv[1], .seqlen = std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
+    for (int i = 5; i < argc; ++i) {
+        const std::string option = argv[i];
+        if (option == "deterministic") a.deterministic = true;
+        else if (option == "no-graph") a.graph = false;
+        else if (option == "once") a.once = true;
+        else if (option == "fp32-moments") a.moments = Precision::fp32;
+        else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
+        else a.recompute = recompute_from_string(option);
+    }
+    return a;
+}
+
+int run_bench(const Arguments& a) {
+    const Launch launch = read_launch();
+    if (a.processes > launch.size) return run_as_processes(a.processes);
+    const std::unique_ptr<ProcessGroup> group = join_group(launch);
+    if (group) cuda::choose_gpu(*group);
+    const Shape shape = shape_of(a.model);
+    const ModelConfig config = gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
     Backend backend(Device::cuda);
     Exec& exec = backend.exec();
-    exec.deterministic = argc > 5 && std::strcmp(argv[5], "deterministic") == 0;
+    exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
-    const Weights weights(config, backend.memory(), Precision::bf16);
+    const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
     {
         const ParameterArena fresh(weights.layout);
         initialize(weights.layout, config, 1, fresh);
         weights.values.copy_from(fresh);
     }
     narrow_values(backend, weights);
-    Model model(weights, backend, {.max_rows = seqlen * rows});
-    const OptimizerOptions options;
-    Optimizer optimizer(weights.layout, options, backend.memory());
-    const Batch batch = random_batch(seqlen, rows);
-    const auto tokens = static_cast<int64_t>(batch.tokens.size());
+    const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .device = Device::cuda,
+                                     .precision = Precision::bf16, .moments = a.moments, .processes = launch.size};
+    Model model(weights, backend, model_options);
+    std::optional<Optimizer> optimizer;
+    std::unique_ptr<DataParallel> parallel;
+    if (group)
+        parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{}, a.moments);
+    else
+        optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
+    StepGraphs graphs(backend);
+    const std::vector<Batch> batches{random_batch(a.seqlen, a.rows, launch.rank)};
+    const int64_t tokens = launch.size * static_cast<int64_t>(batches.front().tokens.size());
 
     int64_t number = 0;
     double loss = 0.0;
+    const auto prepare = [&] { model.prepare(batches, 1.0f / static_cast<float>(tokens)); };
+    const auto enqueue = [&] {
+        model.passes(parallel.get());
+        parallel ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
+    };
+    // As the trainer does it: the next batch is written while the GPU works.
+    prepare();
     const auto step = [&] {
-        model.clear_gradients();
-        model.accumulate(batch, 1.0f / static_cast<float>(tokens));
-        optimizer.apply(exec, weights, model.gradients(), ++number, 1e-4f);
+        model.begin_step();
+        ++number;
+        parallel ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
+        a.graph ? graphs.run(model.step_shape(), enqueue) : enqueue();
+        prepare();
+        parallel ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
-    for (int i = 0; i < 3; ++i) step();
+    for (int i = 0; i < (a.once ? 1 : 3); ++i) step();
     std::vector<double> seconds;
-    for (int64_t i = 0; i < steps; ++i) {
+    for (int64_t i = 0; i < a.steps; ++i) {
         const auto start = std::chrono::steady_clock::now();
         step();
         seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
+    const size_t peak_memory = free_before - backend.runtime().free_bytes();
     exec.times = times;
-    constexpr int kProfiled = 3;
+    const int num_profiled = a.once ? 0 : 3;
     backend.times().clear();
-    for (int i = 0; i < kProfiled; ++i) step();
+    for (int i = 0; i < num_profiled; ++i) step();
+    OpTimes& profiled = backend.times();
+    if (group && !group->leads()) return 0;
 
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2], peak = backend.peak(Precision::bf16);
-    const double flops = flops_of_step(config, seqlen, tokens, 1.0), causal = flops_of_step(config, seqlen, tokens, 0.5);
-    const nlohmann::ordered_json out{{"model", name},
+    const double flops = flops_of_step(config, a.seqlen, tokens, 1.0), causal = flops_of_step(config, a.seqlen, tokens, 0.5);
+    const nlohmann::ordered_json out{{"model", a.model},
                                      {"gpu", backend.runtime().name()},
+                                     {"cublaslt", exec.gemm->version()},
                                      {"parameters", config.num_parameters()},
-                                     {"seqlen", seqlen},
-                                     {"rows", rows},
-                                     {"deterministic", exec.deterministic},
+                                     {"seqlen", a.seqlen},
+                                     {"rows", a.rows},
+                                     {"processes", launch.size},
+                                     {"communication", parallel ? parallel->communicator().name() : ""},
+                                     {"deterministic", a.deterministic},
+                                     {"graph", a.graph},
+                                     {"moments", to_string(a.moments)},
+                                     {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
                                      {"seconds_min", seconds.front()},
                                      {"tokens_per_second", static_cast<double>(tokens) / median},
                                      {"tflops_per_second", 1e-12 * flops / median},
-                                     {"mfu", flops / median / peak},
+                                     {"mfu", flops / median / (peak * launch.size)},
                                      {"tflops_per_second_causal_halved", 1e-12 * causal / median},
-                                     {"peak_memory_bytes", free_before - backend.runtime().free_bytes()},
+                                     {"peak_memory_bytes", peak_memory},
+                                     {"planned_memory_bytes", plan_memory(config, model_options).total()},
                                      {"loss", loss},
-                                     {"operators", operator_table(backend.times(), kProfiled, peak)}};
+                                     {"operators", operator_table(profiled, num_profiled, peak)},
+                                     {"parts", part_table(profiled, num_profiled, peak)},
+                                     {"products", product_table(*exec.gemm)}};
     std::printf("%s\n", out.dump(2).c_str());
     return 0;
 }
@@ -139,11 +232,12 @@ int run_bench(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] "
+                     "[pointwise|block] [processes=N]\n", argv[0]);
         return 2;
     }
     try {
-        return strobe::gpt::run_bench(argc, argv);
+        return strobe::gpt::run_bench(strobe::gpt::parse(argc, argv));
     } catch (const std::exception& e) {
         std::fprintf(stderr, "%s\n", e.what());
         return 1;

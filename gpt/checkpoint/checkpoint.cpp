@@ -165,14 +165,14 @@ bool Checkpoint::has_tokenizer() const {
     return fs::exists(folder_ / "tokenizer.json") || fs::exists(folder_ / "vocab.json");
 }
 
-void Checkpoint::read_values(const ParameterArena& values) const { weights_.read(layout_, values); }
+void Checkpoint::read_values(const ParameterLayout& layout, const ParameterArena& values) const { weights_.read(layout, values); }
 
-void Checkpoint::read_moments(const ParameterArena& first, const ParameterArena& second) const {
+void Checkpoint::read_moments(const ParameterLayout& layout, const ParameterArena& first, const ParameterArena& second) const {
     const WeightFiles moments = WeightFiles::single(folder_ / kOptimizerFile);
-    moments.check(layout_, kFirstMoment);
-    moments.check(layout_, kSecondMoment);
-    moments.read(layout_, first, kFirstMoment);
-    moments.read(layout_, second, kSecondMoment);
+    moments.check(layout, kFirstMoment);
+    moments.check(layout, kSecondMoment);
+    moments.read(layout, first, kFirstMoment);
+    moments.read(layout, second, kSecondMoment);
 }
 
 }  // namespace strobe::gpt

@@ -85,9 +85,12 @@ public:
     bool has_tokenizer() const;
     Tokenizer tokenizer() const { return Tokenizer::load(folder_); }
 
-    void read_values(const ParameterArena& values) const;
+    /// Into an arena of `layout`, which is of this config, for any number of shards; without one, of layout().
+    void read_values(const ParameterLayout& layout, const ParameterArena& values) const;
+    void read_values(const ParameterArena& values) const { read_values(layout_, values); }
     /// Throws FileError where there are none.
-    void read_moments(const ParameterArena& first, const ParameterArena& second) const;
+    void read_moments(const ParameterLayout& layout, const ParameterArena& first, const ParameterArena& second) const;
+    void read_moments(const ParameterArena& first, const ParameterArena& second) const { read_moments(layout_, first, second); }
 
 private:
     std::filesystem::path folder_;

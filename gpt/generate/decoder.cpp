@@ -11,16 +11,21 @@ namespace strobe::gpt {
 
 namespace {
 
-constexpr int64_t kChunk = 256;  // prompt tokens read at a time
+// A GPU is told a round number of keys, at most the capacity, and finds the true one in memory: single tokens are then calls with
+// the same arguments, which it records.
+constexpr int64_t kKeysStep = 2048;
+
+/// Prompt tokens read at a time: what stays in a CPU's cache, what fills a GPU.
+int64_t chunk_of(Device device) { return device == Device::cpu ? 256 : 2048; }
 
 }  // namespace
 
 Decoder::Decoder(const Weights& weights, Backend& backend, int64_t capacity)
-    : weights_(weights), config_(weights.config), backend_(backend), exec_(backend.exec()), capacity_(capacity) {
+    : weights_(weights), config_(weights.config), backend_(backend), exec_(backend.exec()), capacity_(capacity), graphs_(backend) {
     if (capacity < 1 || capacity > config_.context_length)
         throw std::invalid_argument(
             fmt::format("decoder: capacity is {}, must be between 1 and the model's context of {}", capacity, config_.context_length));
-    const int64_t chunk = std::min(kChunk, capacity);
+    const int64_t chunk = std::min(chunk_of(backend.device()), capacity);
     const int64_t up = (config_.architecture == Architecture::llama ? 2 : 1) * config_.ffn_size;
     const Precision precision = weights.precision;
     ArenaPlan plan;
@@ -67,7 +72,7 @@ std::span<const float> Decoder::feed(std::span<const int32_t> tokens) {
         if (token < 0 || token >= config_.vocab_size)
             throw std::invalid_argument(fmt::format("decoder: token {} is outside the vocabulary of {}", token, config_.vocab_size));
     while (!tokens.empty()) {
-        const size_t count = std::min(tokens.size(), static_cast<size_t>(kChunk));
+        const size_t count = std::min(tokens.size(), static_cast<size_t>(chunk_of(exec_.device)));
         feed_chunk(tokens.first(count));
         tokens = tokens.subspan(count);
     }
@@ -98,6 +103,9 @@ void Decoder::feed_chunk(std::span<const int32_t> tokens) {
     const int32_t* positions = tokens_there + rows;
     const int32_t* cu_seqlens = positions + rows;
 
+    const bool recorded = rows == 1 && backend_.device() != Device::cpu;
+    const int64_t told_keys = recorded ? std::min(capacity_, (keys + kKeysStep - 1) / kKeysStep * kKeysStep) : keys;
+
     const auto norm = [&](Buffer x, Buffer branch, int64_t count, int weight, int bias) {
         run(exec_, NormForward{.kind = gpt2 ? NormKind::layernorm : NormKind::rmsnorm, .rows = count, .hidden = hidden,
                                .eps = config_.norm_eps, .x = x, .branch = branch, .sum = x, .weight = weights_.master(weight),
@@ -108,33 +116,39 @@ void Decoder::feed_chunk(std::span<const int32_t> tokens) {
                                  .bias = weights_[bias], .y = y});
     };
 
-    run(exec_, EmbeddingForward{.rows = rows, .hidden = hidden, .tokens = tokens_there, .positions = positions,
-                                .table = weights_[layout.embedding()], .position_table = weights_[layout.positions()],
-                                .out = x_});
-    for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-        const BlockParameters& p = layout.block(layer);
-        const Cache& cache = caches_[static_cast<size_t>(layer)];
-        norm(x_, layer > 0 ? branch_ : Buffer(), rows, p.norm1_weight, p.norm1_bias);
-        linear(norm_, qkv_, rows, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size());
-        if (config_.has_rope())
-            run(exec_, Rope{.rows = rows, .heads = config_.num_heads + config_.num_heads_k, .head_dim = config_.head_dim,
-                            .row_stride = config_.qkv_size(), .x = qkv_, .positions = positions,
-                            .cos = rope_table_.at<float>(0), .sin = rope_table_.at<float>(rope_table_.size_bytes() / 2)});
-        run(exec_, CacheAppend{.rows = rows, .columns = config_.kv_size(), .stride = config_.qkv_size(), .position = length_,
-                               .k = qkv_.offset(config_.q_size()), .v = qkv_.offset(config_.q_size() + config_.kv_size()),
-                               .k_cache = cache.k, .v_cache = cache.v});
-        run(exec_, attention(cache, rows, keys, cu_seqlens));
-        linear(attn_, branch_, rows, p.proj_weight, p.proj_bias, config_.q_size(), hidden);
-        norm(x_, branch_, rows, p.norm2_weight, p.norm2_bias);
-        linear(norm_, up_, rows, p.up_weight, p.up_bias, hidden, gpt2 ? config_.ffn_size : 2 * config_.ffn_size);
-        run(exec_, ActivationForward{.kind = gpt2 ? ActivationKind::gelu : ActivationKind::swiglu, .rows = rows,
-                                     .ffn = config_.ffn_size, .x = up_, .y = act_});
-        linear(act_, branch_, rows, p.down_weight, p.down_bias, config_.ffn_size, hidden);
-    }
-    // Only the last row is asked for its successor.
-    const int64_t last = (rows - 1) * hidden;
-    norm(x_.offset(last), branch_.offset(last), 1, layout.final_norm_weight(), layout.final_norm_bias());
-    linear(norm_, logits_, 1, layout.head(), -1, hidden, config_.vocab_size);
+    const auto enqueue = [&] {
+        run(exec_, EmbeddingForward{.rows = rows, .hidden = hidden, .tokens = tokens_there, .positions = positions,
+                                    .table = weights_[layout.embedding()], .position_table = weights_[layout.positions()],
+                                    .out = x_});
+        for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+            const BlockParameters& p = layout.block(layer);
+            const Cache& cache = caches_[static_cast<size_t>(layer)];
+            norm(x_, layer > 0 ? branch_ : Buffer(), rows, p.norm1_weight, p.norm1_bias);
+            linear(norm_, qkv_, rows, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size());
+            if (config_.has_rope())
+                run(exec_, Rope{.rows = rows, .heads = config_.num_heads + config_.num_heads_k, .head_dim = config_.head_dim,
+                                .row_stride = config_.qkv_size(), .x = qkv_, .positions = positions,
+                                .cos = rope_table_.at<float>(0), .sin = rope_table_.at<float>(rope_table_.size_bytes() / 2)});
+            run(exec_, CacheAppend{.rows = rows, .columns = config_.kv_size(), .stride = config_.qkv_size(), .positions = positions,
+                                   .k = qkv_.offset(config_.q_size()), .v = qkv_.offset(config_.q_size() + config_.kv_size()),
+                                   .k_cache = cache.k, .v_cache = cache.v});
+            run(exec_, attention(cache, rows, told_keys, cu_seqlens));
+            linear(attn_, branch_, rows, p.proj_weight, p.proj_bias, config_.q_size(), hidden);
+            norm(x_, branch_, rows, p.norm2_weight, p.norm2_bias);
+            linear(norm_, up_, rows, p.up_weight, p.up_bias, hidden, gpt2 ? config_.ffn_size : 2 * config_.ffn_size);
+            run(exec_, ActivationForward{.kind = gpt2 ? ActivationKind::gelu : ActivationKind::swiglu, .rows = rows,
+                                         .ffn = config_.ffn_size, .x = up_, .y = act_});
+            linear(act_, branch_, rows, p.down_weight, p.down_bias, config_.ffn_size, hidden);
+        }
+        // Only the last row is asked for its successor.
+        const int64_t last = (rows - 1) * hidden;
+        norm(x_.offset(last), branch_.offset(last), 1, layout.final_norm_weight(), layout.final_norm_bias());
+        linear(norm_, logits_, 1, layout.head(), -1, hidden, config_.vocab_size);
+    };
+    if (recorded)
+        graphs_.run({told_keys, reinterpret_cast<int64_t>(exec_.scratch)}, enqueue);
+    else
+        enqueue();
     length_ += rows;
 }
 

@@ -4,7 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "gpt/backend.hpp"
+#include "gpt/step_graphs.hpp"
 #include "gpt/weights.hpp"
 
 namespace strobe::gpt {
@@ -45,6 +45,7 @@ private:
     float* logits_ = nullptr;       // (vocab)
     std::vector<float> answer_;     // the same in host memory
     Arena rope_table_;
+    StepGraphs graphs_;             // of single tokens
     std::unique_ptr<InputStage> inputs_;  // tokens, positions, borders of queries and keys
 };
 

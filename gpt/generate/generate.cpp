@@ -120,6 +120,7 @@ GenerateResult generate(const GenerateOptions& options, const std::function<void
     if (!checkpoint.has_tokenizer())
         throw std::invalid_argument(fmt::format("{} holds no tokenizer", checkpoint.folder().string()));
     Backend backend(options.device, options.threads);
+    backend.exec().times = nullptr;
     const Weights weights(checkpoint.config(), backend.memory(), options.precision);
     fill_by_host(weights.layout, weights.values, [&](const ParameterArena& values) { checkpoint.read_values(values); });
     narrow_values(backend, weights);

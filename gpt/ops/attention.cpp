@@ -5,7 +5,7 @@
 #include <array>
 #include <span>
 
-#include "strobe/strobe.hpp"
+#include "gpt/ops/attention_device.hpp"
 
 namespace strobe::gpt {
 
@@ -15,10 +15,8 @@ namespace {
 /// are faster schedules.
 class Views {
 public:
-    Views(const Exec& exec, const AttentionShape& shape) : shape_(shape) {
-        if (exec.device == Device::cuda) device_.type = DeviceType::cuda;
-        dense_ = shape.uniform && exec.device == Device::cuda;
-    }
+    Views(const Exec& exec, const AttentionShape& shape)
+        : shape_(shape), device_(attention_device(exec)), dense_(shape.uniform && exec.device == Device::cuda) {}
 
     Tensor rows(Buffer data, int64_t count, int64_t heads, int64_t row_stride) const {
         const DType type = data.precision == Precision::fp32 ? DType::f32 : DType::bf16;
@@ -46,8 +44,8 @@ public:
 
 private:
     const AttentionShape& shape_;
-    strobe::Device device_{};
-    bool dense_ = false;
+    strobe::Device device_;
+    bool dense_;
 };
 
 Attention inputs(const Exec& e, const AttentionForward& a) {

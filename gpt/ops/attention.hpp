@@ -44,11 +44,11 @@ size_t attention_workspace_bytes(const Exec& exec, const AttentionBackward& atte
 void strobe_attention_forward(Exec& exec, const AttentionForward& attention);
 void strobe_attention_backward(Exec& exec, const AttentionBackward& attention);
 
-/// k and v, columns of a packed projection, go to rows [position, position + rows) of a cache.
+/// k and v, columns of a packed projection, go to the rows `positions` of a cache.
 struct CacheAppend {
     int64_t rows, columns;  // columns: num_heads_k * head_dim
     int64_t stride;         // elements from row to row of k and v
-    int64_t position;
+    const int32_t* positions;  // (rows), in memory that the operator can read
     Buffer k, v;              // (rows, columns) at stride
     Buffer k_cache, v_cache;  // (capacity, columns)
 };

@@ -26,10 +26,15 @@ struct RowGroups {
         int32_t begin, end;  // slots
         int32_t target;      // the table's row
     };
+    /// Lie beside the groups, not in the call: a call that is recorded does again what is there by then.
+    struct Counts {
+        int32_t pieces, merges;
+    };
     const int32_t* order = nullptr;
     const Piece* pieces = nullptr;
     const Merge* merges = nullptr;
-    int64_t num_pieces = 0, num_merges = 0, num_slots = 0;
+    const Counts* counts = nullptr;
+    int64_t max_pieces = 0, max_merges = 0;  // of any batch of so many rows
 };
 
 /// Adds into the tables' gradients. No atomics: the order of a sum depends on the tokens alone.

@@ -14,6 +14,8 @@ struct LinearForward {
     int64_t y_stride = 0;  // elements from row to row; 0: out
     /// When given (only where Ops::fuses_gelu): y = gelu(x W^T + b), and this gets what gelu was applied to.
     Buffer gelu_input{};  // (rows, out)
+    /// When given (only where Ops::fuses_residual): y = x W^T + b + residual. May be y.
+    Buffer residual{};    // (rows, out) at y_stride
 };
 
 struct LinearBackward {
@@ -22,7 +24,7 @@ struct LinearBackward {
     Buffer weight;  // (out, in)
     Buffer dy;      // (rows, out) at dy_stride
     Buffer dx;      // (rows, in), overwritten; null: not wanted
-    float* dweight; // (out, in), added to, or overwritten
+    float* dweight; // (out, in), added to, or overwritten; null: not wanted
     float* dbias;   // (out), added to, or null
     int64_t dy_stride = 0;  // 0: out
     bool overwrite = false; // dweight; dbias is added to in any case

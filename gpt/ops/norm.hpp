@@ -35,11 +35,16 @@ struct NormBackward {
     Buffer dx;       // (rows, hidden)
     float* dweight;  // (hidden)
     float* dbias;    // (hidden) or null
+    // Only where Ops::norms_again:
+    Buffer out{};           // (rows, hidden): when given, gets what the forward gave, which needs the
+    Buffer bias{};          // (hidden), fp32
+    float* dsum = nullptr;  // (hidden): when given, the sums over the rows of the new dx are added: the bias gradient of the
+                            // product whose result x is the sum with
 };
 
 /// What norm_backward needs of Exec::scratch.
 inline size_t norm_scratch_bytes(int parts, int64_t hidden) {
-    return static_cast<size_t>(2 * hidden * parts) * sizeof(float);
+    return static_cast<size_t>(3 * hidden * parts) * sizeof(float);
 }
 
 }  // namespace strobe::gpt

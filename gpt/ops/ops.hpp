@@ -33,6 +33,8 @@ struct Ops {
     void (*squared_norm)(Exec&, const SquaredNorm&);
     void (*narrow)(Exec&, const Narrow&);
     bool fuses_gelu = false;       // linear operators take gelu_input
+    bool fuses_residual = false;   // linear_forward takes residual
+    bool norms_again = false;      // norm_backward gives the norm's output and the sums of dx too
     bool uses_row_groups = false;  // embedding_backward reads the row groups, not the tokens
 };
 
@@ -48,7 +50,7 @@ void timed(Exec& e, OpKind kind, const Work& work, void (*op)(Exec&, const Args&
     }
     const auto start = std::chrono::steady_clock::now();
     op(e, args);
-    (*e.times)[kind].add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), work);
+    e.times->add(kind, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), work);
 }
 
 /// Bytes of so many passes over (rows, columns).
@@ -69,34 +71,36 @@ inline double attention_flops(const AttentionShape& s) {
 }  // namespace detail
 
 inline void run(Exec& e, const EmbeddingForward& a) {
-    const Work work{.bytes = detail::pass_bytes(a.position_table ? 3 : 2, a.rows, a.hidden, a.out)};
+    const Work work{.bytes = detail::pass_bytes(a.position_table ? 3 : 2, a.rows, a.hidden, a.out), .part = "forward"};
     detail::timed(e, OpKind::embedding, work, e.ops->embedding_forward, a);
 }
 inline void run(Exec& e, const EmbeddingBackward& a) {
-    const Work work{.bytes = detail::pass_bytes(a.dposition_table ? 2 : 1, a.rows, a.hidden, a.dout)};
+    const Work work{.bytes = detail::pass_bytes(a.dposition_table ? 2 : 1, a.rows, a.hidden, a.dout), .part = "backward"};
     detail::timed(e, OpKind::embedding, work, e.ops->embedding_backward, a);
 }
 inline void run(Exec& e, const NormForward& a) {
-    const Work work{.bytes = detail::pass_bytes(a.branch ? 4 : 2, a.rows, a.hidden, a.x)};
+    const Work work{.bytes = detail::pass_bytes(a.branch ? 4 : 2, a.rows, a.hidden, a.x), .part = "forward"};
     detail::timed(e, OpKind::norm, work, e.ops->norm_forward, a);
 }
 inline void run(Exec& e, const NormBackward& a) {
-    const Work work{.bytes = detail::pass_bytes(4, a.rows, a.hidden, a.x)};
+    const Work work{.bytes = detail::pass_bytes(a.out ? 5 : 4, a.rows, a.hidden, a.x), .part = "backward"};
     detail::timed(e, OpKind::norm, work, e.ops->norm_backward, a);
 }
 inline void run(Exec& e, const LinearForward& a) {
-    detail::timed(e, OpKind::linear, {.flops = detail::gemm_flops(a.rows, a.out, a.in)}, e.ops->linear_forward, a);
+    const Work work{.flops = detail::gemm_flops(a.rows, a.out, a.in), .part = "forward", .in = a.in, .out = a.out};
+    detail::timed(e, OpKind::linear, work, e.ops->linear_forward, a);
 }
 inline void run(Exec& e, const LinearBackward& a) {
-    const double products = a.dx ? 2.0 : 1.0;
-    detail::timed(e, OpKind::linear, {.flops = products * detail::gemm_flops(a.rows, a.out, a.in)}, e.ops->linear_backward, a);
+    const double products = (a.dx ? 1.0 : 0.0) + (a.dweight ? 1.0 : 0.0);
+    const Work work{.flops = products * detail::gemm_flops(a.rows, a.out, a.in), .part = "backward", .in = a.in, .out = a.out};
+    detail::timed(e, OpKind::linear, work, e.ops->linear_backward, a);
 }
 inline void run(Exec& e, const ActivationForward& a) {
-    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 2 : 3, a.rows, a.ffn, a.x)};
+    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 2 : 3, a.rows, a.ffn, a.x), .part = "forward"};
     detail::timed(e, OpKind::activation, work, e.ops->activation_forward, a);
 }
 inline void run(Exec& e, const ActivationBackward& a) {
-    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 3 : 5, a.rows, a.ffn, a.x)};
+    const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 3 : 5, a.rows, a.ffn, a.x), .part = "backward"};
     detail::timed(e, OpKind::activation, work, e.ops->activation_backward, a);
 }
 inline void run(Exec& e, const Rope& a) {
@@ -104,24 +108,26 @@ inline void run(Exec& e, const Rope& a) {
     detail::timed(e, OpKind::rope, work, e.ops->rope, a);
 }
 inline void run(Exec& e, const AttentionForward& a) {
-    detail::timed(e, OpKind::attention, {.flops = detail::attention_flops(a.shape)}, e.ops->attention_forward, a);
+    detail::timed(e, OpKind::attention, {.flops = detail::attention_flops(a.shape), .part = "forward"}, e.ops->attention_forward, a);
 }
 inline void run(Exec& e, const AttentionBackward& a) {
-    detail::timed(e, OpKind::attention, {.flops = 2.0 * detail::attention_flops(a.forward.shape)}, e.ops->attention_backward, a);
+    detail::timed(e, OpKind::attention, {.flops = 2.0 * detail::attention_flops(a.forward.shape), .part = "backward"},
+                  e.ops->attention_backward, a);
 }
-inline void run(Exec& e, const CacheAppend& a) { detail::timed(e, OpKind::attention, {}, e.ops->cache_append, a); }
+inline void run(Exec& e, const CacheAppend& a) { detail::timed(e, OpKind::attention, {.part = "append"}, e.ops->cache_append, a); }
 inline void run(Exec& e, const CrossEntropy& a) {
-    const Work work{.bytes = detail::pass_bytes(a.gradient_scale ? 2 : 1, a.rows, a.vocab, a.logits)};
+    const Work work{.bytes = detail::pass_bytes(a.gradient_scale ? 2 : 1, a.rows, a.vocab, a.logits), .part = "loss"};
     detail::timed(e, OpKind::cross_entropy, work, e.ops->cross_entropy, a);
 }
-inline void run(Exec& e, const LossSum& a) { detail::timed(e, OpKind::cross_entropy, {}, e.ops->loss_sum, a); }
-inline void run(Exec& e, const Narrow& a) { detail::timed(e, OpKind::optimizer, {}, e.ops->narrow, a); }
+inline void run(Exec& e, const LossSum& a) { detail::timed(e, OpKind::cross_entropy, {.part = "sum"}, e.ops->loss_sum, a); }
+inline void run(Exec& e, const Narrow& a) { detail::timed(e, OpKind::optimizer, {.part = "narrow"}, e.ops->narrow, a); }
 inline void run(Exec& e, const AdamW& a) {
-    const double per_number = 7.0 * sizeof(float) + (a.narrow ? static_cast<double>(size_of(a.narrow.precision)) : 0.0);
-    detail::timed(e, OpKind::optimizer, {.bytes = per_number * static_cast<double>(a.size)}, e.ops->adamw, a);
+    const double per_number = 3.0 * sizeof(float) + 4.0 * static_cast<double>(size_of(a.m.precision)) +
+                              (a.narrow ? static_cast<double>(size_of(a.narrow.precision)) : 0.0);
+    detail::timed(e, OpKind::optimizer, {.bytes = per_number * static_cast<double>(a.size), .part = "adamw"}, e.ops->adamw, a);
 }
 inline void run(Exec& e, const SquaredNorm& a) {
-    const Work work{.bytes = sizeof(float) * static_cast<double>(a.size)};
+    const Work work{.bytes = sizeof(float) * static_cast<double>(a.size), .part = "norm"};
     detail::timed(e, OpKind::optimizer, work, e.ops->squared_norm, a);
 }
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "gpt/tests/numeric.hpp"
@@ -126,6 +127,23 @@ TEST_P(ModelTest, accumulated_batches_add_up) {
     model.forward_backward(half(16), 1.0f);
     const auto actual = model.gradients().all();
     for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(actual[i], expected[i], 1e-4 * std::abs(expected[i]) + 1e-4);
+}
+
+TEST_P(ModelTest, a_prepared_step_is_the_sum_of_its_batches) {
+    const std::vector<Batch> batches{random_batch(config, {16, 3}, 13), random_batch(config, {7, 16}, 15)};
+    Model model(weights, backend, {.max_rows = 64}), twice(weights, backend, {.max_rows = 64});
+    twice.clear_gradients();
+    for (const Batch& batch : batches) model.accumulate(batch, 0.5f);
+    const double expected = model.take_loss();
+    for (int i = 0; i < 2; ++i) {
+        twice.prepare(batches, 0.5f);
+        // Whatever comes between leaves the prepared batches alone.
+        twice.loss(random_batch(config, {16}, 99));
+        twice.begin_step();
+        twice.passes();
+        EXPECT_EQ(twice.take_loss(), expected);
+        EXPECT_TRUE(std::ranges::equal(twice.gradients().all(), model.gradients().all()));
+    }
 }
 
 TEST_P(ModelTest, a_step_repeats_bit_for_bit) {

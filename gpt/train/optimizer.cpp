@@ -9,21 +9,6 @@
 
 namespace strobe::gpt {
 
-namespace {
-
-std::vector<AdamWSegment> segments_of(const ParameterLayout& layout) {
-    std::vector<AdamWSegment> segments;
-    for (const Parameter& p : layout.list()) {
-        if (!segments.empty() && segments.back().decay == p.decay)
-            segments.back().size = p.offset + p.size - segments.back().offset;
-        else
-            segments.push_back({p.offset, p.size, p.decay});
-    }
-    return segments;
-}
-
-}  // namespace
-
 void OptimizerOptions::validate() const {
     const auto require = [](bool good, const char* field, double value, const char* range) {
         if (!good) throw std::invalid_argument(fmt::format("{} is {}, must be {}", field, value, range));
@@ -46,27 +31,45 @@ float learning_rate_at(const OptimizerOptions& o, int64_t step, int64_t total_st
     return static_cast<float>(o.learning_rate * (o.final_fraction + (1.0 - o.final_fraction) * cosine));
 }
 
-Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory)
-    : options_(options), m_(layout, memory), v_(layout, memory), squared_norm_(sizeof(double), memory) {
+Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory, Precision moments)
+    : options_(options),
+      m_(layout, memory, moments),
+      v_(layout, memory, moments),
+      squared_norm_(sizeof(double), memory),
+      rates_(sizeof(AdamWRates), memory) {
     options.validate();
-    const std::vector<AdamWSegment> segments = segments_of(layout);
-    num_segments_ = segments.size();
-    segments_ = Arena(num_segments_ * sizeof(AdamWSegment), memory);
-    memory.copy(segments_.at<void>(0), segments.data(), segments_.size_bytes());
+    const int64_t matrices = layout.matrices_begin();
+    const AdamWSegment segments[] = {{0, matrices, false}, {matrices, layout.arena_elements() - matrices, true}};
+    num_segments_ = std::size(segments);
+    segments_ = Arena(sizeof segments, memory);
+    memory.copy(segments_.at<void>(0), segments, sizeof segments);
 }
 
-double Optimizer::apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate) {
+void Optimizer::set_rates(int64_t step, float learning_rate) {
+    const AdamWRates rates = adamw_rates(learning_rate, options_.beta1, options_.beta2, options_.weight_decay, step);
+    m_.memory().put(rates_.at<void>(0), &rates, sizeof rates);
+}
+
+void Optimizer::update(Exec& exec, const Weights& weights, const ParameterArena& gradients) {
     auto* square = squared_norm_.at<double>(0);
     run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.data(), .result = square});
     run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0), num_segments_}, .size = gradients.size(),
-                    .values = weights.values.data(), .grads = gradients.data(), .m = m_.data(), .v = v_.data(),
-                    .learning_rate = learning_rate, .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
-                    .weight_decay = options_.weight_decay, .step = step,
+                    .values = weights.values.data(), .grads = gradients.data(), .m = m_.buffer(), .v = v_.buffer(),
+                    .rates = rates_.at<AdamWRates>(0), .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
                     .squared_norm = options_.clip_norm > 0.0f ? square : nullptr, .clip_norm = options_.clip_norm,
                     .narrow = weights.precision == Precision::fp32 ? Buffer() : weights.all()});
-    double result = 0.0;
-    m_.memory().copy(&result, square, sizeof result);
-    return std::sqrt(result);
+}
+
+double Optimizer::gradient_norm() const {
+    double square = 0.0;
+    m_.memory().copy(&square, squared_norm_.at<double>(0), sizeof square);
+    return std::sqrt(square);
+}
+
+double Optimizer::apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate) {
+    set_rates(step, learning_rate);
+    update(exec, weights, gradients);
+    return gradient_norm();
 }
 
 }  // namespace strobe::gpt

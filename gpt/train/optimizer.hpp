@@ -27,11 +27,19 @@ float learning_rate_at(const OptimizerOptions& options, int64_t step, int64_t to
 
 class Optimizer {
 public:
-    /// The state lies in `memory`.
-    Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory = host_memory());
+    /// The state lies in `memory`; moments in bf16 are rounded stochastically.
+    Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory = host_memory(),
+              Precision moments = Precision::fp32);
 
-    /// Updates the values by the gradients; returns the gradients' norm before clipping.
+    /// Updates the values by the gradients; returns the gradients' norm before clipping. All of the following in one.
     double apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate);
+
+    /// What the next update goes by. step is 1 for the first.
+    void set_rates(int64_t step, float learning_rate);
+    /// Asks for operators on fixed memory and nothing else, so it can be part of a recording.
+    void update(Exec& exec, const Weights& weights, const ParameterArena& gradients);
+    /// Of the gradients of the last update, before clipping. Waits for it.
+    double gradient_norm() const;
 
     const ParameterArena& first_moments() const { return m_; }
     const ParameterArena& second_moments() const { return v_; }
@@ -42,6 +50,7 @@ private:
     size_t num_segments_ = 0;
     Arena segments_;
     Arena squared_norm_;
+    Arena rates_;
 };
 
 }  // namespace strobe::gpt

@@ -10,6 +10,7 @@
 #include "gpt/activations.hpp"
 #include "gpt/config.hpp"
 #include "gpt/device.hpp"
+#include "gpt/distributed/launch.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt {
@@ -23,8 +24,8 @@ struct TrainOptions {
     ModelConfig model;                // vocab_size is the tokenizer's
     std::string init;                 // checkpoint to start from; its config replaces `model`
     int64_t seqlen = 0;               // tokens of a row; 0: the model's context
-    int64_t batch_size = 16;          // rows in one pass
-    int64_t accumulate = 1;           // passes per step
+    int64_t batch_size = 16;          // rows in one pass, at most
+    int64_t accumulate = 1;           // a step has batch_size * accumulate rows, which the processes share
     int64_t steps = 1000;
     uint64_t seed = 1;
     OptimizerOptions optimizer;
@@ -32,9 +33,12 @@ struct TrainOptions {
     // The result does not depend on these, but for rounding: a checkpoint is fp32 and goes on anywhere.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
+    Precision moments = Precision::fp32;    // what AdamW's moments lie in; bf16 is rounded stochastically
     bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
+    bool graph = true;                      // cuda: steps are recorded and replayed whole
 
     // The result does not depend on these.
+    Launch launch;                    // among how many processes, and as which one; but for rounding
     std::filesystem::path out = "out/gpt";
     bool resume = false;
     bool overwrite = false;

@@ -78,6 +78,13 @@ def test_turns():
     assert list(timing.in_turn({})) == []
 
 
+def test_the_device_is_kept_busy_while_the_host_launches():
+    assert timing.flushes(host=50e-6, device=1e-3, flush=200e-6) == 1
+    for host, device in ((400e-6, 100e-6), (1e-3, 0.0), (220e-6, 60e-6), (900e-6, 700e-6)):
+        n = timing.flushes(host, device, 200e-6)
+        assert n * 200e-6 + device > host and (n == 1 or (n - 1) * 200e-6 + device <= 1.3 * host)
+
+
 def small(section="grid", **changes):
     return cases.Case(**{"section": section, "head_dim": 64, "seqlen": 128, "batch": 1, "num_heads": 2, "num_heads_k": 2, "causal": True, **changes})
 
@@ -90,8 +97,9 @@ def test_contenders_on_the_cpu():
     ours = (call(), *contenders.CONTENDERS["strobe"].gradients(call(), x))
     math = contenders.CONTENDERS["math"]
     out = math.prepare(case, x)()
-    assert measure.difference(ours, (out, *math.gradients(out, x))) < 2e-2
-    assert measure.difference(ours, (out.roll(1, dims=1), *math.gradients(out, x))) > 0.5
+    assert max(measure.differences(ours, (out, *math.gradients(out, x))).values()) < 2e-2
+    rolled = measure.differences(ours, (out.roll(1, dims=1), *math.gradients(out, x)))
+    assert rolled["out"] > 0.5 and max(rolled[what] for what in ("dq", "dk", "dv")) < 2e-2
 
 
 def test_varlen_inputs():

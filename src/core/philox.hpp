@@ -39,12 +39,16 @@ struct Dropout {
     /// block, which is what one thread of an mma.m16n8 accumulator pair holds. `row` and `col` are global positions of
     /// any one of the eight; batch_head = batch index * num_heads + head.
     STROBE_HD constexpr Philox4x32 group(uint32_t batch_head, uint32_t row, uint32_t col) const {
+        return group_at(batch_head, row_group(row), col_group(col));
+    }
+    /// The same by group numbers: 16 rows on is row_group + 8, 16 columns on col_group + 4.
+    STROBE_HD constexpr Philox4x32 group_at(uint32_t batch_head, uint32_t row_group, uint32_t col_group) const {
         const uint64_t key = seed + offset * 0x9E3779B97F4A7C15ull;
-        const uint32_t row_group = (row >> 4 << 3) | (row & 7u);
-        const uint32_t col_group = (col >> 4 << 2) | ((col & 7u) >> 1);
         return philox4x32_10({{col_group, row_group, batch_head, 0u}}, static_cast<uint32_t>(key),
                              static_cast<uint32_t>(key >> 32));
     }
+    STROBE_HD static constexpr uint32_t row_group(uint32_t row) { return (row >> 4 << 3) | (row & 7u); }
+    STROBE_HD static constexpr uint32_t col_group(uint32_t col) { return (col >> 4 << 2) | ((col & 7u) >> 1); }
 
     /// The 16 bits of one element inside its group: word = 2 * (row bit 3) + (col bit 3), half = col bit 0.
     STROBE_HD static constexpr uint32_t bits(const Philox4x32& group, uint32_t row, uint32_t col) {

@@ -11,8 +11,9 @@ enum class Direction : int { forward, backward };
 enum class MaskClass : int { full, band };       // full: only sequence ends are masked
 enum class Features : int {
     plain,
-    general,  // softcap, ALiBi, dropout, tensors of any alignment, by warp-uniform branches
-    biased,   // the same and an additive bias, whose operands cost the others a tenth of their speed
+    general,  // softcap, ALiBi, tensors of any alignment, by warp-uniform branches
+    dropout,  // the same, and always dropout, whose integer work runs under a matrix product
+    biased,   // the same, an additive bias, and dropout by a branch
 };
 
 struct Variant {

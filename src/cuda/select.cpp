@@ -30,9 +30,11 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
-    r.general = p.score.softcap > 0 || p.score.alibi_slopes || p.dropout.enabled() ||
-                !(p.score.softmax_scale > 0);
-    r.biased = static_cast<bool>(p.score.bias);
+    r.general = p.score.softcap > 0 || p.score.alibi_slopes || !(p.score.softmax_scale > 0);
+    r.dropout = p.dropout.enabled();
+    // Rows of dropout draw the bits of whole groups, which a tile holds if it starts on one.
+    const bool on_groups = !p.mask.has_positions || ((p.mask.q_position | p.mask.k_position) & 15) == 0;
+    r.biased = p.score.bias || (r.dropout && !on_groups);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
     return r;
@@ -40,8 +42,14 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
+const char* name(Features features) {
+    constexpr const char* kNames[] = {"plain", "general", "dropout", "biased"};
+    return kNames[static_cast<int>(features)];
+}
+
 Features features_wanted(const Request& request, Arch arch) {
     if (request.biased) return Features::biased;
+    if (request.dropout) return Features::dropout;
     // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
     return request.general || (arch == Arch::sm80 && !request.tma_layout) ? Features::general : Features::plain;
 }
@@ -113,7 +121,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
                               request.head_dim, request.band ? "band" : "full",
-                              request.biased ? ", bias" : request.general ? ", softcap / ALiBi / dropout" : "", device.smem_per_cta);
+                              request.biased ? ", bias" : request.dropout ? ", dropout" : request.general ? ", softcap / ALiBi" : "", device.smem_per_cta);
     }
     return best;
 }
@@ -123,7 +131,7 @@ int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_byte
 std::string to_string(const Variant& v) {
     return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps", static_cast<int>(v.arch),
                        v.direction == Direction::forward ? "forward" : "backward", name(v.dtype), v.head_dim,
-                       v.mask == MaskClass::full ? "full" : "band", v.features == Features::plain ? "plain" : v.features == Features::general ? "general" : "biased",
+                       v.mask == MaskClass::full ? "full" : "band", name(v.features),
                        v.block_m, v.block_n, v.stages, v.warps);
 }
 

@@ -24,8 +24,9 @@ struct Request {
     int head_dim = 0;        // the larger of head_dim and head_dim_v
     int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window
-    bool general = false;    // softcap, ALiBi, dropout, or a scale that is not positive
-    bool biased = false;     // an additive bias
+    bool general = false;    // softcap, ALiBi, or a scale that is not positive
+    bool dropout = false;
+    bool biased = false;     // an additive bias, or dropout at positions that no other row serves
     bool deterministic = false;
     bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
 

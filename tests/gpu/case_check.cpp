@@ -1,4 +1,4 @@
-// The case list through the public interface, and the same under compute-sanitizer.
+// The case list through the public interface, the fences around its buffers, and the same list under compute-sanitizer.
 #include <fmt/format.h>
 #include <sys/wait.h>
 
@@ -91,6 +91,20 @@ Finding check_cases(const Options& options) {
     finding.json["worst_case"] = worst_case;
     finding.json["not_served"] = refusals;
     if (passed == 0) finding.fail("no case is served");
+    return finding;
+}
+
+Finding check_fences(const Options& options) {
+    static constexpr int kStopped = 99;  // the faulty program's exit status when the device stopped at an illegal address
+    Finding finding;
+    for (const char* fault : {"fence_inside", "fence_below", "fence_beyond", "fence_write", "fence_tensor"}) {
+        const int expected = std::string(fault) == "fence_inside" ? 0 : kStopped;
+        const Outcome outcome = run_program(options.faulty_program + " " + fault);
+        if (outcome.code != expected) {
+            finding.fail(fmt::format("{}: exit status {} in place of {}: {}", fault, outcome.code, expected, last_lines(outcome.output, 500)));
+        }
+        finding.json[fault] = outcome.code == kStopped ? "stopped" : "passed";
+    }
     return finding;
 }
 

@@ -30,7 +30,7 @@ struct Part {
 
 constexpr Part kParts[] = {{"cases", check_cases},       {"races", check_races},           {"determinism", check_determinism},
                            {"graphs", check_graphs},     {"streams", check_streams},       {"companions", check_companions},
-                           {"large", check_large},       {"sanitizers", check_sanitizers}};
+                           {"large", check_large},       {"fences", check_fences},         {"sanitizers", check_sanitizers}};
 
 std::string part_names() {
     std::string names;

@@ -19,7 +19,7 @@ struct Options {
     int64_t large_seqlen = 65536;
     std::string sanitizer = "compute-sanitizer";
     int sanitizer_stride = 101;
-    std::string program;             // this program and the faulty one, for the sanitizer
+    std::string program;             // this program and the faulty one, for sanitizers and fences
     std::string faulty_program;
 };
 
@@ -40,6 +40,7 @@ Finding check_graphs(const Options& options);       // capture and replay
 Finding check_streams(const Options& options);      // two streams at once, several threads
 Finding check_companions(const Options& options);   // merging and dropout masks against the CPU's
 Finding check_large(const Options& options);        // 64k tokens, forward and backward, with its memory
+Finding check_fences(const Options& options);       // the unmapped pages around buffers stop accesses beside them, and no others
 Finding check_sanitizers(const Options& options);   // compute-sanitizer's tools, each of which must also catch a planted fault
 
 }  // namespace strobe::gpu_tests

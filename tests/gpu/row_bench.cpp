@@ -143,7 +143,8 @@ double median_ms(const Options& options, const Tensors& t, Launch launch) {
 
 /// The kernel features that --feature asks of a row.
 Features features_for(const std::string& feature) {
-    return feature == "none" ? Features::plain : feature == "bias" ? Features::biased : Features::general;
+    if (feature == "none") return Features::plain;
+    return feature == "bias" ? Features::biased : feature == "dropout" ? Features::dropout : Features::general;
 }
 
 const VariantRow* forward_for(const Variant& v, Features features) {
@@ -177,6 +178,8 @@ int run(const Options& options) {
             const std::string name = cuda::to_string(v);
             if (v.dtype != dtype || !std::regex_search(name, wanted)) continue;
             if (v.arch == Arch::sm80 && cuda::smem_bytes(v) > cuda::device_limits(0).smem_per_cta) continue;
+            const bool adds_dq = v.arch != Arch::sm80 || v.direction == Direction::forward || sm80::BackwardConfig(v).adds_dq;
+            if (!adds_dq && !options.deterministic) continue;  // a row for the deterministic mode alone
             if (options.feature != "none" && v.features != features_for(options.feature)) continue;
             if (!tensors) tensors = std::make_unique<Tensors>(dtype, options.feature == "bias");
             for (bool causal : {false, true}) {
@@ -217,7 +220,7 @@ int main(int argc, char** argv) {
     app.add_option("--seqlens", options.seqlens, "sequence lengths")->delimiter(',');
     app.add_option("--repeats", options.repeats, "timed runs, of which the median counts")->capture_default_str();
     app.add_option("--masks", options.masks, "full, causal or both")->capture_default_str();
-    app.add_option("--feature", options.feature, "softcap, alibi or dropout: general rows only; bias: biased rows only; none: all rows");
+    app.add_option("--feature", options.feature, "softcap, alibi: general rows only; dropout, bias: rows of their own; none: all rows");
     app.add_flag("--list", options.list, "print the rows and stop");
     app.add_flag("--deterministic", options.deterministic, "the backward's deterministic mode");
     CLI11_PARSE(app, argc, argv);

@@ -1,4 +1,6 @@
-"""Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without cache."""
+"""Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without cache.
+
+STROBE_DEVICE=cuda runs all of it on a GPU; STROBE_KILLS says how often a run is killed."""
 
 import fcntl
 import json
@@ -21,7 +23,7 @@ STEPS = 60
 
 OPTIONS = ["--layers", "2", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "4",
            "--steps", str(STEPS), "--warmup", "5", "--lr", "5e-3", "--accumulate", "2", "--eval-every", "20", "--save-every", "4",
-           "--threads", "2"]
+           "--threads", "2", "--device", os.environ.get("STROBE_DEVICE", "cpu")]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ TEST(Sm80Plan, EveryDeviceIsServed) {
     for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
         for (Direction direction : {Direction::forward, Direction::backward}) {
             for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-                for (Features features : {Features::plain, Features::general, Features::biased}) {
+                for (Features features : {Features::plain, Features::general, Features::dropout, Features::biased}) {
                     for (int head_dim = 1; head_dim <= 256; ++head_dim) {
                         EXPECT_TRUE(served(direction, dtype, head_dim, features, smem)) << head_dim << " in " << smem;
                     }
@@ -91,6 +91,27 @@ TEST(Sm80Plan, TheSmallestBucketThatServes) {
     row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
     ASSERT_NE(row, nullptr) << refusal;
     EXPECT_EQ(row->features, Features::general);
+    request.dropout = true;
+    row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
+    ASSERT_NE(row, nullptr) << refusal;
+    EXPECT_EQ(row->features, Features::dropout);
+    request.biased = true;
+    row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
+    ASSERT_NE(row, nullptr) << refusal;
+    EXPECT_EQ(row->features, Features::biased);
+}
+
+TEST(Sm80Plan, WarpsOfTheForwardCoverTheTiles) {
+    for (const Variant& v : kRows) {
+        if (v.arch != Arch::sm80 || v.direction != Direction::forward || v.dtype == DType::f32) continue;
+        const ForwardConfig c(v);
+        EXPECT_EQ(c.rows * v.warps, v.block_m * c.warps_of_rows);
+        EXPECT_EQ(c.m_atoms * 16, c.rows);
+        EXPECT_EQ(c.n_atoms * 8 * c.warps_of_rows, v.block_n);
+        EXPECT_EQ(c.n_atoms % 2, 0);  // ldmatrix fetches pairs
+        EXPECT_EQ(c.d_atoms * 8 * c.warps_of_rows, v.head_dim);
+        EXPECT_EQ(c.d_atoms % 2, 0);
+    }
 }
 
 TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "gpt/bf16.hpp"
 #include "gpt/ops/cpu/kernels.hpp"
 
 namespace strobe::gpt::cpu::STROBE_GPT_ISA {
@@ -14,6 +15,7 @@ struct Rates {
     float keep;              // 1 - lr * decay
     float step_size;         // lr / (1 - beta1^t)
     float inv_sqrt_bias2;    // 1 / sqrt(1 - beta2^t)
+    uint32_t noise;
 };
 
 void update(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
@@ -28,25 +30,41 @@ void update(float* __restrict w, const float* __restrict g, float* __restrict m,
     }
 }
 
+/// Moments in bf16. The update itself uses them before they are rounded. `first` is the element that the pointers point at.
+void update_narrow(float* __restrict w, const float* __restrict g, uint16_t* __restrict m, uint16_t* __restrict v, int64_t n,
+                   int64_t first, const Rates& rates) {
+    const Rates k = rates;
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * k.grad_scale;
+        const float mean = k.beta1 * widen_bf16(m[i]) + (1.0f - k.beta1) * grad;
+        const float square = k.beta2 * widen_bf16(v[i]) + (1.0f - k.beta2) * grad * grad;
+        const uint32_t noise = adamw_noise(first + i, k.noise);
+        m[i] = round_bf16_randomly(mean, noise);
+        v[i] = round_bf16_randomly(square, noise >> 16);
+        w[i] = k.keep * w[i] - k.step_size * mean / (std::sqrt(square) * k.inv_sqrt_bias2 + k.eps);
+    }
+}
+
 }  // namespace
 
 void adamw(Exec& e, const AdamW& a) {
-    const double bias1 = 1.0 - std::pow(static_cast<double>(a.beta1), static_cast<double>(a.step));
-    const double bias2 = 1.0 - std::pow(static_cast<double>(a.beta2), static_cast<double>(a.step));
     float grad_scale = 1.0f;
     if (a.squared_norm) {
         const double norm = std::sqrt(*a.squared_norm);
         if (norm > static_cast<double>(a.clip_norm)) grad_scale = static_cast<float>(static_cast<double>(a.clip_norm) / (norm + 1e-6));
     }
-    Rates rates{a.beta1, a.beta2, a.eps, grad_scale, 1.0f, static_cast<float>(a.learning_rate / bias1),
-                static_cast<float>(1.0 / std::sqrt(bias2))};
+    const Rates rates{a.beta1, a.beta2, a.eps, grad_scale, 1.0f, a.rates->step_size, a.rates->inv_sqrt_bias2, a.rates->noise};
     e.team->ranges(a.size, kGrain, [&](int64_t begin, int64_t end, int) {
         Rates mine = rates;
         for (const AdamWSegment& s : a.segments) {
             const int64_t from = std::max(begin, s.offset), to = std::min(end, s.offset + s.size);
             if (from >= to) continue;
-            mine.keep = s.decay ? 1.0f - a.learning_rate * a.weight_decay : 1.0f;
-            update(a.values + from, a.grads + from, a.m + from, a.v + from, to - from, mine);
+            mine.keep = s.decay ? a.rates->keep : 1.0f;
+            if (a.m.precision == Precision::fp32)
+                update(a.values + from, a.grads + from, a.m.f32() + from, a.v.f32() + from, to - from, mine);
+            else
+                update_narrow(a.values + from, a.grads + from, static_cast<uint16_t*>(a.m.data) + from,
+                              static_cast<uint16_t*>(a.v.data) + from, to - from, from, mine);
         }
     });
 }
@@ -70,7 +88,7 @@ void squared_norm(Exec& e, const SquaredNorm& a) {
             sums[b] = total;
         }
     });
-    *a.result = 0.0;
+    if (!a.add) *a.result = 0.0;
     for (const double sum : sums) *a.result += sum;
 }
 

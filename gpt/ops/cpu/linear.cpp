@@ -30,7 +30,7 @@ void sum_rows(Exec& e, const float* dy, int64_t rows, int64_t columns, int64_t s
 }  // namespace
 
 void linear_forward(Exec& e, const LinearForward& a) {
-    if (a.gelu_input) throw std::invalid_argument("linear: the cpu does not fuse gelu");
+    if (a.gelu_input || a.residual) throw std::invalid_argument("linear: the cpu fuses neither gelu nor a residual");
     const int64_t y_stride = a.y_stride > 0 ? a.y_stride : a.out;
     const float* x = a.x.f32();
     const float* weight = a.weight.f32();
@@ -68,6 +68,7 @@ void linear_backward(Exec& e, const LinearBackward& a) {
                         dy + begin * dy_stride, as_int(dy_stride), weight, as_int(a.in), 0.0f, dx + begin * a.in, as_int(a.in));
         });
     }
+    if (!a.dweight) return;
     const float* x = a.x.f32();
     e.team->ranges(a.out, kRowGrain, [&](int64_t begin, int64_t end, int) {
         cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.rows), 1.0f,

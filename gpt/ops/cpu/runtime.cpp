@@ -26,11 +26,13 @@ public:
     std::byte* allocate(size_t bytes) override { return host_memory().allocate(bytes); }
     void release(std::byte* data) noexcept override { host_memory().release(data); }
     void copy(void* to, const void* from, size_t bytes) override { host_memory().copy(to, from, bytes); }
+    void put(void* to, const void* from, size_t bytes) override { host_memory().put(to, from, bytes); }
     void zero(void* data, size_t bytes) override { host_memory().zero(data, bytes); }
     bool on_host() const override { return true; }
 
     std::unique_ptr<InputStage> make_stage(size_t bytes) override { return std::make_unique<HostStage>(bytes); }
     void synchronize() override {}
+    std::unique_ptr<Recording> record(const std::function<void()>&) override { return nullptr; }
     void equip(Exec& exec) override {
         exec.ops = &cpu::table();
         exec.parts = exec.team->size();

@@ -40,8 +40,8 @@ const Ops& table() { return best_cpu_table(); }
 
 void cache_append(Exec&, const CacheAppend& a) {
     for (int64_t r = 0; r < a.rows; ++r) {
-        std::copy_n(a.k.f32() + r * a.stride, a.columns, a.k_cache.f32() + (a.position + r) * a.columns);
-        std::copy_n(a.v.f32() + r * a.stride, a.columns, a.v_cache.f32() + (a.position + r) * a.columns);
+        std::copy_n(a.k.f32() + r * a.stride, a.columns, a.k_cache.f32() + a.positions[r] * a.columns);
+        std::copy_n(a.v.f32() + r * a.stride, a.columns, a.v_cache.f32() + a.positions[r] * a.columns);
     }
 }
 

@@ -78,6 +78,18 @@ struct alignas(N * sizeof(T)) Vector {
     }
 };
 
+/// N numbers of fp32 from an address that is a multiple of theirs, four at a time: one at a time a warp whose lanes read N numbers
+/// each would touch every line N times.
+template <int N>
+__device__ void load_floats(const float* p, float (&x)[N]) {
+    static_assert(N % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(p + i);
+        x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+    }
+}
+
 template <class T>
 constexpr int kVectorSize = 16 / sizeof(T);
 

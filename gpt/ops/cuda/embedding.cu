@@ -30,6 +30,7 @@ __global__ void forward_kernel(int64_t hidden, const int32_t* tokens, const int3
 template <class T, int N>
 __global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, float* dtable, float* partial) {
     using V = Vector<T, N>;
+    if (static_cast<int>(blockIdx.x) >= groups.counts->pieces) return;
     const RowGroups::Piece piece = groups.pieces[blockIdx.x];
     const int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * N;
     if (c >= hidden) return;
@@ -48,6 +49,7 @@ __global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, f
 
 // A block per row of the table that has several pieces, and stretch of columns.
 __global__ void merges_kernel(int64_t hidden, RowGroups groups, const float* partial, float* dtable) {
+    if (static_cast<int>(blockIdx.x) >= groups.counts->merges) return;
     const RowGroups::Merge merge = groups.merges[blockIdx.x];
     const int64_t c = int64_t(blockIdx.y) * kThreads + threadIdx.x;
     if (c >= hidden) return;
@@ -59,12 +61,10 @@ __global__ void merges_kernel(int64_t hidden, RowGroups groups, const float* par
 template <class T, int N>
 void add_groups(Exec& e, int64_t hidden, const RowGroups& groups, const T* dout, float* dtable) {
     auto* partial = static_cast<float*>(e.scratch);
-    const dim3 grid(static_cast<unsigned>(groups.num_pieces), blocks_for(hidden, kThreads * N));
+    const dim3 grid(static_cast<unsigned>(groups.max_pieces), blocks_for(hidden, kThreads * N));
     pieces_kernel<T, N><<<grid, kThreads, 0, stream_of(e)>>>(hidden, groups, dout, dtable, partial);
-    if (groups.num_merges > 0) {
-        const dim3 merge_grid(static_cast<unsigned>(groups.num_merges), blocks_for(hidden, kThreads));
-        merges_kernel<<<merge_grid, kThreads, 0, stream_of(e)>>>(hidden, groups, partial, dtable);
-    }
+    const dim3 merge_grid(static_cast<unsigned>(groups.max_merges), blocks_for(hidden, kThreads));
+    merges_kernel<<<merge_grid, kThreads, 0, stream_of(e)>>>(hidden, groups, partial, dtable);
     check_launch("embedding_backward");
 }
 

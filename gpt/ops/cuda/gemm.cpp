@@ -4,11 +4,14 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <bit>
+#include <cctype>
 #include <cstdlib>
 #include <stdexcept>
 
 #include <fmt/format.h>
 
+#include "gpt/data/dataset.hpp"
 #include "gpt/ops/cuda/noise.hpp"
 
 namespace strobe::gpt::cuda {
@@ -16,7 +19,7 @@ namespace strobe::gpt::cuda {
 namespace {
 
 constexpr size_t kWorkspaceBytes = size_t{64} << 20;
-constexpr int kCandidates = 8;
+constexpr int kCandidates = 16;
 constexpr int kTimedRuns = 3;
 
 void check(cudaError_t status, const char* what) {
@@ -41,6 +44,12 @@ void* open_library() {
         if (void* handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
     throw std::invalid_argument(fmt::format("device cuda: {} is not found; install cuBLAS {} or name its file in STROBE_CUBLASLT",
                                             soname, CUBLAS_VER_MAJOR));
+}
+
+/// "cublaslt-nvidia-h100-80gb-hbm3-13.0.2.txt"
+std::filesystem::path choices_file(std::string device, const std::string& version) {
+    for (char& c : device) c = std::isalnum(static_cast<unsigned char>(c)) ? static_cast<char>(std::tolower(c)) : '-';
+    return default_cache_folder() / fmt::format("cublaslt-{}-{}.txt", device, version);
 }
 
 cudaDataType_t type_of(Precision p) { return p == Precision::fp32 ? CUDA_R_32F : CUDA_R_16BF; }
@@ -86,6 +95,7 @@ struct Gemm::Library {
         STROBE_GPT_LOAD(cublasLtDestroy);
         STROBE_GPT_LOAD(cublasLtGetVersion);
         STROBE_GPT_LOAD(cublasLtMatmul);
+        STROBE_GPT_LOAD(cublasLtMatmulAlgoCheck);
         STROBE_GPT_LOAD(cublasLtMatmulAlgoGetHeuristic);
         STROBE_GPT_LOAD(cublasLtMatmulDescCreate);
         STROBE_GPT_LOAD(cublasLtMatmulDescDestroy);
@@ -103,6 +113,7 @@ struct Gemm::Library {
     decltype(&::cublasLtDestroy) cublasLtDestroy;
     decltype(&::cublasLtGetVersion) cublasLtGetVersion;
     decltype(&::cublasLtMatmul) cublasLtMatmul;
+    decltype(&::cublasLtMatmulAlgoCheck) cublasLtMatmulAlgoCheck;
     decltype(&::cublasLtMatmulAlgoGetHeuristic) cublasLtMatmulAlgoGetHeuristic;
     decltype(&::cublasLtMatmulDescCreate) cublasLtMatmulDescCreate;
     decltype(&::cublasLtMatmulDescDestroy) cublasLtMatmulDescDestroy;
@@ -131,6 +142,7 @@ struct Gemm::Plan {
     }
 
     const Library& lib;
+    GemmCall call;
     cublasLtMatmulDesc_t desc = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
     bool possible = false;
@@ -138,7 +150,8 @@ struct Gemm::Plan {
     float milliseconds = 0.0f;
 };
 
-Gemm::Gemm(void* stream) : library_(std::make_unique<Library>(open_library())), stream_(stream) {
+Gemm::Gemm(void* stream, const std::string& device)
+    : library_(std::make_unique<Library>(open_library())), stream_(stream), choices_(choices_file(device, version())) {
     check(library_->cublasLtCreate(&handle_), "cublasLtCreate");
     check(cudaMalloc(&workspace_, kWorkspaceBytes), "cuBLASLt's workspace");
 }
@@ -159,11 +172,17 @@ Gemm::Key Gemm::key_of(const GemmCall& c) {
             c.ldb,         c.ldd,         c.a.precision, c.d.precision, c.accumulate, static_cast<int>(c.epilogue)};
 }
 
+std::string Gemm::name_of(const GemmCall& c) {
+    return fmt::format("{},{},{},{},{},{},{},{},{},{},{},{}", c.transpose_a ? 'T' : 'N', c.transpose_b ? 'T' : 'N', c.m, c.n, c.k, c.lda,
+                       c.ldb, c.ldd, to_string(c.a.precision), to_string(c.d.precision), int{c.accumulate}, static_cast<int>(c.epilogue));
+}
+
 Gemm::Plan& Gemm::plan(const GemmCall& c) {
     std::unique_ptr<Plan>& slot = plans_[key_of(c)];
     if (slot) return *slot;
     const Library& lib = *library_;
     auto p = std::make_unique<Plan>(lib);
+    p->call = c;
     check(lib.cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
     p->set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(c.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N));
     p->set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(c.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
@@ -185,6 +204,28 @@ Gemm::Plan& Gemm::plan(const GemmCall& c) {
     layout(p->b, c.b.precision, c.transpose_b ? c.n : c.k, c.transpose_b ? c.k : c.n, c.ldb);
     layout(p->d, c.d.precision, c.m, c.n, c.ldd);
 
+    if (const std::string product = name_of(c); !recall(*p, product)) choose(*p, c, product);
+    slot = std::move(p);
+    return *slot;
+}
+
+/// Takes the choice from the file, if the library says that it can do it.
+bool Gemm::recall(Plan& p, const std::string& product) {
+    static_assert(sizeof(GemmChoice::algorithm) == sizeof(cublasLtMatmulAlgo_t));
+    const std::optional<GemmChoice> kept = choices_.find(product);
+    if (!kept) return false;
+    const auto algo = std::bit_cast<cublasLtMatmulAlgo_t>(kept->algorithm);
+    cublasLtMatmulHeuristicResult_t checked{};
+    const cublasStatus_t status = library_->cublasLtMatmulAlgoCheck(handle_, p.desc, p.a, p.b, p.d, p.d, &algo, &checked);
+    if (status != CUBLAS_STATUS_SUCCESS || checked.workspaceSize > kWorkspaceBytes) return false;
+    p.algo = algo;
+    p.milliseconds = kept->milliseconds;
+    p.possible = true;
+    return true;
+}
+
+void Gemm::choose(Plan& p, const GemmCall& c, const std::string& product) {
+    const Library& lib = *library_;
     cublasLtMatmulPreference_t preference = nullptr;
     check(lib.cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     check(lib.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspaceBytes,
@@ -192,26 +233,30 @@ Gemm::Plan& Gemm::plan(const GemmCall& c) {
           "the workspace's size");
     std::vector<cublasLtMatmulHeuristicResult_t> candidates(kCandidates);
     int found = 0;
-    const cublasStatus_t status = lib.cublasLtMatmulAlgoGetHeuristic(handle_, p->desc, p->a, p->b, p->d, p->d, preference,
-                                                                     kCandidates, candidates.data(), &found);
+    const cublasStatus_t status = lib.cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.a, p.b, p.d, p.d, preference, kCandidates,
+                                                                     candidates.data(), &found);
     lib.cublasLtMatmulPreferenceDestroy(preference);
     candidates.resize(status == CUBLAS_STATUS_SUCCESS ? static_cast<size_t>(found) : 0);
     std::erase_if(candidates, [](const auto& r) { return r.state != CUBLAS_STATUS_SUCCESS; });
-    p->possible = !candidates.empty();
-    if (p->possible) {
-        p->algo = candidates.front().algo;
-        tune(*p, c, candidates);
-    }
-    slot = std::move(p);
-    return *slot;
+    p.possible = !candidates.empty();
+    if (!p.possible) return;
+    p.algo = candidates.front().algo;
+    tune(p, c, candidates);
+    // Not measured for lack of room: another process may have it.
+    if (p.milliseconds == 0.0f) return;
+    const GemmChoice mine{std::bit_cast<std::array<uint64_t, 8>>(p.algo), p.milliseconds};
+    if (choices_.find(product)) return choices_.replace(product, mine);
+    if (choices_.settle(product, mine) == mine || recall(p, product)) return;
+    choices_.replace(product, mine);
 }
 
 cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo_t& algo) {
     const float alpha = 1.0f, beta = c.accumulate ? 1.0f : 0.0f;
     if (c.bias) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, c.bias);
     if (c.aux) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, c.aux);
-    return library_->cublasLtMatmul(handle_, p.desc, &alpha, c.a.data, p.a, c.b.data, p.b, &beta, c.d.data, p.d, c.d.data, p.d,
-                                    &algo, workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
+    const void* added = c.c ? c.c.data : c.d.data;
+    return library_->cublasLtMatmul(handle_, p.desc, &alpha, c.a.data, p.a, c.b.data, p.b, &beta, added, p.d, c.d.data, p.d, &algo,
+                                     workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
 }
 
 // On noise in memory of its own: the call's outputs may be sums that must not be added to twice. Without room for that the
@@ -228,6 +273,7 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     if (!a.data() || !b.data() || !d.data() || !aux.data() || !bias.data()) return;
     GemmCall trial = c;
     trial.a.data = a.data(), trial.b.data = b.data(), trial.d.data = d.data();
+    trial.c = {};
     trial.bias = c.bias ? bias.data() : nullptr;
     trial.aux = c.aux ? aux.data() : nullptr;
     fill_noise(stream_, trial.a, static_cast<int64_t>(a_count), 1);
@@ -267,6 +313,13 @@ void Gemm::run(const GemmCall& call) {
     if (!p.possible)
         throw std::runtime_error(fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
     check(launch(p, call, p.algo), "cublasLtMatmul");
+}
+
+std::vector<Gemm::Measured> Gemm::measured() const {
+    std::vector<Measured> out;
+    for (const auto& [key, plan] : plans_)
+        if (plan->possible) out.push_back({plan->call, plan->milliseconds});
+    return out;
 }
 
 float Gemm::milliseconds(const GemmCall& call) { return plan(call).milliseconds; }

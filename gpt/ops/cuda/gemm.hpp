@@ -1,5 +1,5 @@
 // Matrix products by cuBLASLt. The library is looked for when the first backend for a GPU is made, not when the program starts.
-// For each shape the candidates that cuBLASLt proposes are timed once, on noise, and the fastest is kept.
+// For each shape the candidates that cuBLASLt proposes are timed once, on noise, and the fastest is kept, in a file too.
 #pragma once
 
 #include <cublasLt.h>
@@ -11,16 +11,18 @@
 #include <vector>
 
 #include "gpt/device.hpp"
+#include "gpt/ops/gemm_choices.hpp"
 
 namespace strobe::gpt::cuda {
 
-/// D = epilogue(op(A) op(B)) (+ D), all column-major as cuBLAS has it.
+/// D = epilogue(op(A) op(B) (+ C)), all column-major as cuBLAS has it.
 struct GemmCall {
     bool transpose_a = false, transpose_b = false;
     int64_t m = 0, n = 0, k = 0;
     int64_t lda = 0, ldb = 0, ldd = 0;
     Buffer a, b, d;           // a and b of one precision; d of that or fp32
-    bool accumulate = false;
+    bool accumulate = false;  // there is a C: D itself, unless
+    Buffer c{};               // this is given, of d's shape and precision
     /// sum_b: `bias` gets the sums of op(B)'s columns over k, beside the product.
     enum class Epilogue { none, bias, gelu_aux_bias, gelu_aux, dgelu, sum_b } epilogue = Epilogue::none;
     void* bias = nullptr;        // (m), of sum_b (n), in d's precision
@@ -30,7 +32,8 @@ struct GemmCall {
 class Gemm {
 public:
     /// Throws std::invalid_argument where the library is not found.
-    explicit Gemm(void* stream);
+    /// `device` is the GPU's name: choices are kept per GPU and version of the library.
+    Gemm(void* stream, const std::string& device);
     ~Gemm();
     Gemm(const Gemm&) = delete;
     Gemm& operator=(const Gemm&) = delete;
@@ -42,21 +45,32 @@ public:
     bool possible(const GemmCall& call);
     std::string version() const;
 
+    /// A product that was met, and what its algorithm took when it was measured.
+    struct Measured {
+        GemmCall call;
+        float milliseconds;
+    };
+    std::vector<Measured> measured() const;
+
 private:
     struct Library;
     struct Plan;
     using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool, int>;
 
     Plan& plan(const GemmCall& call);
+    bool recall(Plan& plan, const std::string& product);
+    void choose(Plan& plan, const GemmCall& call, const std::string& product);
     void tune(Plan& plan, const GemmCall& call, std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
     cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo);
     static Key key_of(const GemmCall& call);
+    static std::string name_of(const GemmCall& call);
 
     std::unique_ptr<Library> library_;
     void* stream_;
     cublasLtHandle_t handle_ = nullptr;
     void* workspace_ = nullptr;
     std::map<Key, std::unique_ptr<Plan>> plans_;
+    GemmChoices choices_;
 };
 
 }  // namespace strobe::gpt::cuda

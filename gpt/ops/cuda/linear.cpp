@@ -50,6 +50,10 @@ void linear_forward(Exec& e, const LinearForward& a) {
         call.epilogue = Epilogue::bias;
         call.bias = a.bias.data;
     }
+    if (a.residual) {
+        call.c = a.residual;
+        call.accumulate = true;
+    }
     if (!a.gelu_input) return e.gemm->run(call);
     GemmCall fused = call;
     fused.epilogue = a.bias ? Epilogue::gelu_aux_bias : Epilogue::gelu_aux;
@@ -62,7 +66,7 @@ void linear_forward(Exec& e, const LinearForward& a) {
 
 void linear_backward(Exec& e, const LinearBackward& a) {
     const int64_t dy_stride = a.dy_stride > 0 ? a.dy_stride : a.out;
-    weight_gradient(e, a, dy_stride);
+    if (a.dweight) weight_gradient(e, a, dy_stride);
     if (!a.dx) return;
     const GemmCall call{.m = a.in, .n = a.rows, .k = a.out, .lda = a.in, .ldb = dy_stride, .ldd = a.in, .a = a.weight, .b = a.dy,
                         .d = a.dx};
@@ -70,7 +74,7 @@ void linear_backward(Exec& e, const LinearBackward& a) {
     GemmCall fused = call;
     fused.epilogue = Epilogue::dgelu;
     fused.aux = a.gelu_input.data;
-    if (fusion_pays(e, call, fused, bytes_of(2, a.rows, a.in, a.dx))) return e.gemm->run(fused);
+    if (fusion_pays(e, call, fused, bytes_of(3, a.rows, a.in, a.dx))) return e.gemm->run(fused);
     e.gemm->run(call);
     activation_backward(e, {.kind = ActivationKind::gelu, .rows = a.rows, .ffn = a.in, .x = a.gelu_input, .dy = a.dx, .dx = a.dx});
 }

@@ -35,6 +35,7 @@ __device__ void row_sums(float (&x)[Values], float (*slots)[kWarps][Values], int
     }
 }
 
+// The row stays in its own precision: converting it three times costs less than the registers of its fp32 numbers.
 template <class T, int N, int K, int W, NormKind kind>
 __global__ void __launch_bounds__(kThreads) forward_kernel(NormForward a, const T* x, const T* branch, T* sum, T* out) {
     using V = Vector<T, N>;
@@ -46,57 +47,60 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormForward a, const 
     const int64_t n = a.hidden, start = row * n;
     const float* weight = static_cast<const float*>(a.weight.data);
     const float* bias = static_cast<const float*>(a.bias.data);
+    const auto column = [&](int k) { return (int64_t(k) * 32 * W + lane) * N; };
 
-    float v[K][N];
-    V in[K], add[K];
+    V in[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
-        if (live && c < n) {
-            in[k] = V::load(x + start + c);
-            if (branch) add[k] = V::load(branch + start + c);
-        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) in[k].set(i, 0.0f);
+        if (live && column(k) < n) in[k] = V::load(x + start + column(k));
     }
-    float total[1] = {0.0f};
+    if (branch) {
+        V add[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
-        const bool inside = live && c < n;
-        if (inside && branch) {
+        for (int k = 0; k < K; ++k)
+            if (live && column(k) < n) add[k] = V::load(branch + start + column(k));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (!live || column(k) >= n) continue;
 #pragma unroll
             for (int i = 0; i < N; ++i) in[k].set(i, in[k][i] + add[k][i]);
-            in[k].store(sum + start + c);
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            v[k][i] = inside ? in[k][i] : 0.0f;
-            total[0] += v[k][i];
+            in[k].store(sum + start + column(k));
         }
     }
     int turn = 0;
     const float inv_n = 1.0f / static_cast<float>(n);
     float mean = 0.0f;
     if constexpr (kind == NormKind::layernorm) {
+        float total[1] = {0.0f};
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+#pragma unroll
+            for (int i = 0; i < N; ++i) total[0] += in[k][i];
         row_sums<W>(total, slots, turn);
         mean = total[0] * inv_n;
     }
     float square[1] = {0.0f};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const bool inside = (int64_t(k) * 32 * W + lane) * N < n;
+        const bool inside = column(k) < n;
 #pragma unroll
-        for (int i = 0; i < N; ++i) square[0] += inside ? (v[k][i] - mean) * (v[k][i] - mean) : 0.0f;
+        for (int i = 0; i < N; ++i) square[0] += inside ? (in[k][i] - mean) * (in[k][i] - mean) : 0.0f;
     }
     row_sums<W>(square, slots, turn);
     if (!live) return;
     const float rstd = rsqrtf(square[0] * inv_n + a.eps);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+        const int64_t c = column(k);
         if (c >= n) continue;
         V y;
+        float w[N], b[N] = {};
+        load_floats(weight + c, w);
+        if (bias) load_floats(bias + c, b);
 #pragma unroll
-        for (int i = 0; i < N; ++i) y.set(i, (v[k][i] - mean) * rstd * weight[c + i] + (bias ? bias[c + i] : 0.0f));
+        for (int i = 0; i < N; ++i) y.set(i, (in[k][i] - mean) * rstd * w[i] + b[i]);
         y.store(out + start + c);
     }
     if (lane == 0) {
@@ -106,25 +110,27 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormForward a, const 
 }
 
 // With xhat = (x - mean) * rstd and g = dout * weight:  dx += rstd * (g - mean(g) - xhat * mean(g * xhat)), without the
-// mean(g) term for RMSNorm. A block walks over rows and keeps its share of dweight and dbias in registers; each block leaves
-// one row of them in `partial`: (gridDim.x, 2, hidden).
-template <class T, int N, int K, int W, NormKind kind>
-__global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, const T* x, const T* dout, T* dx, float* partial) {
+// mean(g) term for RMSNorm. A block walks over rows and keeps its share of dweight, dbias and dsum in registers; each block leaves
+// one row of them in `partial`: (gridDim.x, 3, hidden). While a row is worked on, x and dout of the next are on their way.
+template <class T, int N, int K, int W, NormKind kind, bool kSums>
+__global__ void __launch_bounds__(kThreads, K <= 2 ? 2 : 1) backward_kernel(NormBackward a, const T* x, const T* dout, T* dx, T* out, float* partial) {
     using V = Vector<T, N>;
     constexpr int kRows = kWarps / W, kColumns = 32 * W * N * K;
     __shared__ float slots[2][kWarps][2];
-    extern __shared__ float shares[];  // (kRows, kColumns), one of dweight and dbias after the other
+    extern __shared__ float shares[];  // (kRows, kColumns), one of dweight, dbias and dsum after the other
     const int lane = threadIdx.x % (32 * W), group = threadIdx.x / (32 * W);
     const int64_t n = a.hidden;
     const float* weight = static_cast<const float*>(a.weight.data);
+    const float* bias = static_cast<const float*>(a.bias.data);
     const float inv_n = 1.0f / static_cast<float>(n);
+    const auto column = [&](int k) { return (int64_t(k) * 32 * W + lane) * N; };
 
-    float dweight[K][N] = {}, dbias[K][N] = {};
+    float dweight[K][N] = {}, dbias[K][N] = {}, dsum[K][N] = {};
     V next_x[K], next_dy[K];
     const auto fetch = [&](int64_t row) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            const int64_t c = column(k);
             if (row < a.rows && c < n) {
                 next_x[k] = V::load(x + row * n + c);
                 next_dy[k] = V::load(dout + row * n + c);
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, cons
         V in[K], dy[K], old[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            const int64_t c = column(k);
             in[k] = next_x[k];
             dy[k] = next_dy[k];
             if (live && c < n) old[k] = V::load(dx + row * n + c);
@@ -152,11 +158,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, cons
         float sums[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            const int64_t c = column(k);
             if (!live || c >= n) continue;
+            float w[N];
+            load_floats(weight + c, w);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const float xhat = (in[k][i] - mean) * rstd, d = dy[k][i], g = d * weight[c + i];
+                const float xhat = (in[k][i] - mean) * rstd, d = dy[k][i], g = d * w[i];
                 sums[0] += g;
                 sums[1] += g * xhat;
                 dweight[k][i] += d * xhat;
@@ -167,18 +175,27 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, cons
         const float mean_g = kind == NormKind::layernorm ? sums[0] * inv_n : 0.0f, mean_gx = sums[1] * inv_n;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = (int64_t(k) * 32 * W + lane) * N;
+            const int64_t c = column(k);
             if (!live || c >= n) continue;
+            float w[N];
+            load_floats(weight + c, w);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float xhat = (in[k][i] - mean) * rstd;
-                old[k].set(i, old[k][i] + rstd * (dy[k][i] * weight[c + i] - mean_g - xhat * mean_gx));
+                old[k].set(i, old[k][i] + rstd * (dy[k][i] * w[i] - mean_g - xhat * mean_gx));
+                if constexpr (kSums) dsum[k][i] += old[k][i];
             }
             old[k].store(dx + row * n + c);
+            if (!out) continue;
+            float b[N] = {};
+            if (bias) load_floats(bias + c, b);
+#pragma unroll
+            for (int i = 0; i < N; ++i) in[k].set(i, (in[k][i] - mean) * rstd * w[i] + b[i]);
+            in[k].store(out + row * n + c);
         }
     }
 
-    const auto leave = [&](const float (&share)[K][N], float* out) {
+    const auto leave = [&](const float (&share)[K][N], float* to) {
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < K; ++k)
@@ -189,11 +206,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormBackward a, cons
             float total = 0.0f;
 #pragma unroll
             for (int r = 0; r < kRows; ++r) total += shares[r * kColumns + c];
-            out[c] = total;
+            to[c] = total;
         }
     };
-    leave(dweight, partial + 2 * n * blockIdx.x);
-    if (kind == NormKind::layernorm) leave(dbias, partial + 2 * n * blockIdx.x + n);
+    float* mine = partial + 3 * n * blockIdx.x;
+    leave(dweight, mine);
+    if (kind == NormKind::layernorm) leave(dbias, mine + n);
+    if (kSums) leave(dsum, mine + 2 * n);
 }
 
 // ---- any width ------------------------------------------------------------------------------------------------------------
@@ -227,12 +246,13 @@ __global__ void forward_loop_kernel(NormForward a, const T* x, const T* branch, 
 
 // Each block keeps its share of dweight and dbias in its row of `partial`, which no other block touches.
 template <class T, NormKind kind>
-__global__ void backward_loop_kernel(NormBackward a, const T* x, const T* dout, T* dx, float* partial) {
+__global__ void backward_loop_kernel(NormBackward a, const T* x, const T* dout, T* dx, T* out, float* partial) {
     __shared__ float slots[32];
     const int64_t n = a.hidden;
     const float* weight = static_cast<const float*>(a.weight.data);
-    float* dweight = partial + 2 * n * blockIdx.x;
-    for (int64_t c = threadIdx.x; c < 2 * n; c += kThreads) dweight[c] = 0.0f;
+    const float* bias = static_cast<const float*>(a.bias.data);
+    float* dweight = partial + 3 * n * blockIdx.x;
+    for (int64_t c = threadIdx.x; c < 3 * n; c += kThreads) dweight[c] = 0.0f;
     __syncthreads();
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         const int64_t start = row * n;
@@ -251,24 +271,42 @@ __global__ void backward_loop_kernel(NormBackward a, const T* x, const T* dout, 
             const float xhat = (to_float(x[start + c]) - mean) * rstd;
             const float d = rstd * (to_float(dout[start + c]) * weight[c] - mean_g - xhat * mean_gx);
             dx[start + c] = from_float<T>(to_float(dx[start + c]) + d);
+            dweight[2 * n + c] += to_float(dx[start + c]);
+            if (out) out[start + c] = from_float<T>(xhat * weight[c] + (bias ? bias[c] : 0.0f));
         }
     }
 }
 
 // ---- choice -----------------------------------------------------------------------------------------------------------------
 
-/// Calls fn with the widths as constants: vectors to a thread K, warps to a row W. False when no pair is wide enough.
+/// Calls fn with the first of the shapes (vectors to a thread K, warps to a row W) that a row fits. False when none is wide enough.
 template <int N, class Fn>
-bool with_row_shape(int64_t hidden, Fn&& fn) {
-    const auto fits = [&](int k, int w) { return hidden <= int64_t(32) * k * w * N; };
-    if (hidden % N != 0) return false;
-    if (fits(1, 1)) return fn(std::integral_constant<int, 1>(), std::integral_constant<int, 1>()), true;
-    if (fits(2, 1)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 1>()), true;
-    if (fits(2, 2)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 2>()), true;
-    if (fits(2, 4)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 4>()), true;
-    if (fits(2, 8)) return fn(std::integral_constant<int, 2>(), std::integral_constant<int, 8>()), true;
-    if (fits(4, 8)) return fn(std::integral_constant<int, 4>(), std::integral_constant<int, 8>()), true;
+bool with_row_shape(int64_t, Fn&&) {
     return false;
+}
+template <int N, int K, int W, int... More, class Fn>
+bool with_row_shape(int64_t hidden, Fn&& fn) {
+    if (hidden % N != 0) return false;
+    if (hidden > int64_t{32} * K * W * N) return with_row_shape<N, More...>(hidden, fn);
+    return fn(std::integral_constant<int, K>(), std::integral_constant<int, W>()), true;
+}
+
+// Of fp32, which is for checking, a few shapes are enough.
+template <class T, class Fn>
+bool with_forward_shape(int64_t hidden, Fn&& fn) {
+    // Few warps to a row: its sums then cross no barrier, or few.
+    if constexpr (std::is_same_v<T, bf16>)
+        return with_row_shape<8, 1, 1, 2, 1, 3, 1, 4, 1, 8, 1, 5, 2, 8, 2, 8, 4, 8, 8>(hidden, fn);
+    else
+        return with_row_shape<4, 2, 1, 8, 8>(hidden, fn);
+}
+template <class T, class Fn>
+bool with_backward_shape(int64_t hidden, Fn&& fn) {
+    // More of them: the shares of the gradients must fit the registers too.
+    if constexpr (std::is_same_v<T, bf16>)
+        return with_row_shape<8, 1, 1, 2, 1, 2, 2, 2, 4, 2, 8, 4, 8>(hidden, fn);
+    else
+        return with_row_shape<4, 1, 1, 4, 8>(hidden, fn);
 }
 
 template <class T, NormKind kind>
@@ -277,7 +315,7 @@ void forward(Exec& e, const NormForward& a) {
     const T* branch = as<T>(a.branch);
     T* sum = as<T>(a.sum);
     T* out = as<T>(a.out);
-    const bool done = with_row_shape<kVectorSize<T>>(a.hidden, [&](auto k, auto w) {
+    const bool done = with_forward_shape<T>(a.hidden, [&](auto k, auto w) {
         const unsigned grid = blocks_for(a.rows, kWarps / w);
         forward_kernel<T, kVectorSize<T>, k, w, kind><<<grid, kThreads, 0, stream_of(e)>>>(a, x, branch, sum, out);
     });
@@ -285,24 +323,26 @@ void forward(Exec& e, const NormForward& a) {
     check_launch("norm_forward");
 }
 
-template <class T, NormKind kind>
+template <class T, NormKind kind, bool kSums>
 void backward(Exec& e, const NormBackward& a) {
     const T* x = as<T>(a.x);
     const T* dout = as<T>(a.dout);
     T* dx = as<T>(a.dx);
+    T* out = as<T>(a.out);
     auto* partial = static_cast<float*>(e.scratch);
     int64_t parts = std::min<int64_t>(e.parts, a.rows);
-    const bool done = with_row_shape<kVectorSize<T>>(a.hidden, [&](auto k, auto w) {
+    const bool done = with_backward_shape<T>(a.hidden, [&](auto k, auto w) {
         constexpr int kRows = kWarps / w;
         const size_t shares = sizeof(float) * kRows * 32 * w * k * kVectorSize<T>;
         parts = std::min<int64_t>(parts, blocks_for(a.rows, kRows));
-        backward_kernel<T, kVectorSize<T>, k, w, kind>
-            <<<static_cast<unsigned>(parts), kThreads, shares, stream_of(e)>>>(a, x, dout, dx, partial);
+        backward_kernel<T, kVectorSize<T>, k, w, kind, kSums>
+            <<<static_cast<unsigned>(parts), kThreads, shares, stream_of(e)>>>(a, x, dout, dx, out, partial);
     });
-    if (!done) backward_loop_kernel<T, kind><<<static_cast<unsigned>(parts), kThreads, 0, stream_of(e)>>>(a, x, dout, dx, partial);
+    if (!done) backward_loop_kernel<T, kind><<<static_cast<unsigned>(parts), kThreads, 0, stream_of(e)>>>(a, x, dout, dx, out, partial);
     check_launch("norm_backward");
-    add_parts(e, partial, parts, a.hidden, 2 * a.hidden, a.dweight);
-    if (a.dbias) add_parts(e, partial + a.hidden, parts, a.hidden, 2 * a.hidden, a.dbias);
+    add_parts(e, partial, parts, a.hidden, 3 * a.hidden, a.dweight);
+    if (a.dbias) add_parts(e, partial + a.hidden, parts, a.hidden, 3 * a.hidden, a.dbias);
+    if (a.dsum) add_parts(e, partial + 2 * a.hidden, parts, a.hidden, 3 * a.hidden, a.dsum);
 }
 
 template <class Fn>
@@ -322,7 +362,13 @@ void norm_forward(Exec& e, const NormForward& a) {
 }
 
 void norm_backward(Exec& e, const NormBackward& a) {
-    dispatch(a.x.precision, a.kind, [&](auto* type, auto kind) { backward<std::remove_pointer_t<decltype(type)>, kind()>(e, a); });
+    dispatch(a.x.precision, a.kind, [&](auto* type, auto kind) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (!a.dsum) return backward<T, kind(), false>(e, a);
+        // The architecture of RMSNorm has no biases.
+        if constexpr (kind() == NormKind::layernorm) return backward<T, kind(), true>(e, a);
+        throw std::invalid_argument("norm_backward: sums of dx come with LayerNorm only");
+    });
 }
 
 }  // namespace strobe::gpt::cuda

@@ -10,35 +10,37 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int64_t kColumnParts = 64;
+constexpr int kMaxThreads = 1024;
 
-// Block (x, y): 32 N columns, part y of the rows; a warp takes every kWarps-th row of it.
+// Block (x, y): a stretch of columns, N to a thread, and part y of the rows, one whole stretch after the other: what is read lies
+// behind one another, and no sum crosses a thread.
 template <class T, int N>
-__global__ void column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride, float* partial) {
+__global__ void __launch_bounds__(kMaxThreads) column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride,
+                                                                  float* partial) {
     using V = Vector<T, N>;
-    __shared__ float sums[kWarps][32 * N];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first = int64_t(blockIdx.x) * 32 * N, c = first + lane * N;
+    constexpr int kAhead = 4;  // rows on their way
+    const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+    if (c >= columns) return;
     const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
     float sum[N] = {};
-    if (c < columns) {
-#pragma unroll 4
-        for (int64_t r = begin + warp; r < end; r += kWarps) {
-            const V v = V::load(x + r * stride + c);
+    const T* p = x + begin * stride + c;
+    int64_t r = begin;
+    for (; r + kAhead <= end; r += kAhead, p += kAhead * stride) {
+        V v[kAhead];
 #pragma unroll
-            for (int i = 0; i < N; ++i) sum[i] += v[i];
-        }
+        for (int k = 0; k < kAhead; ++k) v[k] = V::load(p + k * stride);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+            for (int i = 0; i < N; ++i) sum[i] += v[k][i];
+    }
+    for (; r < end; ++r, p += stride) {
+        const V v = V::load(p);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] += v[i];
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) sums[warp][lane * N + i] = sum[i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < 32 * N; i += kThreads) {
-        if (first + i >= columns) continue;
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += sums[w][i];
-        partial[blockIdx.y * columns + first + i] = total;
-    }
+    for (int i = 0; i < N; ++i) partial[blockIdx.y * columns + c + i] = sum[i];
 }
 
 // A block: 32 columns; a warp takes every kWarps-th part.
@@ -48,7 +50,7 @@ __global__ void parts_kernel(const float* partial, int64_t parts, int64_t column
     const int64_t c = int64_t(blockIdx.x) * 32 + lane;
     float sum = 0.0f;
     if (c < columns) {
-#pragma unroll 4
+#pragma unroll 8
         for (int64_t p = warp; p < parts; p += kWarps) sum += partial[p * stride + c];
     }
     sums[warp][lane] = sum;
@@ -85,12 +87,12 @@ __global__ void squares_kernel(const float* values, int64_t size, double* partia
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-__global__ void sum_doubles_kernel(const double* partial, int count, double* result) {
+__global__ void sum_doubles_kernel(const double* partial, int count, double* result, bool add) {
     __shared__ double slots[32];
     double mine = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) mine += partial[i];
     const double total = block_sum(mine, slots);
-    if (threadIdx.x == 0) *result = total;
+    if (threadIdx.x == 0) *result = add ? *result + total : total;
 }
 
 }  // namespace
@@ -102,12 +104,15 @@ void add_parts(Exec& e, const float* partial, int64_t parts, int64_t columns, in
 
 void add_column_sums(Exec& e, Buffer x, int64_t rows, int64_t columns, int64_t stride, float* sums) {
     auto* partial = static_cast<float*>(e.scratch);
-    const int64_t parts = std::min<int64_t>({kColumnParts, e.parts, rows});
+    const int64_t parts = std::min<int64_t>(e.parts, rows);
     by_precision(x.precision, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto launch = [&](auto kernel, int width) {
-            const dim3 grid(blocks_for(columns, 32 * width), static_cast<unsigned>(parts));
-            kernel<<<grid, kThreads, 0, stream_of(e)>>>(as<T>(x), rows, columns, stride, partial);
+            const int64_t wanted = (columns / width + 31) / 32 * 32;  // threads that a row keeps busy
+            const int64_t stretches = (wanted + kMaxThreads - 1) / kMaxThreads;
+            const auto threads = static_cast<unsigned>(std::max<int64_t>(32, (wanted / stretches + 31) / 32 * 32));
+            const dim3 grid(blocks_for(columns, int64_t{threads} * width), static_cast<unsigned>(parts));
+            kernel<<<grid, threads, 0, stream_of(e)>>>(as<T>(x), rows, columns, stride, partial);
         };
         constexpr int kWide = kVectorSize<T>;
         if (columns % kWide == 0 && stride % kWide == 0 && aligned(x.data))
@@ -127,7 +132,7 @@ void loss_sum(Exec& e, const LossSum& a) {
 void squared_norm(Exec& e, const SquaredNorm& a) {
     auto* partial = static_cast<double*>(e.scratch);
     squares_kernel<<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(a.values, a.size, partial);
-    sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result);
+    sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result, a.add);
     check_launch("squared_norm");
 }
 

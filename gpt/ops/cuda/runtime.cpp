@@ -11,6 +11,7 @@
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/ops/cuda/kernels.hpp"
+#include "gpt/ops/cuda/recording.hpp"
 
 namespace strobe::gpt::cuda {
 
@@ -74,7 +75,7 @@ private:
         Event sent;
         bool pending = false;
     };
-    std::array<Slot, 4> slots_;
+    std::array<Slot, 2> slots_;
     size_t turn_ = 0;
     Arena device_;
     cudaStream_t stream_;
@@ -100,7 +101,7 @@ public:
         for (size_t i = 0; i < used_; ++i) {
             float milliseconds = 0.0f;
             check(cudaEventElapsedTime(&milliseconds, marks_[i].begin.get(), marks_[i].end.get()), "cudaEventElapsedTime");
-            times[marks_[i].kind].add(1e-3 * static_cast<double>(milliseconds), marks_[i].work);
+            times.add(marks_[i].kind, 1e-3 * static_cast<double>(milliseconds), marks_[i].work);
         }
         used_ = 0;
     }
@@ -128,9 +129,9 @@ double stated_bf16_peak(const strobe::cuda::DeviceInfo& info, int clock_khz) {
 
 class CudaRuntime final : public Runtime {
 public:
-    CudaRuntime() : stream_(make_stream()), gemm_(stream_.get()), clock_(stream_.get()) {
-        check(cudaGetDevice(&device_), "cudaGetDevice");
-    }
+    CudaRuntime()
+        : device_(current_device()), stream_(make_stream()), gemm_(stream_.get(), strobe::cuda::device_info(device_).name),
+          clock_(stream_.get()) {}
 
     std::byte* allocate(size_t bytes) override {
         void* data = nullptr;
@@ -154,16 +155,24 @@ public:
         check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()), "copying memory");
         synchronize();
     }
+    void put(void* to, const void* from, size_t bytes) override {
+        // Memory that is not pinned: the driver has taken its copy when the call returns.
+        check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()), "sending memory");
+    }
     void zero(void* data, size_t bytes) override { check(cudaMemsetAsync(data, 0, bytes, stream_.get()), "clearing memory"); }
     bool on_host() const override { return false; }
 
     std::unique_ptr<InputStage> make_stage(size_t bytes) override {
         return std::make_unique<DeviceStage>(bytes, *this, stream_.get());
     }
+    std::unique_ptr<Recording> record(const std::function<void()>& enqueue) override {
+        return cuda::record(stream_.get(), enqueue);
+    }
     void synchronize() override { check(cudaStreamSynchronize(stream_.get()), "waiting for the device"); }
     void equip(Exec& exec) override {
         exec.ops = &table();
         exec.stream = stream_.get();
+        exec.device_index = device_;
         exec.gemm = &gemm_;
         exec.clock = &clock_;
         exec.parts = 2 * strobe::cuda::device_limits(device_).num_sms;
@@ -185,7 +194,13 @@ private:
         return {free, total};
     }
 
-    int device_ = 0;
+    static int current_device() {
+        int device = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        return device;
+    }
+
+    int device_;
     Stream stream_;
     Gemm gemm_;
     EventClock clock_;
@@ -200,7 +215,8 @@ const Ops& table() {
         .activation_forward = activation_forward, .activation_backward = activation_backward, .rope = rope,
         .attention_forward = attention_forward, .attention_backward = attention_backward, .cache_append = cache_append,
         .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm, .narrow = narrow,
-        .fuses_gelu = true, .uses_row_groups = true,
+        .fuses_gelu = true, .fuses_residual = true, .norms_again = true,
+        .uses_row_groups = true,
     };
     return ops;
 }

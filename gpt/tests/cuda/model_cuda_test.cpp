@@ -7,6 +7,7 @@
 #include "gpt/host_view.hpp"
 #include "gpt/model.hpp"
 #include "gpt/random.hpp"
+#include "gpt/step_graphs.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt::test {
@@ -130,6 +131,46 @@ TEST_P(CudaModel, twenty_steps) {
     }
     const HostView values(there.layout, there.values);
     EXPECT_LT(distance(values.get()->all(), here.values.all()), exact() ? 1e-3 : 3e-2);
+}
+
+// Two shapes in turn, so that each is met, recorded and replayed; against the same steps asked for operator by operator.
+TEST_P(CudaModel, recorded_steps_are_the_same_steps) {
+    const std::vector<std::vector<int32_t>> shapes{{160, 160}, {50, 160, 7}};
+    std::vector<float> expected_values;
+    std::vector<double> expected_losses;
+    for (const bool recorded : {false, true}) {
+        Weights weights(config, gpu.memory(), GetParam().precision);
+        weights.values.copy_from(here.values);
+        narrow_values(gpu, weights);
+        Model model(weights, gpu, {.max_rows = 320});
+        Optimizer optimizer(weights.layout, {.warmup_steps = 0}, gpu.memory(), GetParam().precision);
+        StepGraphs graphs(gpu);
+        gpu.exec().times = nullptr;
+        std::vector<double> losses;
+        for (int64_t step = 1; step <= 10; ++step) {
+            const std::vector<Batch> batches{random_batch(config, shapes[size_t(step % 2)], uint64_t(step)),
+                                             random_batch(config, {120, 33}, uint64_t(50 + step))};
+            model.prepare(batches, 1.0f / 450.0f);
+            model.begin_step();
+            optimizer.set_rates(step, 1e-3f);
+            const auto enqueue = [&] {
+                model.passes();
+                optimizer.update(gpu.exec(), weights, model.gradients());
+            };
+            recorded ? graphs.run(model.step_shape(), enqueue) : enqueue();
+            losses.push_back(model.take_loss());
+            losses.push_back(optimizer.gradient_norm());
+        }
+        const HostView values(weights.layout, weights.values);
+        const std::span<const float> all = values.get()->all();
+        if (!recorded) {
+            expected_losses = losses;
+            expected_values.assign(all.begin(), all.end());
+        }
+        EXPECT_EQ(losses, expected_losses);
+        EXPECT_TRUE(std::equal(all.begin(), all.end(), expected_values.begin()));
+    }
+    EXPECT_GT(distance(expected_values, here.values.all()), 1e-3);
 }
 
 TEST_P(CudaModel, decoding) {

@@ -1,4 +1,5 @@
 // Every operator of the GPU against the CPU's.
+#include "gpt/bf16.hpp"
 #include "gpt/step_inputs.hpp"
 #include "gpt/tests/cuda/twin.hpp"
 
@@ -59,11 +60,25 @@ void CudaOps::norm(NormKind kind, int64_t rows, int64_t hidden) {
                             .rstd = at(rstd).f32(), .dout = at(dout), .dx = at(dx), .dweight = at(dweight).f32(),
                             .dbias = biased ? at(dbias).f32() : nullptr};
     };
+    Twin repeated = twins.filled(count, -7.0f);
+    repeated.host = out.host;
+    NormBackward with_out = backward(there);
+    with_out.out = repeated.device;
+    with_out.bias = biased ? bias.device : Buffer();
+    Twin dsum = twins.normal_f32(columns, 9);
+    if (biased) with_out.dsum = dsum.device.f32();
     run(host, backward(here));
-    run(device, backward(there));
+    run(device, with_out);
+    if (biased)
+        for (size_t i = 0; i < count; ++i) dsum.host[i % columns] += dx.host[i];
+    twins.expect_same(dsum, "sums of dx", GetParam() == Precision::fp32 ? 1e-4 : 1e-2);
     twins.expect_same(dx, "dx");
     twins.expect_same(dweight, "dweight", 1e-4);
     if (biased) twins.expect_same(dbias, "dbias", 1e-4);
+    twins.expect_same(repeated, "the norm again");
+    run(host, backward(here));
+    run(device, backward(there));
+    twins.expect_same(dx, "dx without");
 }
 
 void CudaOps::linear(int64_t rows, int64_t in, int64_t out, int64_t stride, bool biased) {
@@ -89,6 +104,22 @@ void CudaOps::linear(int64_t rows, int64_t in, int64_t out, int64_t stride, bool
     twins.expect_same(dx, "dx");
     twins.expect_same(dweight, "dweight", 1e-4);
     if (biased) twins.expect_same(dbias, "dbias", 1e-4);
+
+    // With a residual: elsewhere, then in the place of y.
+    Twin residual = twins.normal(size_t(rows * stride), 8), sum = twins.filled(size_t(rows * stride), 0.0f);
+    run(host, forward(here));
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < out; ++c) sum.host[size_t(r * stride + c)] = y.host[size_t(r * stride + c)] + residual.host[size_t(r * stride + c)];
+    LinearForward added = forward(there);
+    added.y = sum.device;
+    added.residual = residual.device;
+    run(device, added);
+    twins.expect_same(sum, "y and residual");
+    if (stride != out) return;  // what lies between rows is nobody's
+    added.y = residual.device;
+    run(device, added);
+    residual.host = sum.host;
+    twins.expect_same(residual, "y in the place of the residual");
 }
 
 void CudaOps::gelu_in_products(int64_t rows, int64_t in, int64_t out) {
@@ -286,11 +317,12 @@ TEST_P(CudaOps, rope) {
 
 TEST_P(CudaOps, cache_append) {
     Twin qkv = twins.normal(5 * 48, 1), k = twins.filled(20 * 12, 3.0f), v = twins.filled(20 * 12, 3.0f);
-    const auto args = [](Buffer x, Buffer kc, Buffer vc) {
-        return CacheAppend{.rows = 5, .columns = 12, .stride = 48, .position = 9, .k = x.offset(24), .v = x.offset(36), .k_cache = kc, .v_cache = vc};
+    const std::vector<int32_t> positions{9, 10, 11, 2, 19};
+    const auto args = [](Buffer x, Buffer kc, Buffer vc, const int32_t* at) {
+        return CacheAppend{.rows = 5, .columns = 12, .stride = 48, .positions = at, .k = x.offset(24), .v = x.offset(36), .k_cache = kc, .v_cache = vc};
     };
-    run(host, args(qkv.host.data(), k.host.data(), v.host.data()));
-    run(device, args(qkv.device, k.device, v.device));
+    run(host, args(qkv.host.data(), k.host.data(), v.host.data(), positions.data()));
+    run(device, args(qkv.device, k.device, v.device, twins.upload(positions)));
     twins.expect_same(k, "keys", 0.0);
     twins.expect_same(v, "values", 0.0);
 }
@@ -309,13 +341,14 @@ TEST_P(CudaOps, adamw_and_norm) {
         run(device, SquaredNorm{.size = kSize, .values = g.device.f32(), .result = square_there});
         gpu.memory().copy(&actual, square_there, sizeof actual);
         EXPECT_NEAR(actual, expected, 1e-6 * expected);
-        const auto args = [&](auto at, const AdamWSegment* s, const double* norm) {
-            return AdamW{.segments = {s, segments.size()}, .size = kSize, .values = at(w).f32(), .grads = at(g).f32(), .m = at(m).f32(),
-                         .v = at(v).f32(), .learning_rate = 0.01f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 0.1f,
-                         .step = step, .squared_norm = norm, .clip_norm = 100.0f};
+        const std::vector<AdamWRates> rates{adamw_rates(0.01f, 0.9f, 0.95f, 0.1f, step)};
+        const auto args = [&](auto at, const AdamWSegment* s, const AdamWRates* r, const double* norm) {
+            return AdamW{.segments = {s, segments.size()}, .size = kSize, .values = at(w).f32(), .grads = at(g).f32(), .m = at(m),
+                         .v = at(v), .rates = r, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .squared_norm = norm,
+                         .clip_norm = 100.0f};
         };
-        run(host, args([](Twin& t) { return Buffer(t.host.data()); }, segments.data(), &expected));
-        AdamW there = args([](Twin& t) { return t.device; }, segments_there, square_there);
+        run(host, args([](Twin& t) { return Buffer(t.host.data()); }, segments.data(), rates.data(), &expected));
+        AdamW there = args([](Twin& t) { return t.device; }, segments_there, twins.upload(rates), square_there);
         if (GetParam() == Precision::bf16) there.narrow = narrow.device;
         run(device, there);
         twins.expect_same(w, "values", 2e-6);
@@ -325,6 +358,43 @@ TEST_P(CudaOps, adamw_and_norm) {
     if (GetParam() != Precision::bf16) return;
     const Floats masters = twins.fetch(w), narrowed = twins.fetch(narrow);
     for (size_t i = 0; i < masters.size(); ++i) ASSERT_EQ(narrowed[i], to_bf16(masters[i])) << i;
+}
+
+// The same random bits on both devices: all but a few numbers, whose fp32 value differed by its last digit, are rounded alike.
+TEST_P(CudaOps, adamw_with_moments_in_bf16) {
+    if (GetParam() != Precision::bf16) GTEST_SKIP() << "one precision is enough";
+    constexpr int64_t kSize = 32768;
+    const std::vector<AdamWSegment> segments{{0, 4480, true}, {4480, kSize - 4480, false}};
+    const AdamWSegment* segments_there = twins.upload(segments);
+    Twin w = twins.normal_f32(kSize, 1), m = twins.filled(kSize, 0.0f), v = twins.filled(kSize, 0.0f);
+    std::vector<uint16_t> host_m(kSize), host_v(kSize);
+    for (int step = 1; step <= 4; ++step) {
+        Twin g = twins.normal_f32(kSize, 10 + uint64_t(step));
+        const std::vector<AdamWRates> rates{adamw_rates(0.01f, 0.9f, 0.95f, 0.1f, step)};
+        const AdamW here{.segments = segments, .size = kSize, .values = w.host.data(), .grads = g.host.data(),
+                         .m = {host_m.data(), Precision::bf16}, .v = {host_v.data(), Precision::bf16}, .rates = rates.data(),
+                         .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f};
+        AdamW there = here;
+        there.segments = {segments_there, segments.size()};
+        there.values = w.device.f32(), there.grads = g.device.f32();
+        there.m = m.device, there.v = v.device, there.rates = twins.upload(rates);
+        run(host, here);
+        run(device, there);
+    }
+    const auto expect_alike = [&](const Twin& twin, const std::vector<uint16_t>& bits, const char* what) {
+        const Floats actual = twins.fetch(twin);
+        int64_t differ = 0, far = 0;
+        for (size_t i = 0; i < bits.size(); ++i) {
+            const float expected = widen_bf16(bits[i]);
+            differ += actual[i] != expected;
+            far += std::abs(actual[i] - expected) > 0.02f;  // a few of the last digits of the largest
+        }
+        EXPECT_LT(differ, kSize / 200) << what;
+        EXPECT_EQ(far, 0) << what;
+    };
+    expect_alike(m, host_m, "first moments");
+    expect_alike(v, host_v, "second moments");
+    twins.expect_same(w, "values", 1e-3);
 }
 
 INSTANTIATE_TEST_SUITE_P(Precisions, CudaOps, testing::Values(Precision::fp32, Precision::bf16),

@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
         multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
                                                b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
         const ScoreFunctionOf<V.features> score(p, seq, batch, head);
-        const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
         const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
+        const DropoutBits<false> bits(p, static_cast<uint32_t>(batch * p.size.num_heads + head), origin);
         // The bias enters after the softcap: its gradient is P * (dP - delta), without the softcap's slope.
         ScoreGradient<V.dtype, false, V.features, 1, kNAtoms, false> gradient;
-        gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
-        gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
+        gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN), NoBias());
+        gradient.probabilities(s, p, score.unit_log2(p), bits,
                                [&](int, int, int h) { return float2{lse[h], lse[h]}; });
         gradient.finish(dp, s, p.dropout, [&](int, int, int h) { return float2{delta[h], delta[h]}; });
 #pragma unroll
@@ -84,11 +84,12 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
 
     __syncthreads();
     float* const tile = reinterpret_cast<float*>(smem);
+    const float rescale = p.dropout.enabled() ? p.dropout.rescale : 1.0f;
 #pragma unroll
     for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            tile[(warp * kRows + lane / 4 + 8 * (e >> 1)) * kN + 8 * j + 2 * (lane % 4) + (e & 1)] = sum[0][j][e];
+            tile[(warp * kRows + lane / 4 + 8 * (e >> 1)) * kN + 8 * j + 2 * (lane % 4) + (e & 1)] = sum[0][j][e] * rescale;
         }
     __syncthreads();
     grid.store(p, tile, kThreads);

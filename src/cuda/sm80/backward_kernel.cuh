@@ -10,16 +10,6 @@
 
 namespace strobe::sm80 {
 
-template <int kCols, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
-#pragma unroll
-    for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j) store_shared(to.at_chunk(16 * i + 8 * h, j), packed[i][j][h]);
-}
-
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCode)).threads,
                                   BackwardConfig(cuda::decode_variant(kVariantCode)).ctas_per_sm)
@@ -28,7 +18,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr BackwardConfig kConfig(V);
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages, kThreads = kConfig.threads;
-    constexpr bool kGeneral = V.features != Features::plain;
+    constexpr bool kGeneral = V.features != Features::plain, kBiased = V.features == Features::biased;
     constexpr int kScoreKeys = kN / kConfig.score_warps_n, kScoreQueries = kConfig.step_m / kConfig.score_warps_m;
     constexpr int kScoreM = kScoreKeys / 16, kScoreN = kScoreQueries / 8;
     constexpr int kOutRows = kN / kConfig.out_warps_n;
@@ -37,11 +27,13 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr int kDqM = kDqRows / 16, kDqN = kD / kConfig.dq_warps_d / 8;
     constexpr bool kPInRegisters = kConfig.p_in_registers;
     constexpr int kOutWarpsD = kConfig.out_warps_d, kDqWarpsD = kConfig.dq_warps_d;
+    constexpr bool kAddsDq = kConfig.adds_dq;
+    constexpr bool kSharesScores = !kPInRegisters || kAddsDq;  // where P stays in registers dS is stored for dQ alone
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
-    const int batch = static_cast<int>(index.head / p.size.num_heads_k);
-    const int kv_head = static_cast<int>(index.head % p.size.num_heads_k);
+    const int batch = index.head / p.size.num_heads_k;
+    const int kv_head = index.head % p.size.num_heads_k;
     const int group = p.size.num_heads / p.size.num_heads_k;
     const Sequence seq = sequence_of(p, batch);
     const int k_begin = index.tile * kN;
@@ -73,6 +65,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;  // then P, unless it stays in registers
     constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
+    const uint32_t bias_smem = stat_smem + 2 * kStages * kConfig.stat_bytes;
 
     // Each operand's place, from which its tiles (K and V, Q and dO, P and dS, the stages) are constants away.
     constexpr uint32_t kToV = kConfig.kv_bytes, kToDout = kStages * kConfig.q_bytes, kToP = kConfig.score_bytes;
@@ -98,7 +91,13 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         if (thread < kM / 2) {
             const int64_t stat = (ws.template first_tile<kM>(p, seq, batch, head) + tile) * kM;
             const float* from = (thread < kM / 4 ? ws.lse_log2 : ws.delta) + stat + thread % (kM / 4) * 4;
-            cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from, true);
+            cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from);
+        }
+        if constexpr (kBiased) {
+            const Bias bias(p, seq, batch, head);
+            if (bias.staged()) {
+                bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, static_cast<int64_t>(tile) * kM, k_begin, thread);
+            }
         }
         cp_async_commit();
     };
@@ -140,26 +139,34 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             uint32_t ds[kScoreM][kScoreN][2];
             if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
                 clear(ds);
-                packed_to_tile(ds, store);
+                if constexpr (kSharesScores) packed_to_tile(ds, store);
                 if constexpr (!kPInRegisters) packed_to_tile(ds, store + kToP);
                 continue;
             }
             float s[kScoreM][kScoreN][4], dp[kScoreM][kScoreN][4];
             const auto queries_b = query_rows.moved(to_stage + part * (kConfig.step_m * kD * 2));
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b));
             const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
+            const DropoutBits<true> bits(p, batch_head, origin);
             ScoreGradient<V.dtype, true, V.features, kScoreM, kScoreN> gradient;
-            gradient.scores(s, score, band, origin, !band.all_visible(q0, kScoreQueries, k0, kScoreKeys));
+            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b),
+                                                               gradient.template beside_scores<kD / 16>(bits));
+            const bool masked = !band.all_visible(q0, kScoreQueries, k0, kScoreKeys);
+            if constexpr (kBiased) {
+                const auto bias = FragmentAddress<kN>::chunks_first(bias_smem, lane, score_query, score_key);
+                gradient.scores(s, score, band, origin, masked, bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
+            } else {
+                gradient.scores(s, score, band, origin, masked, NoBias());
+            }
             multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
                                                                b_rows(queries_b + kToDout));
-            gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
+            gradient.probabilities(s, p, score.unit_log2(p), bits,
                                    [&](int, int j, int) { return load_shared_pair(my_stats + 4 * (query + 8 * j)); });
             if constexpr (!kPInRegisters) packed_to_tile(gradient.probability, store + kToP);
             gradient.finish(dp, s, p.dropout, [&](int, int j, int) {
                 return load_shared_pair(my_stats + kConfig.stat_bytes + 4 * (query + 8 * j));
             });
             pack_fragments<V.dtype>(ds, dp);
-            packed_to_tile(ds, store);
+            if constexpr (kSharesScores) packed_to_tile(ds, store);
             if constexpr (kPInRegisters) {
                 const auto queries_k = query_cols.moved(to_stage + part * (kConfig.step_m * kD * 2));
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dv, a_registers(gradient.probability),
@@ -167,12 +174,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
             }
         }
-        __syncthreads();  // P and dS are complete
+        if constexpr (kSharesScores) __syncthreads();  // P and dS are complete
 
         // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
         // behind the others; with one stage it comes last, behind the next step's loads.
         const auto add_dq = [&] {
-            if (!ws.dq) return;
+            if (!kAddsDq || !ws.dq) return;
             float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
                               warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
             // In halves where all of it beside dK and dV would not fit in registers.
@@ -218,7 +225,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 
     // Read again rather than kept in registers over the loop.
     const Sequence keys = sequence_of(p, batch);
-    const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
+    const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f, dk_scale = p.score.softmax_scale * dv_scale;
 #pragma unroll
     for (int i = 0; i < kOutM; ++i)
 #pragma unroll
@@ -227,7 +234,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const bool live = k_begin + out_row + 16 * i + 8 * (e >> 1) + lane / 4 < keys.seqlen_k;
 #pragma unroll
             for (int j = 0; j < kOutN; ++j) {
-                dk[i][j][e] = live ? dk[i][j][e] * p.score.softmax_scale : 0.0f;
+                dk[i][j][e] = live ? dk[i][j][e] * dk_scale : 0.0f;
                 dv[i][j][e] = live ? dv[i][j][e] * dv_scale : 0.0f;
             }
         }

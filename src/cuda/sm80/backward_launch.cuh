@@ -19,6 +19,7 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     constexpr BiasGradientConfig kBias(V);
     const cudaStream_t stream = context.stream;
     const BackwardWorkspace ws = BackwardWorkspace::make(p, V);
+    if (!kConfig.adds_dq && ws.dq) return cudaErrorInvalidValue;  // a row for the deterministic mode alone
     const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads;
     const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
     const int64_t head_y = heads < 32768 ? heads : 32768;

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
-    const int batch = static_cast<int>(index.head / p.size.num_heads);
-    const int head = static_cast<int>(index.head % p.size.num_heads);
+    const int batch = index.head / p.size.num_heads;
+    const int head = index.head % p.size.num_heads;
     const Sequence seq = sequence_of(p, batch);
     const int64_t q_begin = static_cast<int64_t>(index.tile) * kM;
     if (q_begin >= seq.rows_q) return;
@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     }
 
     const ScoreFunctionOf<V.features> score(p, seq, batch, head);
+    const float scale = p.score.softmax_scale * (kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f);
     const uint32_t batch_head = static_cast<uint32_t>(index.head);
     const auto q_operand = FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows);
     const auto do_operand = FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows);
@@ -91,14 +92,16 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
         if (band.any_visible(q0, kRows, k0, kN)) {
             float s[kMAtoms][kNAtoms][4], dp[kMAtoms][kNAtoms][4];
             const uint32_t k_tile = k_smem + stage * kConfig.kv_bytes, v_tile = v_smem + stage * kConfig.kv_bytes;
-            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
-                                                         b_rows(FragmentAddress<kD>::chunks_first(k_tile, lane)));
             const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
+            const DropoutBits<false> bits(p, batch_head, origin);
             ScoreGradient<V.dtype, false, V.features, kMAtoms, kNAtoms> gradient;
-            gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN));
+            multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand),
+                                                               b_rows(FragmentAddress<kD>::chunks_first(k_tile, lane)),
+                                                               gradient.template beside_scores<kD / 16>(bits));
+            gradient.scores(s, score, band, origin, !band.all_visible(q0, kRows, k0, kN), NoBias());
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(dp, a_rows<kMAtoms>(do_operand),
                                                          b_rows(FragmentAddress<kD>::chunks_first(v_tile, lane)));
-            gradient.probabilities(s, p, score.unit_log2(p), batch_head, origin,
+            gradient.probabilities(s, p, score.unit_log2(p), bits,
                                    [&](int i, int, int h) { return float2{lse[i][h], lse[i][h]}; });
             gradient.finish(dp, s, p.dropout, [&](int i, int, int h) { return float2{delta[i][h], delta[i][h]}; });
             uint32_t ds[kMAtoms][kNAtoms][2];
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
         for (int e = 0; e < 4; ++e) {
             const bool live = q0 + 16 * i + 8 * (e >> 1) + lane / 4 < seq.seqlen_q;
 #pragma unroll
-            for (int j = 0; j < kDAtoms; ++j) dq[i][j][e] = live ? dq[i][j][e] * p.score.softmax_scale : 0.0f;
+            for (int j = 0; j < kDAtoms; ++j) dq[i][j][e] = live ? dq[i][j][e] * scale : 0.0f;
         }
     const Result out(p.dq, p.grad_dtype, batch, seq.q_row + q0, head);
     store_rows<V.dtype, kD, kRows, !kGeneral>(dq, q_smem + warp * kRows * kD * 2, out, static_cast<int>(seq.rows_q) - q0,

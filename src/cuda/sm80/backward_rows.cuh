@@ -16,7 +16,7 @@ template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
-    constexpr bool kAligned = V.features == Features::plain;
+    constexpr bool kGeneral = V.features != Features::plain;
     constexpr int kLanes = V.head_dim <= 32 ? 4 : V.head_dim <= 64 ? 8 : V.head_dim <= 128 ? 16 : 32;  // of one row
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     constexpr int kPasses = (V.block_m + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -32,10 +32,13 @@ __global__ void __launch_bounds__(kRowThreads)
     const int cols = p.size.head_dim_v;
     const int64_t tile = ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x;
     const int thread = threadIdx.x, col = thread % kLanes * 8;
+    const bool aligned = !kGeneral || (dout.aligned(cols) && out.aligned(cols));
+    // delta without dropout's factor 1 / (1 - p), as dS: see score_gradient.cuh.
+    const float keep = kGeneral && p.dropout.enabled() ? 1.0f / p.dropout.rescale : 1.0f;
 
     const auto read = [&](const uint16_t* row) -> uint4 {
         if (col >= cols) return {0, 0, 0, 0};
-        return kAligned ? *reinterpret_cast<const uint4*>(row + col) : gather_chunk(row + col, cols - col);
+        return aligned ? *reinterpret_cast<const uint4*>(row + col) : gather_chunk(row + col, cols - col);
     };
     uint4 a[kPasses], b[kPasses];
 #pragma unroll
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kRowThreads)
         }
         const bool sees = lse != -INFINITY;
         ws.lse_log2[tile * V.block_m + row] = sees ? lse * kLog2e : INFINITY;
-        ws.delta[tile * V.block_m + row] = sees ? sum - dlse : 0.0f;
+        ws.delta[tile * V.block_m + row] = sees ? keep * (sum - dlse) : 0.0f;
     }
 }
 
@@ -126,12 +129,14 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                         warp * (kRows * kPairs * 16);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
     constexpr int kMAtoms = kRows / 16;
+    const bool drops = V.features != Features::plain && p.dropout.enabled();
+    const float scale = p.score.softmax_scale * (drops ? p.dropout.rescale : 1.0f);
     float acc[kMAtoms][2 * kPairs][4];
 #pragma unroll
     for (int f = 0; f < kRows / 8 * kPairs; ++f) {
         const int i = f / kPairs / 2, h = f / kPairs % 2, j = 2 * (f % kPairs);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[i][j + e / 2][2 * h + e % 2] = p.score.softmax_scale * from[dq_offset(f, lane, e)];
+        for (int e = 0; e < 4; ++e) acc[i][j + e / 2][2 * h + e % 2] = scale * from[dq_offset(f, lane, e)];
     }
     const int rows_left = static_cast<int>(seq.rows_q - row0);
     if (dq.is_float) {

@@ -14,21 +14,26 @@ STROBE_HD constexpr int ctas_for_registers(int threads, int registers_per_thread
     return ctas < 1 ? 1 : ctas;
 }
 
-/// Forward: every warp owns `rows` query rows and sees all keys of a tile. K and V are streamed through `stages` buffers.
+/// Forward: every warp owns `rows` query rows and sees all keys of a tile, or two warps share them: each then has the scores of half
+/// the keys and half the columns of O, which takes less shared memory traffic where 32 whole rows of O do not fit a warp's registers.
+/// K and V are streamed through `stages` buffers, and so are the tiles of a bias.
 struct ForwardConfig {
-    int threads, rows, m_atoms, n_atoms, d_atoms;
-    int q_bytes, kv_bytes, smem_bytes;
+    int threads, warps_of_rows, rows, m_atoms, n_atoms, d_atoms;
+    int q_bytes, kv_bytes, bias_bytes, shared_rows_bytes, smem_bytes;
     int ctas_per_sm;
 
     STROBE_HD constexpr explicit ForwardConfig(const Variant& v)
         : threads(v.warps * kWarpSize),
-          rows(v.block_m / v.warps),
+          warps_of_rows(v.head_dim == 256 && v.features == Features::plain && v.block_n >= 64 ? 2 : 1),
+          rows(v.block_m / v.warps * warps_of_rows),
           m_atoms(rows / 16),
-          n_atoms(v.block_n / 8),
-          d_atoms(v.head_dim / 8),
+          n_atoms(v.block_n / 8 / warps_of_rows),
+          d_atoms(v.head_dim / 8 / warps_of_rows),
           q_bytes(v.block_m * v.head_dim * 2),
           kv_bytes(v.block_n * v.head_dim * 2),
-          smem_bytes(q_bytes + 2 * v.stages * kv_bytes),
+          bias_bytes(v.features == Features::biased ? v.block_m * v.block_n * 2 : 0),
+          shared_rows_bytes(warps_of_rows > 1 ? v.block_m * (v.block_n * 2 + 2 * 4) : 0),  // P, and two floats a row
+          smem_bytes(q_bytes + v.stages * (2 * kv_bytes + bias_bytes) + shared_rows_bytes),
           // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
           // kernels address bias and dropout bits besides.
           ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
@@ -45,7 +50,8 @@ struct BackwardConfig {
     int out_warps_n, out_warps_d;      // dK and dV, (block_n x head_dim)
     int dq_warps_m, dq_warps_d;        // dQ, (block_m x head_dim)
     bool p_in_registers;
-    int kv_bytes, q_bytes, score_bytes, stat_bytes, smem_bytes;
+    bool adds_dq;                      // false: a row for the deterministic mode alone
+    int kv_bytes, q_bytes, score_bytes, stat_bytes, bias_bytes, smem_bytes;
     int ctas_per_sm;
 
     STROBE_HD constexpr explicit BackwardConfig(const Variant& v)
@@ -58,10 +64,12 @@ struct BackwardConfig {
           dq_warps_m(v.block_m / 32),
           dq_warps_d(1),
           p_in_registers(v.head_dim <= 64),
+          adds_dq(!(v.features == Features::plain && v.stages == 2 && (v.head_dim == 64 || v.head_dim == 256))),
           kv_bytes(v.block_n * v.head_dim * 2),
           q_bytes(v.block_m * v.head_dim * 2),
           score_bytes(v.block_n * v.block_m * 2),
           stat_bytes(v.block_m * 4),
+          bias_bytes(v.features == Features::biased ? score_bytes : 0),
           smem_bytes(0),
           ctas_per_sm(1) {
         if (p_in_registers) {
@@ -80,7 +88,7 @@ struct BackwardConfig {
             dq_warps_m *= 2;
             dq_warps_d = v.warps / dq_warps_m;
         }
-        smem_bytes = 2 * kv_bytes + v.stages * 2 * (q_bytes + stat_bytes) + (p_in_registers ? 1 : 2) * score_bytes;
+        smem_bytes = 2 * kv_bytes + v.stages * (2 * (q_bytes + stat_bytes) + bias_bytes) + (p_in_registers ? 1 : 2) * score_bytes;
         const int out_registers = 2 * (v.block_n / out_warps_n) * (v.head_dim / out_warps_d) / kWarpSize;
         const int score_registers = 2 * (v.block_n / score_warps_n) * (step_m / score_warps_m) / kWarpSize;
         const int dq_registers = v.block_m / dq_warps_m * (v.head_dim / dq_warps_d) / kWarpSize;

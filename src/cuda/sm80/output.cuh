@@ -33,6 +33,9 @@ struct Result {
         data = static_cast<char*>(t.data) + offset * (is_float ? 4 : 2);
     }
 
+    __device__ bool aligned(int cols) const {
+        return (reinterpret_cast<uintptr_t>(data) & 15) == 0 && row_stride % 8 == 0 && cols % 8 == 0;
+    }
     __device__ float* float_row(int64_t i) const { return reinterpret_cast<float*>(data) + i * row_stride; }
     __device__ uint16_t* half_row(int64_t i) const { return reinterpret_cast<uint16_t*>(data) + i * row_stride; }
 };
@@ -79,8 +82,7 @@ template <int kCols, int kRows, bool kAligned>
 __device__ __forceinline__ void tile_to_global(uint32_t tile, const Result& out, int rows_valid, int cols_valid, int thread,
                                                int threads) {
     constexpr int kChunks = kCols / 8;
-    const bool aligned =
-        kAligned || ((reinterpret_cast<uintptr_t>(out.data) & 15) == 0 && out.row_stride % 8 == 0 && cols_valid % 8 == 0);
+    const bool aligned = kAligned || out.aligned(cols_valid);
 #pragma unroll 4
     for (int index = thread; index < kRows * kChunks; index += threads) {
         const int row = index / kChunks, chunk = index % kChunks;

@@ -35,6 +35,16 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
@@ -65,14 +75,21 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     }
 }
 
-/// 16 bytes from global to shared memory, zeros when !valid (the address is then not read).
-__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0)
-                 : "memory");
+/// 16 bytes to shared memory, the first `bytes` of them from global memory, then zeros. Nothing beyond `bytes` is read.
+__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
+/// The same where `wanted`, without a branch.
+__device__ __forceinline__ void cp_async_16_if(bool wanted, uint32_t smem, const void* gmem) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1], 16; }" ::"r"(smem), "l"(gmem),
+        "r"(static_cast<uint32_t>(wanted))
+        : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -131,13 +148,38 @@ __device__ __forceinline__ float tanh_fast(float x) {
     return 1.0f - 2.0f * reciprocal_fast(exp2_fast(2.0f * kLog2e * x) + 1.0f);
 }
 
-/// tanh(x) / x for |x| <= 1 from x * x, to 7e-6: no special function unit, which the exponentials keep busy.
-__device__ __forceinline__ float tanh_ratio(float square) {
-    float r = 9.075754e-3f;
-    r = fmaf(r, square, -4.4897063e-2f);
-    r = fmaf(r, square, 0.13041857f);
-    r = fmaf(r, square, -0.33299098f);
-    return fmaf(r, square, 0.99999343f);
+/// tanh(x) / x = kTanh[0] + kTanh[1] x^2 + ... for |x| <= 1, to 8e-5 of it.
+__device__ constexpr float kTanh[4] = {9.99918558e-1f, -3.30654300e-1f, 1.18897550e-1f, -2.66296779e-2f};
+
+/// threadIdx.x, read each time.
+__device__ __forceinline__ int thread_index() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+/// The same value, of which the compiler keeps nothing that was derived before in a register.
+template <typename T>
+__device__ __forceinline__ T made_anew(T x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/// A barrier of kThreads threads (whole warps); true for all of them when it is for one.
+template <int kThreads>
+__device__ __forceinline__ bool barrier_any(int barrier, bool x) {
+    uint32_t any;
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.or.aligned.pred q, %2, %3, p; selp.u32 %0, 1, 0, q; }"
+        : "=r"(any)
+        : "r"(static_cast<uint32_t>(x)), "r"(barrier), "n"(kThreads)
+        : "memory");
+    return any != 0;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int barrier) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 __device__ __forceinline__ float quad_max(float x) {

@@ -11,7 +11,7 @@ namespace strobe::sm80 {
 
 struct TileIndex {
     int tile;
-    int64_t head;  // batch * num_heads + head
+    int head;  // batch * num_heads + head
 };
 
 struct TileOrder {
@@ -22,13 +22,14 @@ struct TileOrder {
 
     STROBE_HD constexpr int64_t size() const { return heads * tiles; }
 
-    STROBE_HD constexpr TileIndex at(int64_t index) const {
-        const int64_t per_group = static_cast<int64_t>(group) * tiles;
-        const int64_t first = index / per_group * group;
-        const int64_t in_group = index % per_group;
-        const int64_t width = heads - first < group ? heads - first : group;
+    /// In 32 bits: a grid has fewer than 2^31 CTAs, and divisions of 64 bits would take a CTA microseconds before its first load.
+    STROBE_HD constexpr TileIndex at(int64_t cta) const {
+        const uint32_t index = static_cast<uint32_t>(cta), per_group = static_cast<uint32_t>(group) * tiles;
+        const uint32_t first = index / per_group * group;
+        const uint32_t in_group = index % per_group;
+        const uint32_t left = static_cast<uint32_t>(heads) - first, width = left < static_cast<uint32_t>(group) ? left : group;
         const int tile = static_cast<int>(in_group / width);
-        return {reversed ? tiles - 1 - tile : tile, first + in_group % width};
+        return {reversed ? tiles - 1 - tile : tile, static_cast<int>(first + in_group % width)};
     }
 
     /// head_bytes: what one head streams through the cache.

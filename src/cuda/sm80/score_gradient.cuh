@@ -1,23 +1,35 @@
 // From scores to P and dS, on the accumulator fragments of one warp: what every backward pass does between its products.
 #pragma once
 
-#include "cuda/sm80/score.cuh"
+#include "cuda/sm80/dropout.cuh"
 
 namespace strobe::sm80 {
 
 /// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the softcap
-/// was given (softmax_scale * q.k), else of what it returned.
+/// was given (softmax_scale * q.k), else of what it returned. Dropout's factor 1 / (1 - p) is left out of P, dS and delta: it is one
+/// factor of each result.
 template <DType kType, bool kTransposed, Features kFeatures, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
 struct ScoreGradient {
     static constexpr bool kGeneral = kFeatures != Features::plain;
     uint32_t probability[kMAtoms][kNAtoms][2];  // as multiplied with v in the forward: dropped elements are zero
     uint32_t slope_of_cap[kMAtoms][kNAtoms][2];
+    DropoutMask<kMAtoms, kNAtoms> dropped;
+
+    /// What `multiply` does beside the product s = q.k, in kSteps steps of k: the dropout mask.
+    template <int kSteps>
+    __device__ __forceinline__ auto beside_scores(const DropoutBits<kTransposed>& bits) {
+        return [this, &bits](int k) {
+            if constexpr (kFeatures == Features::dropout) bits.template make_part<kSteps>(dropped, k);
+        };
+    }
 
     /// s: q.k in, scores out. All that branches is here, so that `probabilities`, which does not (in a plain kernel), can
-    /// share its basic block with the product dp = dout.v and run under it.
+    /// share its basic block with the product dp = dout.v and run under it. `staged`: see ScoreFunction::apply.
+    template <typename Staged>
     __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const ScoreFunctionOf<kFeatures>& score,
-                                           const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked) {
-        if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin);
+                                           const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked,
+                                           const Staged& staged) {
+        if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin, staged);
         if (masked) apply_mask(s, band, origin, -INFINITY);
     }
 
@@ -25,8 +37,7 @@ struct ScoreGradient {
     /// base-2 LSE of the queries of elements 2h and 2h + 1 of an atom; delta likewise.
     template <typename Lse>
     __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
-                                                  float scale_log2, uint32_t batch_head,
-                                                  const FragmentOrigin<kTransposed>& origin, Lse lse) {
+                                                  float scale_log2, const DropoutBits<kTransposed>& bits, Lse lse) {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -36,23 +47,16 @@ struct ScoreGradient {
                     const float2 l = lse(i, j, h);
                     s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
                     s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
+                    probability[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]);
                 }
-        if constexpr (kGeneral) {
+        if constexpr (kFeatures == Features::dropout) {
+            dropped.apply(probability);
+        } else if constexpr (kFeatures == Features::biased) {
             if (p.dropout.enabled()) {
-                // A dropped element keeps its P (dS needs it) with the sign bit set.
-                for_each_kept(s, p.dropout, p.mask, batch_head, origin, [](float& x, bool kept) { x = kept ? x : -x; });
+                bits.make_anywhere(dropped, p.mask);
+                dropped.apply(probability);
             }
         }
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float x = s[i][j][2 * h], y = s[i][j][2 * h + 1];
-                    probability[i][j][h] =
-                        kGeneral ? pack<kType>(signbit(x) ? 0.0f : x, signbit(y) ? 0.0f : y) : pack<kType>(x, y);
-                }
         if constexpr (kGeneral && kThroughSoftcap) {
             if (p.score.softcap > 0.0f) {
 #pragma unroll
@@ -71,9 +75,9 @@ struct ScoreGradient {
 
     /// dp becomes dS / softmax_scale.
     template <typename Delta>
-    __device__ __forceinline__ static void finish(float (&dp)[kMAtoms][kNAtoms][4], const float (&s)[kMAtoms][kNAtoms][4],
-                                                  const Dropout& dropout, Delta delta) {
-        const bool drops = kGeneral && dropout.enabled();
+    __device__ __forceinline__ void finish(float (&dp)[kMAtoms][kNAtoms][4], const float (&s)[kMAtoms][kNAtoms][4],
+                                           const Dropout& dropout, Delta delta) const {
+        if (kFeatures == Features::dropout || (kFeatures == Features::biased && dropout.enabled())) dropped.apply(dp);
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -82,12 +86,7 @@ struct ScoreGradient {
                 for (int h = 0; h < 2; ++h) {
                     const float2 d = delta(i, j, h);
 #pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                        float gradient = dp[i][j][e];
-                        if (drops) gradient = signbit(s[i][j][e]) ? 0.0f : gradient * dropout.rescale;
-                        const float factor = kGeneral ? fabsf(s[i][j][e]) : s[i][j][e];
-                        dp[i][j][e] = factor * (gradient - (e & 1 ? d.y : d.x));
-                    }
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - (e & 1 ? d.y : d.x));
                 }
     }
 };

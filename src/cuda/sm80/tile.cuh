@@ -53,6 +53,8 @@ struct FragmentAddress {
         return (base ^ ((chunk & kMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~kMask) << 4)) + beyond;
     }
     __device__ FragmentAddress operator+(uint32_t bytes) const { return {base, beyond + bytes}; }
+    /// For use inside a loop that has no registers for what `at` derives from it.
+    __device__ FragmentAddress anew() const { return {made_anew(base), beyond}; }
     __device__ FragmentAddress moved(uint32_t bytes) const { return {base + bytes, beyond}; }
     __device__ FragmentAddress moved_chunks(int chunk) const { return {at_chunk(0, chunk) - beyond, beyond}; }
 };
@@ -68,8 +70,9 @@ __device__ __forceinline__ uint4 gather_chunk(const uint16_t* src, int valid) {
 }
 
 /// Fills kRows x kCols from `src` (row 0 of the tile); rows >= rows_valid and columns >= cols_valid become zero.
-/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time.
-template <int kRows, int kCols, int kThreads, bool kAligned>
+/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time. kRagged: rows start on
+/// 16 bytes and end anywhere.
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kRagged = false>
 __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, int64_t row_stride, int rows_valid,
                                           int cols_valid, bool aligned, int thread) {
     using Layout = TileLayout<kCols>;
@@ -100,9 +103,12 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
         for (int c = 0; c < kCols / 8; c += kLanes) {
             const int col = (chunk0 + c) * 8;
             const uint32_t to = dst + r * kRowStep * Layout::kRowBytes + c * 16;
-            if (kAligned || aligned) {
+            if constexpr (kRagged) {
+                const int bytes = row < rows_valid ? min(max(2 * (cols_valid - col), 0), 16) : 0;
+                cp_async_16(to, bytes > 0 ? row_ptr + c * 8 : src, bytes);
+            } else if (kAligned || aligned) {
                 const bool valid = row < rows_valid && col < cols_valid;
-                cp_async_16(to, valid ? row_ptr + c * 8 : src, valid);
+                cp_async_16(to, valid ? row_ptr + c * 8 : src, valid ? 16 : 0);
             } else {
                 store_shared(to, gather_chunk(row_ptr + c * 8, row < rows_valid ? cols_valid - col : 0));
             }
@@ -111,15 +117,31 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// Copy n of the kRows * kCols / 8 / kThreads that a thread makes for an aligned tile inside its tensor: load_tile in parts.
+/// load_tile in parts, for an aligned tile inside its tensor: copy() is called for n = 0, 1, ... kCopies - 1, one step of k of a product
+/// between. Straight-line code: the addresses are made once, opaque to the compiler, which would make them anew for each copy.
 template <int kRows, int kCols, int kThreads>
-__device__ __forceinline__ void copy_part(uint32_t tile, const uint16_t* src, int64_t row_stride, int n, int thread) {
+struct SpreadCopy {
     using Layout = TileLayout<kCols>;
-    constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kColCopies = kCols / 8 / kLanes;
+    static constexpr int kCopies = kRows / kRowStep * kColCopies;
     static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
-    const int row = thread / kLanes + n / kColCopies * kRowStep, chunk = thread % kLanes + n % kColCopies * kLanes;
-    cp_async_16(tile + Layout::offset(row, chunk), src + row * row_stride + chunk * 8);
-}
+    uint32_t to = 0;
+    const uint16_t* from = nullptr;
+    int64_t step = 0;
+
+    __device__ __forceinline__ void start(uint32_t tile, const uint16_t* src, int64_t row_stride) {
+        const int thread = thread_index();
+        to = tile + Layout::offset(thread / kLanes, thread % kLanes);
+        from = src + thread / kLanes * row_stride + thread % kLanes * 8;
+        step = kRowStep * row_stride;
+        asm volatile("" : "+r"(to), "+l"(from));
+    }
+    __device__ __forceinline__ void copy(int n, bool wanted) {
+        const int c = n % kColCopies * kLanes;
+        cp_async_16_if(wanted, to + n / kColCopies * kRowStep * Layout::kRowBytes + c * 16, from + c * 8);
+        if (n % kColCopies == kColCopies - 1) from += step;
+    }
+};
 
 /// What `multiply` does besides after each step of k: nothing.
 struct NoSideWork {
@@ -206,6 +228,17 @@ __device__ __forceinline__ auto a_registers(const uint32_t (&packed)[kMAtoms][kN
     };
 }
 
+/// f(element, i, j, e) for all elements of a warp's tile.
+template <int kMAtoms, int kNAtoms, typename F>
+__device__ __forceinline__ void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) f(s[i][j][e], i, j, e);
+}
+
 /// Accumulators as the packed A operand of the next product.
 template <DType kType, int kMAtoms, int kNAtoms>
 __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAtoms][2],
@@ -217,6 +250,17 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAto
             packed[i][j][0] = pack<kType>(s[i][j][0], s[i][j][1]);
             packed[i][j][1] = pack<kType>(s[i][j][2], s[i][j][3]);
         }
+}
+
+/// Packed accumulators into a tile of shared memory, whence other warps read them as operands; `to`: FragmentAddress::accumulator.
+template <int kCols, int kMAtoms, int kNAtoms>
+__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j) store_shared(to.at_chunk(16 * i + 8 * h, j), packed[i][j][h]);
 }
 
 template <int kMAtoms, int kNAtoms>

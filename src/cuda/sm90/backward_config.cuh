@@ -7,8 +7,12 @@
 // another works on exponentials.
 //
 // head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
-// head_dim > 128: a tile has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
+// head_dim > 128: a CTA has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
 // P and dV, the other dS and dK, and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
+//
+// There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's columns for
+// the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A dS buffer is free
+// when the dq warpgroups of both CTAs have said so.
 #pragma once
 
 #include <cuda.h>
@@ -27,19 +31,21 @@ struct BackwardConfig {
     static constexpr int kDim = V.head_dim;
     static constexpr int kChunks = (kDim + 63) / 64;  // a chunk: 64 columns, 128 bytes a row, swizzled as TMA writes it
     static constexpr int kBlockM = V.block_m;
-    static constexpr int kBlockN = V.block_n;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
-    static constexpr int kDsStages = 2;
     static constexpr int kSlots = 8;                  // of QuerySlot
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
+    static constexpr bool kPair = kSplit;             // the two go together
+    static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
+    static constexpr int kBlockN = V.block_n / kCtas;
+    static constexpr int kDsStages = kDim == 256 ? 1 : 2;
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = kDim == 96 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 96 ? 88 : 72;
-    static constexpr int kLoadRegisters = 24;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : 24;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -47,14 +53,23 @@ struct BackwardConfig {
     static constexpr int kQueryChunkBytes = kBlockM * kRowBytes;
     static constexpr int kKeyTileBytes = kChunks * kKeyChunkBytes;
     static constexpr int kQueryTileBytes = kChunks * kQueryChunkBytes;
-    static constexpr int kDsUnitBytes = kBlockN * kRowBytes;  // (keys, 64 queries)
+    static constexpr int kDsUnitBytes = V.block_n * kRowBytes;  // (keys of the tile, 64 queries)
+    static constexpr int kPairChunks = 2;  // that hold the columns of K from which one CTA of a pair computes dq
     static constexpr int kStatsBytes = 2 * kBlockM * 4;
 
     __device__ __forceinline__ static int chunks_of(int dim) { return (dim + 63) / 64; }
+    /// This CTA's place in the pair.
+    __device__ __forceinline__ static int rank() { return kPair ? blockIdx.x % 2 : 0; }
+    __device__ __forceinline__ static Peer peer() { return {(blockIdx.x ^ 1) % 2}; }
+    __device__ __forceinline__ static int first_key(const BackwardTile& tile) {
+        return tile.n_block * V.block_n + rank() * kBlockN;
+    }
+    /// The first chunk of K whose columns this CTA's dq has.
+    __device__ __forceinline__ static int pair_chunk() { return rank() * (kChunks - kPairChunks); }
 
     static_assert(kStages + kDsStages < kSlots);
     static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
-    static_assert(kBlockN == (kSplit ? 64 : 128) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
+    static_assert(V.block_n == 128 && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
 };
@@ -82,7 +97,7 @@ struct RingPosition {
 /// What belongs to one query tile, written by the load warp along with its copies. The n-th tile of a CTA has slot
 /// n % kSlots: the dq warpgroup may read it kDsStages tiles behind the key warps, who free its stage.
 struct alignas(16) QuerySlot {
-    int padded;       // index of the tile in the dq accumulator, all heads together
+    int padded;       // index of the tile in the dq accumulator, all heads together; -1: no more work (deterministic mode)
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
@@ -96,6 +111,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
+    alignas(1024) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];  // the other's K from pair_chunk() on
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
     TileRing tiles;
@@ -105,8 +121,14 @@ struct BackwardSmem {
     Barrier dout_full[C::kStages];
     Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
     Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
-    Barrier ds_full[C::kDsStages];    // dS is complete
-    Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it
+    Barrier ds_full[C::kDsStages];    // dS is complete, in a pair that of both
+    Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it, in a pair both
+    Barrier slot_full[C::kSlots];     // deterministic mode: the slot is written,
+    Barrier turn_come[C::kSlots];     // its turn has come and one kLag tiles back has been taken note of,
+    Barrier added[C::kSlots];         // the dq warpgroup has issued its additions
+    Barrier claim_full[2];            // pair only: the first CTA has told the second what they work on next,
+    Barrier claim_free[2];            // and the second one knows
+    int claim[2];
 };
 
 /// Zeroes what is never loaded: the chunks past head_dim in q and k, past head_dim_v in dout and v.
@@ -124,6 +146,10 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
     for (int s = 0; s < C::kStages; ++s) {
         clear(smem.q[s], C::kQueryChunkBytes, size.head_dim);
         clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
+    }
+    if constexpr (C::kPair) {
+        uint4* const words = reinterpret_cast<uint4*>(smem.k_peer);
+        for (int i = threadIdx.x; i < C::kPairChunks * C::kKeyChunkBytes / 16; i += C::kThreads) words[i] = make_uint4(0, 0, 0, 0);
     }
     fence_async_proxy();
 }

@@ -5,27 +5,9 @@
 
 namespace strobe::sm90 {
 
-/// Order in which key tiles add to one dq tile when the result must not depend on timing: key tile 0 first.
-struct DqOrder {
-    int32_t* semaphore;
-
-    __device__ __forceinline__ void wait_for_turn(int turn, int thread) const {
-        if (thread == 0) {
-            int seen;
-            do {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(semaphore) : "memory");
-            } while (seen != turn);
-        }
-    }
-    __device__ __forceinline__ void pass_on(int thread) const {
-        if (thread == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
-    }
-};
-
 template <Variant V>
 struct DqWorker {
     using C = BackwardConfig<V>;
-    static constexpr int kBarrier = 1;  // named barrier of the 128 threads
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
@@ -43,7 +25,7 @@ struct DqWorker {
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
                 smem.ds_full[ds_stage.index].wait(ds_stage.phase);
-                multiply_and_add(ds_stage.index, smem.slot[slot.index]);
+                multiply_and_add(ds_stage.index, slot);
                 ds_stage.template advance<C::kDsStages>();
                 slot.template advance<C::kSlots>();
             }
@@ -52,55 +34,87 @@ struct DqWorker {
     }
 
 private:
-    /// dq (block_m queries x dim) += dS K in pieces of 64 x 64, which need few registers.
-    __device__ __forceinline__ void multiply_and_add(int ds_index, const QuerySlot& slot) {
-        const int64_t padded = slot.padded;
-        const DqOrder order{launch.semaphore + padded};
-        if (params.deterministic) {
-            order.wait_for_turn(slot.turn, thread);
-            named_barrier_sync(kBarrier, 128);
+    /// 64 queries (a unit of the tile) by at most 64 columns, which need few registers.
+    struct Piece {
+        int unit;
+        int column;
+        uint32_t k[2];  // shared memory of keys 0...63 and 64...127, from that column
+        bool first, last;
+    };
+
+    /// dq (block_m queries x dim, or a pair's half of dim) += dS K.
+    __device__ __forceinline__ void multiply_and_add(int ds_index, const RingPosition& slot) {
+        if constexpr (C::kPair) {
+            add_half(ds_index, slot);
+        } else {
+            add_all(ds_index, slot);
         }
-        const uint32_t ds = smem_address(smem.ds) + ds_index * C::kQueryUnits * C::kDsUnitBytes;
-        float* const out = launch.dq + padded * (C::kBlockM * C::kDim) + thread * 4;
+        if (params.deterministic) {
+            __syncwarp();
+            if (thread % 32 == 0) smem.added[slot.index].arrive();
+        }
+    }
+
+    __device__ __forceinline__ void add_all(int ds_index, const RingPosition& slot) {
+        constexpr int kTail = C::kDim % 64;
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
-                constexpr int kTail = C::kDim % 64;
-                if (kTail == 0 || c + 1 < C::kChunks) {
-                    multiply_piece<64>(ds, ds_index, u, c, out);
+                const uint32_t k = smem_address(smem.k) + c * C::kKeyChunkBytes;
+                const bool tail = c + 1 == C::kChunks;
+                const Piece piece{u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
+                if (kTail == 0 || !tail) {
+                    multiply_piece<64>(piece, ds_index, slot);
                 } else {
-                    multiply_piece<kTail == 0 ? 64 : kTail>(ds, ds_index, u, c, out);
+                    multiply_piece<kTail == 0 ? 64 : kTail>(piece, ds_index, slot);
                 }
             }
         }
-        if (params.deterministic) {
-            __threadfence();
-            named_barrier_sync(kBarrier, 128);
-            order.pass_on(thread);
-        }
     }
 
-    /// 64 queries (unit) by N columns from 64 * chunk. The last piece frees the dS buffer.
+    /// A whole chunk of this CTA's half, and the rest of it: another chunk, or at head_dim 192 half of the middle one.
+    __device__ __forceinline__ void add_half(int ds_index, const RingPosition& slot) {
+        constexpr int kRest = C::kDim / 2 - 64;
+        constexpr bool kShared = kRest < 64;
+        const int rank = C::rank();
+        multiply_piece<64>(pair_piece(kShared ? rank : 0, 0, true), ds_index, slot);
+        multiply_piece<kRest>(pair_piece(kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds_index, slot);
+    }
+
+    /// From column `within` of the chunk that is `chunk` behind pair_chunk().
+    __device__ __forceinline__ Piece pair_piece(int chunk, int within, bool first) {
+        const uint32_t mine = smem_address(smem.k) + (C::pair_chunk() + chunk) * C::kKeyChunkBytes + within * 2;
+        const uint32_t theirs = smem_address(smem.k_peer) + chunk * C::kKeyChunkBytes + within * 2;
+        const bool upper = C::rank() == 0;
+        return {0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
+    }
+
+    /// The first piece waits for the turn, the last one frees the dS buffer.
     template <int N>
-    __device__ __forceinline__ void multiply_piece(uint32_t ds, int ds_index, int unit, int chunk, float* out) {
+    __device__ __forceinline__ void multiply_piece(const Piece& piece, int ds_index, const RingPosition& slot) {
+        constexpr int kStep = 16 * C::kRowBytes >> 4;
         float acc[N / 2];
-        const uint64_t a = mn_major(ds + unit * C::kDsUnitBytes, C::kDsUnitBytes);
-        const uint64_t b = mn_major(smem_address(smem.k) + chunk * C::kKeyChunkBytes, C::kKeyChunkBytes);
+        const uint64_t a = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes, C::kDsUnitBytes);
+        const uint64_t b[2] = {mn_major(piece.k[0], C::kKeyChunkBytes), mn_major(piece.k[1], C::kKeyChunkBytes)};
         wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < C::kBlockN / 16; ++kk) {
-            const int step = kk * (16 * C::kRowBytes >> 4);
-            Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + step, b + step, kk != 0);
+        for (int kk = 0; kk < V.block_n / 16; ++kk) {
+            Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + kk * kStep, b[kk / 4] + kk % 4 * kStep, kk != 0);
         }
         wgmma_commit();
         wgmma_wait<0>();
         fence_registers(acc);
-        if (unit + 1 == C::kQueryUnits && chunk + 1 == C::kChunks && thread % 32 == 0) smem.ds_free[ds_index].arrive();
-        float* const piece = out + (unit * (C::kDim / 8) + chunk * 8) * 512;
+        if (piece.last && thread % 32 == 0) {
+            smem.ds_free[ds_index].arrive();
+            if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds_index]);
+        }
+        if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
+        float* const out = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
+                           (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            reduce_add(piece + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
         }
     }
 };

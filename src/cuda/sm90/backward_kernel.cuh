@@ -6,6 +6,7 @@
 #include "cuda/sm90/backward_dq_worker.cuh"
 #include "cuda/sm90/backward_key_worker.cuh"
 #include "cuda/sm90/backward_load_worker.cuh"
+#include "cuda/sm90/backward_order_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
 
 namespace strobe::sm90 {
@@ -31,18 +32,34 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         for (int s = 0; s < C::kDsStages; ++s) {
             smem.p_full[s].init(4);
             smem.ds_full[s].init(C::kSplit ? 4 : kKeyWarps);
-            smem.ds_free[s].init(4);
+            smem.ds_free[s].init(C::kCtas * 4);
         }
+        for (int s = 0; s < C::kSlots; ++s) {
+            smem.slot_full[s].init(1);
+            smem.turn_come[s].init(2);
+            smem.added[s].init(4);
+        }
+        for (int s = 0; s < 2; ++s) smem.claim_full[s].init(1), smem.claim_free[s].init(1);
         fence_barrier_init();
     }
     if (C::chunks_of(min(params.size.head_dim, params.size.head_dim_v)) < C::kChunks) clear_missing_chunks<V>(smem, params.size);
+    if constexpr (C::kPair) cluster_arrive(), cluster_wait();
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
     const int thread = threadIdx.x % 128;
     if (warpgroup == C::kKeyWarpgroups + 1) {
         register_limit_lower<C::kLoadRegisters>();
-        if (__shfl_sync(0xFFFFFFFFu, thread / 32, 0) == 0) LoadWorker<V>{smem, params, launch, thread}.run();
+        const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
+        if (warp == 0) {
+            LoadWorker<V>{smem, params, launch, thread}.run();
+        } else if (params.deterministic && thread % 32 == 0) {
+            if (warp == 1) {
+                TurnWorker<V>{smem, launch}.run();
+            } else {
+                HandOverWorker<V>{smem, launch, warp - 2}.run();
+            }
+        }
     } else if (warpgroup == C::kKeyWarpgroups) {
         register_limit_lower<C::kDqRegisters>();
         DqWorker<V>{smem, params, launch, thread}.run();
@@ -56,6 +73,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
             KeyGradWorker<V>{smem, params, thread}.run();
         }
     }
+    if constexpr (C::kPair) cluster_arrive(), cluster_wait();  // the other may still arrive at barriers in here
 }
 
 }  // namespace strobe::sm90

@@ -15,20 +15,28 @@ struct LaunchShape {
     int threads = 0;
     int smem_bytes = 0;
     bool overlaps_upstream = false;  // may start before the kernel in front has finished; waits for it itself
+    int cluster = 1;
 };
 
 template <typename... Args>
 cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cudaStream_t stream, const Args&... args) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (shape.overlaps_upstream) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = shape.overlaps_upstream ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
@@ -63,8 +71,8 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         return cuda::make_ragged_tensor_map(m, t, V.dtype, extents, box_rows);
     };
     cudaError_t status = map(args.q, p.q, {n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
-    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
-    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, V.block_n);
+    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
+    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
     if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
     if (status != cudaSuccess) return status;
 
@@ -79,10 +87,12 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
 
     if (args.schedule.work_tiles > 0) {
         constexpr int kSmemBytes = sizeof(BackwardSmem<V>);
+        static_assert(kSmemBytes <= 227 * 1024);
         status = cuda::allow_dynamic_smem(backward_kernel<kCode>, kSmemBytes);
         if (status != cudaSuccess) return status;
-        const int ctas = args.schedule.work_tiles < context.num_sms ? args.schedule.work_tiles : context.num_sms;
-        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true};
+        const int room = context.num_sms < C::kCtas ? 1 : context.num_sms / C::kCtas;
+        const int ctas = C::kCtas * (args.schedule.work_tiles < room ? args.schedule.work_tiles : room);
+        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true, C::kCtas};
         status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }

@@ -18,34 +18,54 @@ struct LoadWorker {
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
-        int claimed = blockIdx.x;
+        int claimed = blockIdx.x / C::kCtas;
         for (int t = 0;; ++t) {
             BackwardTile tile;
+            if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
                 claimed = claim();
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
+            if (C::kPair && C::rank() == 0) tell(t, claimed);
             // Every warp has read the entry that this one replaces: the keys of the tile before last have been released.
             if (lane == 0) smem.tiles.entry[t % TileRing::kEntries] = tile;
             __syncwarp();
             if (t > 0) smem.kv_free.wait(t - 1 & 1);
             if (tile.batch < 0) {
                 if (lane == 0) smem.k_full.arrive();
+                if (params.deterministic) publish_end(stage, slot);
                 return;
             }
             load_keys(tile);
             load_queries(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
-            claimed = claim();
+            if (C::rank() == 0) claimed = claim();
         }
     }
 
 private:
     __device__ __forceinline__ int claim() const {
         int next = 0;
-        if (lane == 0) next = gridDim.x + atomicAdd(launch.counter, 1);
+        if (lane == 0) next = gridDim.x / C::kCtas + atomicAdd(launch.counter, 1);
         return __shfl_sync(0xFFFFFFFFu, next, 0);
+    }
+
+    /// The first CTA of a pair claims for both, tells the second its t-th tile, and may be two tiles ahead.
+    __device__ __forceinline__ void tell(int t, int claimed) const {
+        smem.claim_free[t % 2].wait(t / 2 % 2 ^ 1);
+        if (lane == 0) {
+            C::peer().store(smem.claim[t % 2], claimed);
+            C::peer().arrive(smem.claim_full[t % 2]);
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ int told(int t) const {
+        wait_for_peer(smem.claim_full[t % 2], t / 2 % 2);
+        const int claimed = *static_cast<volatile int*>(&smem.claim[t % 2]);
+        __syncwarp();
+        if (lane == 0) C::peer().arrive(smem.claim_free[t % 2]);
+        return claimed;
     }
 
     /// Without queries nothing is loaded: an empty sequence would make boxes that lie outside their tensor altogether, for
@@ -54,15 +74,51 @@ private:
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
                                    static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
-        const int row = tile.n_block * C::kBlockN;
-        if (lane == 0 && tile.m_begin < tile.m_end) {
+        const int row = C::first_key(tile);
+        if (tile.m_begin >= tile.m_end) {
+            if (lane == 0) {
+                smem.k_full.arrive();
+                smem.v_full.arrive();
+            }
+        } else if constexpr (C::kPair) {
+            load_keys_of_pair(row, static_cast<int>(seq.seqlen_k), at);
+        } else if (lane == 0) {
             load_tile(smem.k, C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full, 0, row, at);
             load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
-        } else if (lane == 0) {
-            smem.k_full.arrive();
-            smem.v_full.arrive();
         }
         __syncwarp();
+    }
+
+    /// This CTA's keys, and of the other's keys the columns for dq. The second CTA's keys may lie behind the sequence: zeros.
+    __device__ __forceinline__ void load_keys_of_pair(int row, int seqlen_k, const RaggedCoordinates& at) {
+        const int other_row = row ^ C::kBlockN;
+        const int dim = params.size.head_dim;
+        const int other_chunks = max(0, min(C::chunks_of(dim) - C::pair_chunk(), C::kPairChunks));
+        const uint32_t other_bytes = other_row < seqlen_k ? other_chunks * C::kKeyChunkBytes : 0;
+        if (row >= seqlen_k) {
+            clear(smem.k);
+            clear(smem.v);
+        }
+        if (other_row >= seqlen_k) clear(smem.k_peer);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane > 0) return;
+        if (row < seqlen_k) {
+            load_tile(smem.k, C::kKeyChunkBytes, launch.k, dim, smem.k_full, other_bytes, row, at);
+            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+        } else {
+            smem.k_full.arrive_expect(other_bytes);
+            smem.v_full.arrive();
+        }
+        for (int c = 0; other_bytes > 0 && c < other_chunks; ++c) {
+            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full, (C::pair_chunk() + c) * 64,
+                        other_row, at);
+        }
+    }
+
+    template <int kBytes>
+    __device__ __forceinline__ void clear(uint8_t (&tile)[kBytes]) const {
+        for (int i = lane; i < kBytes / 16; i += 32) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
     }
 
     /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
@@ -76,28 +132,29 @@ private:
         const int tiles = static_cast<int>(launch.tiles);
         for (int i = 0; i < tile.m_end - tile.m_begin; ++i) {
             const int m = tile.down ? tile.m_end - 1 - i : tile.m_begin + i;
-            QuerySlot slot{0, tile.n_block - tile.mask.first_key(m * C::kBlockM) / C::kBlockN, m * C::kBlockM, 0};
+            QuerySlot slot{0, query_turn<V>(tile, m, seq.seqlen_q), m * C::kBlockM, 0};
 #pragma unroll
             for (int w = 0; w < C::kKeyUnits; ++w) {
-                slot.masked |= !tile.mask.all_visible(slot.query0, C::kBlockM, tile.n_block * C::kBlockN + w * 64, 64) << w;
+                slot.masked |= !tile.mask.all_visible(slot.query0, C::kBlockM, C::first_key(tile) + w * 64, 64) << w;
             }
             for (int h = 0; h < group; ++h) {
                 at.head = tile.head_k * group + h;
                 slot.padded = at.head * tiles + first + m;
-                load_query_tile(slot, at, stage, smem.slot[slot_at.index]);
+                load_query_tile(slot, at, stage, slot_at.index);
                 slot_at.template advance<C::kSlots>();
             }
         }
     }
 
     __device__ __forceinline__ void load_query_tile(const QuerySlot& slot, const RaggedCoordinates& at, RingPosition& stage,
-                                                    QuerySlot& published) {
+                                                    int slot_index) {
         const int s = stage.index;
         smem.stage_free[s].wait(stage.phase ^ 1);
         Barrier& q_full = smem.q_full[s];
         Barrier& dout_full = smem.dout_full[s];
         if (lane == 0) {
-            published = slot;
+            smem.slot[slot_index] = slot;
+            if (params.deterministic) smem.slot_full[slot_index].arrive();
             load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, C::kStatsBytes, slot.query0, at);
             bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
                       launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
@@ -105,6 +162,20 @@ private:
         }
         __syncwarp();
         stage.template advance<C::kStages>();
+    }
+
+    /// The warps that keep the order know the stream of query tiles by its slots alone, and two of them see every other one.
+    __device__ __forceinline__ void publish_end(RingPosition stage, RingPosition slot_at) {
+        for (int i = 0; i < 2; ++i) {
+            smem.stage_free[stage.index].wait(stage.phase ^ 1);
+            if (lane == 0) {
+                smem.slot[slot_at.index].padded = -1;
+                smem.slot_full[slot_at.index].arrive();
+            }
+            __syncwarp();
+            stage.template advance<C::kStages>();
+            slot_at.template advance<C::kSlots>();
+        }
     }
 
     /// The chunks of a tile that the tensor has; the others stay as clear_missing_chunks left them.

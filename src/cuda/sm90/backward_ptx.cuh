@@ -33,9 +33,60 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uin
                  : "memory");
 }
 
+/// The other CTA of a pair, seen from this one: its shared memory has the same layout.
+struct Peer {
+    uint32_t rank;  // the other's
+
+    __device__ __forceinline__ uint32_t address(const void* mine) const {
+        uint32_t theirs;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(smem_address(mine)), "r"(rank));
+        return theirs;
+    }
+    __device__ __forceinline__ void arrive(Barrier& barrier) const {
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address(&barrier)) : "memory");
+    }
+    __device__ __forceinline__ void store(int& mine, int value) const {
+        asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address(&mine)), "r"(value) : "memory");
+    }
+    /// Copies `bytes` to the same place; they count towards the other's `barrier`.
+    __device__ __forceinline__ void copy(const void* from, uint32_t bytes, Barrier& barrier) const {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(from)),
+            "r"(smem_address(from)), "r"(bytes), "r"(address(&barrier))
+            : "memory");
+    }
+};
+
+/// Orders what the other CTA wrote before it arrived.
+__device__ __forceinline__ void wait_for_peer(Barrier& barrier, uint32_t phase) {
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile(
+            "{.reg .pred p;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(smem_address(&barrier)), "r"(phase)
+            : "memory");
+    }
+}
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
 __device__ __forceinline__ void reduce_add(float* global, float x, float y, float z, float w) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z), "f"(w)
                  : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int32_t* global) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
+    return x;
+}
+/// Adds once everything that this thread knows to have happened has happened for the whole device.
+__device__ __forceinline__ void add_release(int32_t* global, int x) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
 }
 
 /// Waits until the kernels this one was launched behind have finished and their writes are visible.

@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kLanes = C::kDim <= 64 ? 8 : C::kDim <= 128 ? 16 : 32;  // threads of one row, 16 bytes each
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
-    const int m = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    // The heads that the main kernel begins with come last: they are in L2 then.
+    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) *launch.counter = 0;
     const Sequence seq = sequence_of(p, batch);
     if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(kRowThreads)
     using C = BackwardConfig<V>;
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
-    const int unit = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    // The heads that the main kernel ended with come first, out of L2.
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(unit) * 64;
     wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front

@@ -16,6 +16,12 @@
 
 namespace strobe::sm90 {
 
+enum class WalkOrder {
+    rounds,   // as above, for masks
+    up,       // first query tile to last in every round
+    falling,  // the same, and the last key tile first; but the last group as an even round, which ends with short tiles
+};
+
 struct BackwardSchedule {
     int key_tiles = 0;        // of the longest sequence
     int heads = 0;            // batch * num_heads_k
@@ -23,6 +29,7 @@ struct BackwardSchedule {
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
     int work_tiles = 0;       // heads * key_tiles
+    WalkOrder order = WalkOrder::rounds;
 };
 
 /// The queries that see one key: [first, first + span]. Tested with one unsigned comparison.
@@ -50,8 +57,9 @@ struct TileMask {
         if (key >= seqlen_k || span < 0) return {};
         return {key - above, static_cast<uint32_t>(span)};
     }
-    /// The first key that a query sees.
+    /// The first and the last key that a query sees.
     STROBE_HD int first_key(int query) const { return query - below > 0 ? query - below : 0; }
+    STROBE_HD int last_key(int query) const { return query + above < seqlen_k ? query + above : seqlen_k - 1; }
 
     STROBE_HD bool all_visible(int query0, int queries, int key0, int keys) const {
         return query0 >= key0 + keys - 1 - above && query0 + queries - 1 <= key0 + below && key0 + keys <= seqlen_k;
@@ -66,6 +74,7 @@ struct BackwardTile {
     int m_begin = 0;
     int m_end = 0;
     bool down = false;  // from m_end - 1 to m_begin
+    bool falling = false;  // key tiles of this head were claimed last to first
     TileMask mask;
 };
 
@@ -77,18 +86,30 @@ STROBE_HD TileMask tile_mask(const BackwardParams& p, const Sequence& seq) {
     return mask;
 }
 
+/// Deterministic mode: a key tile waits at each query tile for those that were claimed before it, never for later ones, which
+/// might not be running. It should find them gone by.
+///
+/// Without a mask all begin at query tile 0, each one hand-over behind the other, once for the whole launch. With a mask the last
+/// key tile is claimed first: on the way up from their diagonals two neighbours pass a query tile one after the other all by
+/// themselves. That spreads a head's CTAs over all of its queries; a group of query heads that L2 cannot hold stays in rounds.
+inline WalkOrder deterministic_order(const BackwardParams& p) {
+    return p.size.num_heads <= 2 * p.size.num_heads_k ? WalkOrder::falling : WalkOrder::rounds;
+}
+
 inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
-    constexpr int kMachine = 132;    // CTAs at work at a time; another number costs L2 hits, nothing else
+    // Tiles at work at a time: above head_dim 128 a pair of CTAs has one. Another number costs L2 hits, nothing else.
+    const int machine = v.head_dim > 128 ? 66 : 132;
     BackwardSchedule s;
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
     s.work_tiles = s.heads * s.key_tiles;
     if (s.work_tiles == 0) return s;
-    const int heads = (kMachine + s.key_tiles / 2) / s.key_tiles;
+    const int heads = (machine + s.key_tiles / 2) / s.key_tiles;
     s.heads_per_group = heads < 1 ? 1 : heads > s.heads ? s.heads : heads;
-    const int rounds = (s.key_tiles + kMachine / 2) / kMachine;
+    const int rounds = (s.key_tiles + machine / 2) / machine;
     s.rounds = rounds < 1 ? 1 : rounds;
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
+    s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
     return s;
 }
 
@@ -100,9 +121,13 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     const int rest = index - group * per_group;
     const int heads_left = s.heads - group * s.heads_per_group;
     const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
-    tile.n_block = rest / group_heads;
-    const int head = group * s.heads_per_group + rest - tile.n_block * group_heads;
-    tile.down = (group * s.rounds + rest / s.round_tiles) % 2 == 0;
+    const int rank = rest / group_heads;
+    const int head = group * s.heads_per_group + rest - rank * group_heads;
+    const bool last_group = heads_left <= s.heads_per_group;
+    tile.falling = s.order == WalkOrder::falling && !last_group;
+    tile.n_block = tile.falling ? s.key_tiles - 1 - rank : rank;
+    tile.down = s.order == WalkOrder::rounds ? (group * s.rounds + rest / s.round_tiles) % 2 == 0
+                                             : s.order == WalkOrder::falling && last_group;
     tile.batch = head / p.size.num_heads_k;
     tile.head_k = head - tile.batch * p.size.num_heads_k;
 
@@ -115,6 +140,15 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
     return true;
+}
+
+/// How many key tiles add to query tile m before this one, in deterministic mode: those claimed earlier.
+template <Variant V>
+STROBE_HD int query_turn(const BackwardTile& tile, int m, int64_t seqlen_q) {
+    const int first = m * V.block_m;
+    if (!tile.falling) return tile.n_block - tile.mask.first_key(first) / V.block_n;
+    const int end = first + V.block_m < seqlen_q ? first + V.block_m : static_cast<int>(seqlen_q);
+    return tile.mask.last_key(end - 1) / V.block_n - tile.n_block;
 }
 
 }  // namespace strobe::sm90

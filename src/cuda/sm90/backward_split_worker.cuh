@@ -29,7 +29,7 @@ struct ValueWorker {
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
-        const DsAddress<V> ds_address(smem, 0, thread);
+        const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
@@ -58,7 +58,7 @@ struct ValueWorker {
                 F::probabilities(p, s, minus_lse, scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked & 1) {
-                    F::hide(p, tile.mask, tile.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, slot.query0, lane);
+                    F::hide(p, tile.mask, C::first_key(tile) + thread / 32 * 16 + lane / 4, slot.query0, lane);
                 }
                 smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
 #pragma unroll
@@ -82,7 +82,7 @@ struct ValueWorker {
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
             const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, last.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, lane % 4};
+            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
             store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
         }
     }
@@ -100,7 +100,7 @@ struct KeyGradWorker {
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
-        const DsAddress<V> ds_address(smem, 0, thread);
+        const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage;
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
@@ -139,7 +139,7 @@ struct KeyGradWorker {
                 }
                 fence_async_proxy();
                 __syncwarp();
-                if (lane == 0) smem.ds_full[ds_stage.index].arrive();
+                if (lane == 0) publish(ds_stage.index);
 
                 wgmma_fence();
                 F::multiply_over_queries(dk, ds, q);
@@ -155,9 +155,18 @@ struct KeyGradWorker {
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
             const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, last.n_block * C::kBlockN + thread / 32 * 16 + lane / 4, lane % 4};
+            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
             store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
         }
+    }
+
+private:
+    /// One lane of a warp: the 16 keys of this warp are in the dS buffer, and on their way to the other CTA.
+    __device__ __forceinline__ void publish(int ds_stage) const {
+        constexpr uint32_t kBytes = 16 * C::kRowBytes;
+        const uint8_t* const mine = smem.ds[ds_stage] + C::rank() * C::kBlockN * C::kRowBytes + thread / 32 * kBytes;
+        smem.ds_full[ds_stage].arrive_expect(kBytes);  // of the other's
+        C::peer().copy(mine, kBytes, smem.ds_full[ds_stage]);
     }
 };
 

@@ -35,6 +35,7 @@ inline double __shfl_xor_sync(unsigned, double x, int mask) {
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };

@@ -35,12 +35,13 @@ double gelu_slope(double x) {
 struct Gemm::Library {};
 struct Gemm::Plan {};
 
-Gemm::Gemm(void* stream) : stream_(stream) {}
+Gemm::Gemm(void* stream, const std::string&) : stream_(stream) {}
 Gemm::~Gemm() = default;
 std::string Gemm::version() const { return "emulated"; }
 // bf16 products take their epilogues along, as on a GPU; those of fp32 have operators behind them.
 bool Gemm::possible(const GemmCall&) { return true; }
 float Gemm::milliseconds(const GemmCall&) { return 0.0f; }
+std::vector<Gemm::Measured> Gemm::measured() const { return {}; }
 
 void Gemm::run(const GemmCall& c) {
     const auto widened = [](Buffer b, int64_t count) {
@@ -58,7 +59,7 @@ void Gemm::run(const GemmCall& c) {
         for (int64_t i = 0; i < c.m; ++i) {
             const int64_t at = i + j * c.ldd;
             double x = product[static_cast<size_t>(i + j * c.m)];
-            if (c.accumulate) x += read(c.d, at);
+            if (c.accumulate) x += read(c.c ? c.c : c.d, at);
             if (c.epilogue == Epilogue::bias || c.epilogue == Epilogue::gelu_aux_bias) x += read(bias, i);
             if (c.epilogue == Epilogue::gelu_aux || c.epilogue == Epilogue::gelu_aux_bias) {
                 write(aux, at, static_cast<float>(x));

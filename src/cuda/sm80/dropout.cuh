@@ -1,0 +1,138 @@
+// Dropout on the accumulator fragments of one warp: a mask of 16 bits an element, arranged as the packed probabilities are, so that
+// one AND drops two elements. The masks depend on positions alone and are made under the matrix product that makes the scores.
+#pragma once
+
+#include "core/variant.hpp"
+#include "cuda/sm80/score.cuh"
+
+namespace strobe::sm80 {
+
+/// 0xffff in each half of `bits` that is not below the same half of `limits`.
+__device__ __forceinline__ uint32_t halves_not_below(uint32_t bits, uint32_t limits) {
+    const uint32_t low = (bits | 0x80008000u) - (limits & 0x7fff7fffu);  // its top bits: the lower 15 bits are not below
+    const uint32_t top = (bits & ~limits) | (~(bits ^ limits) & low);
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(top));  // the top bit of each half, 16 times
+    return mask;
+}
+
+/// x where the low (high) half of a mask is set, else 0.
+template <bool kHigh>
+__device__ __forceinline__ float kept_or_zero(float x, uint32_t mask) {
+    uint32_t wide;
+    if constexpr (kHigh) {
+        asm("prmt.b32 %0, %1, 0, 0xbbbb;" : "=r"(wide) : "r"(mask));
+    } else {
+        asm("prmt.b32 %0, %1, 0, 0x9999;" : "=r"(wide) : "r"(mask));
+    }
+    return __uint_as_float(__float_as_uint(x) & wide);
+}
+
+/// kept[i][j][h]: elements 2h and 2h + 1 of atom (i, j).
+template <int kMAtoms, int kNAtoms>
+struct DropoutMask {
+    uint32_t kept[kMAtoms][kNAtoms][2];
+
+    __device__ __forceinline__ void apply(uint32_t (&packed)[kMAtoms][kNAtoms][2]) const {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) packed[i][j][h] &= kept[i][j][h];
+    }
+    __device__ __forceinline__ void apply(float (&x)[kMAtoms][kNAtoms][4]) const {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    x[i][j][2 * h] = kept_or_zero<false>(x[i][j][2 * h], kept[i][j][h]);
+                    x[i][j][2 * h + 1] = kept_or_zero<true>(x[i][j][2 * h + 1], kept[i][j][h]);
+                }
+    }
+};
+
+/// Makes the masks of a warp's tiles. Bits are addressed by position: on one axis with other blocks when the caller placed them
+/// (MaskParams::has_positions), else from the sequence's start.
+template <bool kTransposed>
+struct DropoutBits {
+    using Origin = FragmentOrigin<kTransposed>;
+    const Dropout& dropout;
+    uint32_t batch_head;
+    uint32_t query0, key0;
+
+    __device__ DropoutBits(const AttentionParams& p, uint32_t batch_head, const FragmentOrigin<kTransposed>& origin)
+        : dropout(p.dropout),
+          batch_head(batch_head),
+          query0(origin.query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u)),
+          key0(origin.key + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u)) {}
+
+    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16. One Philox call gives eight neighbours' bits. A thread of
+    /// an untransposed tile holds all eight of a group. In a transposed tile two threads, four lanes apart, hold half of the same
+    /// two groups: each makes one of them and sends the other's half.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
+        const uint32_t limits = dropout.drop_below * 0x10001u;
+        if constexpr (!kTransposed) {
+            const Philox4x32 bits =
+                dropout.group_at(batch_head, Dropout::row_group(query0) + 8 * i, Dropout::col_group(key0) + 2 * j);
+#pragma unroll
+            for (int word = 0; word < 4; ++word) {
+                mask.kept[i][j + (word & 1)][word >> 1] = halves_not_below(bits.word[word], limits);
+            }
+        } else {
+            const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
+            const Philox4x32 made =
+                dropout.group_at(batch_head, Dropout::row_group(query0 + odd) + 4 * j, Dropout::col_group(key0) + 4 * i);
+            const uint32_t own = odd ? 0x7632u : 0x5410u, others = odd ? 0x5410u : 0x7632u;
+            const uint32_t first = odd ? 0x1054u : 0x5410u, second = odd ? 0x3276u : 0x7632u;  // the even query's bits low
+#pragma unroll
+            for (int col_high = 0; col_high < 2; ++col_high) {
+                const uint32_t low = made.word[2 * col_high], high = made.word[2 * col_high + 1];
+                const uint32_t mine = __byte_perm(low, high, own);
+                const uint32_t theirs = __shfl_xor_sync(0xffffffffu, __byte_perm(low, high, others), 4);
+                mask.kept[i][j + col_high][0] = halves_not_below(__byte_perm(mine, theirs, first), limits);
+                mask.kept[i][j + col_high][1] = halves_not_below(__byte_perm(mine, theirs, second), limits);
+            }
+        }
+    }
+
+    /// Part n of kParts of the whole tile.
+    template <int kParts, int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void make_part(DropoutMask<kMAtoms, kNAtoms>& mask, int n) const {
+        constexpr int kPairs = kNAtoms / 2, kCalls = kMAtoms * kPairs;
+#pragma unroll
+        for (int call = 0; call < kCalls; ++call) {
+            if (call * kParts / kCalls == n) make(mask, call / kPairs, call % kPairs * 2);
+        }
+    }
+
+    /// The whole tile, wherever it lies.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void make_anywhere(DropoutMask<kMAtoms, kNAtoms>& mask, const MaskParams& place) const {
+        if (!(place.has_positions && ((place.q_position | place.k_position) & 15) != 0)) {
+            make_part<1>(mask, 0);
+            return;
+        }
+        // The tile straddles the groups of eight: one Philox call for every element.
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j) {
+                uint32_t kept = 0;
+#pragma unroll 1
+                for (int e = 0; e < 4; ++e) {
+                    const bool keep = dropout.keep(batch_head, query0 + Origin::query_step(i, j, e), key0 + Origin::key_step(i, j, e));
+                    kept |= static_cast<uint32_t>(keep) << e;
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    mask.kept[i][j][h] = (kept >> 2 * h & 1u ? 0xffffu : 0u) | (kept >> 2 * h & 2u ? 0xffff0000u : 0u);
+                }
+            }
+    }
+};
+
+}  // namespace strobe::sm80

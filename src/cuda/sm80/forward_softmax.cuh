@@ -1,0 +1,176 @@
+// The online softmax of the forward, on the accumulator fragments of one warp.
+#pragma once
+
+#include "cuda/sm80/config.hpp"
+#include "cuda/sm80/tile.cuh"
+
+namespace strobe::sm80 {
+
+/// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
+/// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O.
+template <int kMAtoms>
+struct OnlineSoftmax {
+    float reference[kMAtoms][2];
+    float sum[kMAtoms][2];
+    float scale_log2;  // > 0
+
+    __device__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                reference[i][h] = -INFINITY;
+                sum[i][h] = 0.0f;
+            }
+    }
+
+    /// The maxima of a tile's rows; true if one of this thread's outgrows its reference.
+    template <int kNAtoms>
+    __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4], float (&row_max)[kMAtoms][2]) const {
+        bool grows = false;
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float m = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
+#pragma unroll
+                for (int j = 1; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+                row_max[i][h] = quad_max(m);
+                grows |= outgrows(row_max[i][h], reference[i][h]);
+            }
+        return grows;
+    }
+
+    /// Brings the references of rows that outgrow them up to row_max; o and the sums follow.
+    template <int kDAtoms>
+    __device__ __forceinline__ void grow(const float (&row_max)[kMAtoms][2], float (&o)[kMAtoms][kDAtoms][4]) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // Row by row, so that a row's result does not depend on its neighbours.
+                if (!outgrows(row_max[i][h], reference[i][h])) continue;
+                const float factor = exp2_fast((reference[i][h] - row_max[i][h]) * scale_log2);
+                reference[i][h] = row_max[i][h];
+                sum[i][h] *= factor;
+#pragma unroll
+                for (int j = 0; j < kDAtoms; ++j) {
+                    o[i][j][2 * h] *= factor;
+                    o[i][j][2 * h + 1] *= factor;
+                }
+            }
+    }
+
+    /// s becomes exp2(scale_log2 * (s - reference)); total += its row sums.
+    template <int kNAtoms>
+    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2]) const {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // A row that has seen nothing yet has reference -inf; its scores are -inf and must become 0, not NaN.
+                const float offset = reference[i][h] == -INFINITY ? 0.0f : reference[i][h] * scale_log2;
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) {
+                        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], scale_log2, -offset));
+                        total[i][h] += s[i][j][e];
+                    }
+            }
+    }
+
+    /// One tile: scores become probabilities; o and the sums follow when a reference moves.
+    template <int kNAtoms, int kDAtoms>
+    __device__ __forceinline__ void update(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4]) {
+        float row_max[kMAtoms][2];
+        if (__any_sync(0xffffffffu, row_maxima(s, row_max))) grow(row_max, o);
+        exponentiate(s, sum);
+    }
+
+    __device__ void finish() {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) sum[i][h] = quad_sum(sum[i][h]);
+    }
+    __device__ float lse(int i, int h) const {
+        return sum[i][h] == 0.0f ? -INFINITY : (reference[i][h] * scale_log2) * kLn2 + __logf(sum[i][h]);
+    }
+
+private:
+    __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }  // -inf - -inf: no
+};
+
+/// Two warps that share query rows: each has the scores of half the keys of a tile and half the columns of O. Their references are
+/// the same at all times; their sums are added at the end.
+template <int kMAtoms>
+struct WarpPair {
+    static constexpr int kThreads = 64;
+    static constexpr int kRowBytes = kMAtoms * 16 * 4;
+    uint32_t rows;  // in shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row
+
+    /// `all_rows`: of the first pair, on a multiple of 2 * kRowBytes.
+    __device__ WarpPair(uint32_t all_rows, int thread)
+        : rows(all_rows + thread / kWarpSize * kRowBytes + thread % kWarpSize / 4 * 4) {}
+
+    // The thread's number is read where it is needed, rather than kept in a register over the loop.
+    __device__ static int barrier() { return 1 + thread_index() / kThreads; }
+    __device__ static void sync() { barrier_sync<kThreads>(barrier()); }
+
+    /// x of the other warp. The pair meets at another barrier before it swaps again.
+    __device__ __forceinline__ void swap(const float (&x)[kMAtoms][2], float (&other)[kMAtoms][2]) const {
+        const bool writes = thread_index() % 4 == 0;
+        for_each_row([&](int i, int h) {
+            if (writes) store_shared(rows + 4 * (16 * i + 8 * h), x[i][h]);
+        });
+        sync();
+        for_each_row([&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
+    }
+
+    /// One tile: the pair's probabilities, in the tile that `to` points into. They are made with the references of the last tile,
+    /// and once more in the rare case that a row has outgrown its own: so most tiles cost the pair one barrier.
+    template <DType kType, int kNAtoms, int kDAtoms, int kCols>
+    __device__ __forceinline__ void update(OnlineSoftmax<kMAtoms>& softmax, const float (&s)[kMAtoms][kNAtoms][4],
+                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to) const {
+        float row_max[kMAtoms][2], total[kMAtoms][2];
+        const auto store = [&] {
+            float x[kMAtoms][kNAtoms][4];
+            for_each(x, [&](float& to, int i, int j, int e) { to = s[i][j][e]; });
+            for_each_row([&](int i, int h) { total[i][h] = 0.0f; });
+            softmax.exponentiate(x, total);
+            uint32_t probability[kMAtoms][kNAtoms][2];
+            pack_fragments<kType>(probability, x);
+            packed_to_tile(probability, to);
+        };
+        const bool grows = softmax.row_maxima(s, row_max);
+        store();
+        if (barrier_any<kThreads>(barrier(), grows)) {
+            float other[kMAtoms][2];
+            swap(row_max, other);
+            for_each_row([&](int i, int h) { row_max[i][h] = fmaxf(row_max[i][h], other[i][h]); });
+            softmax.grow(row_max, o);
+            store();
+            sync();
+        }
+        for_each_row([&](int i, int h) { softmax.sum[i][h] += total[i][h]; });
+    }
+
+    __device__ __forceinline__ void finish(OnlineSoftmax<kMAtoms>& softmax) const {
+        softmax.finish();
+        float other[kMAtoms][2];
+        swap(softmax.sum, other);
+        for_each_row([&](int i, int h) { softmax.sum[i][h] += other[i][h]; });
+    }
+
+private:
+    template <typename F>
+    __device__ __forceinline__ static void for_each_row(F f) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) f(i, h);
+    }
+};
+
+}  // namespace strobe::sm80

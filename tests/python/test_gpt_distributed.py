@@ -1,0 +1,259 @@
+"""Runs of `strobe train` by several processes: the same result for any number of them, resumable with any other number, ended
+together when one of them ends, started by every launcher's variables."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+BUILD = pathlib.Path(os.environ.get("STROBE_BUILD_DIR", "build"))
+STROBE = (BUILD / "bin" / "strobe").absolute()
+STEPS = 24
+# 6 rows per step: 3 for each of two processes, 2 for each of three; 4 processes have 1 or 2.
+OPTIONS = ["--layers", "3", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "3", "--accumulate", "2",
+           "--steps", str(STEPS), "--warmup", "5", "--lr", "3e-3", "--eval-every", "8", "--eval-rows", "7", "--save-every", "8",
+           "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    words = random.Random(3)
+    paragraphs = []
+    for _ in range(120):
+        lines = [" ".join(words.choice(["strobe", "lights", "the", "room", "and", "stops", "a", "wheel"]) for _ in range(8))
+                 for _ in range(words.randint(1, 12))]
+        paragraphs.append("\n".join(lines))
+    (folder / "text.txt").write_text("<|endoftext|>".join(paragraphs))
+    return folder / "text.txt"
+
+
+def environment(text, **more):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return dict(inherited, STROBE_CACHE=str(text.parent / "cache"), **more)
+
+
+def command(text, out, *more):
+    return [STROBE, "train", "--data", text, "--out", out, *OPTIONS, *more]
+
+
+def train(text, out, *more):
+    done = subprocess.run(command(text, out, "--json", *more), capture_output=True, text=True, env=environment(text), timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def log(out, key="loss"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def states(out, step=STEPS):
+    folder = out / f"step-{step:08d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def assert_alike(a, b, tolerance):
+    """Every tensor within `tolerance` of its size. AdamW makes whole steps of gradients that are nothing but rounding, so this is
+    no matter of a few digits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        difference = np.linalg.norm(a[name] - b[name]) / max(np.linalg.norm(b[name]), 1e-12)
+        assert difference < tolerance, (name, difference)
+
+
+@pytest.fixture(scope="module")
+def single(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single")
+    return out, train(text, out)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_trains_alike(text, single, tmp_path, processes):
+    result = train(text, tmp_path / "run", "--processes", str(processes))
+    assert result["steps"] == STEPS and result["operators"]["communication"]["calls"] > 0
+    for key in ("loss", "gradient_norm", "held_out_loss", "tokens"):
+        expected, actual = log(single[0], key), log(tmp_path / "run", key)
+        assert expected.keys() == actual.keys() and len(expected) >= 3
+        for step in expected:
+            assert actual[step] == pytest.approx(expected[step], rel=2e-4), (key, step)
+    assert result["held_out_loss"] == pytest.approx(single[1]["held_out_loss"], rel=2e-4)
+    assert_alike(states(tmp_path / "run"), states(single[0]), 2e-2)
+    # And the same number of processes the same bits.
+    train(text, tmp_path / "again", "--processes", str(processes))
+    weights = "step-%08d/model.safetensors" % STEPS
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("before,after", [(1, 3), (3, 1), (3, 2), (2, 4)])
+def test_resumes_with_any_other_number(text, single, tmp_path, before, after):
+    start = single[0]
+    if before > 1:
+        start = tmp_path / "start"
+        train(text, start, "--processes", str(before))
+    out = tmp_path / "run"
+    shutil.copytree(start / "step-00000016", out / "step-00000016")
+    shutil.copy(start / "log.jsonl", out)
+    train(text, out, "--resume", "--processes", str(after))
+    expected, actual = log(single[0]), log(out)
+    assert expected.keys() == actual.keys()
+    for step in expected:
+        assert actual[step] == pytest.approx(expected[step], rel=2e-4), step
+    assert_alike(states(out), states(single[0]), 2e-2)
+
+
+def ranks(text, out, count, *more, launcher="torchrun", **variables):
+    """One process per rank, started by hand; returns them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(count):
+        names = {"torchrun": {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": port},
+                 "mpirun": {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": count, "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+                            "OMPI_COMM_WORLD_LOCAL_SIZE": count, "MASTER_PORT": port},
+                 "srun": {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank, "SLURM_NODEID": 0,
+                          "SLURM_STEP_TASKS_PER_NODE": count, "SLURM_STEP_NODELIST": "here", "MASTER_PORT": port}}[launcher]
+        ours = {**names, **variables.get(f"rank{rank}", {})}
+        processes.append(subprocess.Popen(command(text, out, "--quiet", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                          env=environment(text, **{k: str(v) for k, v in ours.items() if v is not None})))
+    return processes
+
+
+def ends(processes, timeout=60):
+    out = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=timeout)
+        out.append((process.returncode, stdout, stderr))
+    return out
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "srun"])
+def test_launchers_variables_make_a_group(text, single, tmp_path, launcher):
+    done = ends(ranks(text, tmp_path / "run", 2, launcher=launcher))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert "held-out loss" in done[0][1] and done[1][1] == ""
+    assert log(tmp_path / "run")[STEPS] == pytest.approx(log(single[0])[STEPS], rel=2e-4)
+
+
+def test_under_torchrun_itself(text, single, tmp_path):
+    torchrun = pathlib.Path(sys.executable).with_name("torchrun")
+    if not torchrun.exists():
+        pytest.skip("PyTorch is not installed")
+    done = subprocess.run([torchrun, "--standalone", "--nproc-per-node", "2", "--no-python", *command(text, tmp_path / "run", "--quiet")],
+                          capture_output=True, text=True, env=environment(text), timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert log(tmp_path / "run")[STEPS] == pytest.approx(log(single[0])[STEPS], rel=2e-4)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_ends_all_with_a_message(text, tmp_path, victim):
+    out = tmp_path / "run"
+    processes = ranks(text, out, 3, "--steps", "100000", "--eval-every", "0", "--save-every", "5")
+    while not (out / "step-00000005").exists():
+        assert all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.01)
+    processes[victim].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    done = ends(processes)
+    assert time.monotonic() - start < 20
+    for rank, (code, _, stderr) in enumerate(done):
+        if rank == victim:
+            assert code == -signal.SIGKILL
+        else:
+            assert code == 1 and f"rank {rank} of 3 ends: rank {victim} (process {processes[victim].pid} on " in stderr, stderr
+    # What was saved before is whole.
+    subprocess.run([STROBE, "checkpoint", "show", sorted(out.glob("step-*"))[-1]], check=True, capture_output=True)
+
+
+def test_a_rank_that_fails_by_itself_ends_all(text, tmp_path):
+    """Rank 0 cannot write its checkpoint: the others hear why."""
+    out = tmp_path / "run"
+    processes = ranks(text, out, 2, "--steps", "100000", "--eval-every", "0", "--save-every", "1000")
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
+        assert all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.01)
+    (out / ".lock").unlink()
+    (out / "log.jsonl").unlink()
+    out.rmdir()
+    out.write_text("in the way")
+    done = ends(processes)
+    assert [code for code, _, _ in done] == [1, 1], done
+    assert "run" in done[0][2] and "rank 0 (process" in done[1][2] and "failed:" in done[1][2], done
+
+
+def test_interrupt_of_one_rank_saves_and_ends_all(text, single, tmp_path):
+    out = tmp_path / "run"
+    processes = ranks(text, out, 3, "--save-every", "0", "--eval-every", "0", "--steps", "100000")
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
+        assert all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGINT)
+    assert [code for code, _, _ in ends(processes)] == [128 + signal.SIGINT] * 3
+    assert len(list(out.glob("step-*"))) == 1
+
+
+def test_interrupt_of_the_parent_reaches_its_processes(text, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(text, out, "--quiet", "--processes", "2", "--save-every", "0", "--steps", "100000"),
+                               stdout=subprocess.PIPE, text=True, env=environment(text))
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "stopped after" in output
+    assert len(list(out.glob("step-*"))) == 1
+
+
+def refusals(processes):
+    done = ends(processes)
+    assert all(code not in (0, None) for code, _, _ in done), done
+    return [stderr for _, _, stderr in done]
+
+
+def test_what_cannot_be_is_refused_by_name_and_value(text, single, tmp_path):
+    quick = {"STROBE_RENDEZVOUS_SECONDS": 3}
+    out = tmp_path / "run"
+    for stderr in refusals(ranks(text, out, 2, rank0=quick, rank1={**quick, "WORLD_SIZE": 3})):
+        assert "rank 1 (process" in stderr and "as one of 3 processes" in stderr and "as one of 2" in stderr, stderr
+    assert "RANK is '7'" in refusals(ranks(text, out, 1, rank0={"RANK": 7, "WORLD_SIZE": 2}))[0]
+    assert "MASTER_PORT is 'http'" in refusals(ranks(text, out, 1, rank0={"WORLD_SIZE": 2, "MASTER_PORT": "http"}))[0]
+    assert "MASTER_ADDR is not set" in refusals(ranks(text, out, 1, rank0={"WORLD_SIZE": 2, "MASTER_ADDR": None}))[0]
+    assert "within 3 s: rank 1" in refusals(ranks(text, out, 1, rank0={**quick, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}))[0]
+    # Ranks that disagree.
+    processes = ranks(text, out, 1, "--lr", "1e-3", rank0={"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29641})
+    processes += [subprocess.Popen(command(text, out, "--quiet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=environment(text, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2",
+                                                   MASTER_ADDR="127.0.0.1", MASTER_PORT="29641"))]
+    for stderr in refusals(processes):
+        assert "learning_rate is 0.00" in stderr and "for rank 1" in stderr and "for rank 0" in stderr, stderr
+    # More processes than rows.
+    for stderr in refusals(ranks(text, out, 2, "--batch", "1", "--accumulate", "1")):
+        assert "1 rows" in stderr and "2 processes" in stderr, stderr
+    done = subprocess.run(command(text, out, "--processes", "3"), capture_output=True, text=True,
+                          env=environment(text, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                                          MASTER_PORT="29642"))
+    assert done.returncode != 0 and "processes is 3" in done.stderr and "started 2" in done.stderr
+
+
+def test_the_plan_knows_of_the_processes(text, tmp_path):
+    def plan(*more):
+        done = subprocess.run(command(text, tmp_path / "run", "--plan", *more), check=True, capture_output=True, text=True, env=environment(text))
+        return json.loads(done.stdout)
+
+    one, three = plan(), plan("--processes", "3")
+    assert (one["processes"], three["processes"]) == (1, 3)
+    assert three["bytes"]["moments"] == one["bytes"]["moments"] // 3
+    assert three["bytes"]["activations"] < one["bytes"]["activations"]
