@@ -7,7 +7,7 @@ KV cache and of paged keys are left out: strobe does not have them. Of the half 
 test functions are called with the values of their parametrize marks, which is what pytest would do.
 
 The processes share the GPU's memory, of which the tests' own references take most: a case that finds too little is repeated. A
-process that has not finished --grace seconds after --seconds is ended; what it had found counts, and the case that it was in counts
+process that has not finished --grace seconds after --seconds ends itself; what it had found counts, and the case that it was in counts
 as a failure, with the place in its log. Exits with 1 if any case fails or none passes.
 """
 
@@ -32,6 +32,7 @@ import traceback
 COUNTS = ("passed", "failed", "skipped", "not_run", "repeated")
 _CONTEXT_BYTES = 2**30  # of a process beside what torch allocates: the CUDA context and the kernels
 _ATTEMPTS = 4
+_STARTUP_SECONDS = 180  # until a process has imported torch and ends itself in time
 
 
 class Test:
@@ -147,9 +148,6 @@ def _share_memory(processes: int, fraction: float) -> None:
 
 def run_share(arguments) -> None:
     """One process's share of the cases, run here."""
-    deadline = time.monotonic() + arguments.seconds
-    if arguments.seconds < float("inf"):
-        faulthandler.dump_traceback_later(arguments.seconds + 0.9 * arguments.grace, exit=True)
     import strobe
 
     _share_memory(arguments.processes, arguments.memory)
@@ -161,6 +159,10 @@ def run_share(arguments) -> None:
     cases = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
     share = Share(arguments.json, sum(map(len, tests)))
     left = len(cases)
+    # The clock starts with the first case: importing torch takes its time on a busy machine.
+    deadline = time.monotonic() + arguments.seconds
+    if arguments.seconds < float("inf"):
+        faulthandler.dump_traceback_later(arguments.seconds + arguments.grace, exit=True)
     for test, index in cases:
         # The order is random, so what ran until the deadline is a random sample too.
         if time.monotonic() > deadline:
@@ -172,7 +174,7 @@ def run_share(arguments) -> None:
 
 def run_all(arguments) -> list[dict]:
     """All shares, each in a process of its own: a fault of the device in one does not take the others with it."""
-    deadline = time.monotonic() + arguments.seconds + arguments.grace
+    deadline = time.monotonic() + arguments.seconds + arguments.grace + _STARTUP_SECONDS
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
     with tempfile.TemporaryDirectory() as folder:
         results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]

@@ -64,7 +64,7 @@ def test_one_hangs(n):
 
 def test_a_process_that_hangs_is_ended(tmp_path):
     """Its other results count, the case that it was in has failed, and the output says where."""
-    result, counts = run(tmp_path, HANGS, "--seconds", "12", "--grace", "4")
+    result, counts = run(tmp_path, HANGS, "--seconds", "2", "--grace", "3")
     assert result.returncode == 1 and "in test_one_hangs" in result.stdout
     ((name, why),) = counts["failures"].items()
     assert name == "test_one_hangs[n=3]" and "ended early" in why
