@@ -37,6 +37,36 @@ def test_a_backward_that_is_the_first_call_of_its_thread():
     assert result.returncode == 0, result.stderr
 
 
+ROWS_WITHOUT_KEYS = """
+import torch, strobe
+for dim in (64, 96, 128, 192, 256):
+    for dtype in (torch.bfloat16, torch.float16):
+        q = torch.randn(1, 40000, 12, dim, device="cuda", dtype=dtype)
+        k, v = (torch.randn(1, 16, 12, dim, device="cuda", dtype=dtype) for _ in range(2))
+        out, lse = strobe.attention(q, k, v, causal=True, return_lse=True)
+        torch.cuda.synchronize()
+        assert (out[:, :-16] == 0).all() and (lse[..., :-16] == -torch.inf).all()
+        last = strobe.attention(q[:, -16:], k, v, causal=True)
+        torch.testing.assert_close(out[:, -16:], last, atol=3e-2, rtol=3e-2)
+        flat = [x[0] for x in (q, q, q)]
+        cu = torch.tensor([0, 20000, 40000], device="cuda", dtype=torch.int32)
+        used = torch.tensor([300, 20000], device="cuda", dtype=torch.int32)
+        options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20000, max_seqlen_k=20000, causal=True)
+        out = strobe.attention(*flat, seqused_q=used, seqused_k=used, **options)
+        torch.cuda.synchronize()
+        alone = strobe.attention(*(x[None, 20000:] for x in flat), causal=True)[0]
+        assert (out[300:20000] == 0).all()
+        torch.testing.assert_close(out[20000:], alone, atol=3e-2, rtol=3e-2)
+"""
+
+
+def test_many_rows_that_see_no_key():
+    """Blocks of such rows one after another behind one that sees keys; a kernel that stops there is ended."""
+    script = f"import sys; sys.path[:0] = {sys.path!r}\n{ROWS_WITHOUT_KEYS}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture
 def no_waiting():
     """Calls of torch that wait for the device are errors."""

@@ -94,8 +94,8 @@ protected:
     /// This thread's first row within its group's 64; the second is 8 further.
     __device__ static int thread_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-    /// Moves to the next tile that has keys; answers those that have none on the way. A tile's slot stays ours until it
-    /// is finished.
+    /// Moves to the next tile that has keys; answers those that have none on the way. They may be many: whoever comes here
+    /// holds no other slot, or the producer would wait for that one.
     __device__ __forceinline__ bool next_tile() {
         for (;;) {
             ++tile_;
@@ -105,6 +105,16 @@ protected:
             store_nothing_seen<Config>(args_.params, tile(), group_row());
             release_tile(tile());
         }
+    }
+    /// The tile at work, copied for this warp; its slot is given back.
+    __device__ __forceinline__ const ForwardTile& keep_tile() {
+        constexpr int kWords = sizeof(ForwardTile) / sizeof(int);
+        ForwardTile& kept = smem_.kept[threadIdx.x / 32];
+        const int lane = threadIdx.x % 32;
+        __syncwarp();  // the copy before this one has been read
+        if (lane < kWords) reinterpret_cast<int*>(&kept)[lane] = reinterpret_cast<const int*>(&tile())[lane];
+        release_tile(tile());
+        return kept;
     }
     __device__ __forceinline__ void release_tile(const ForwardTile& done) {
         __syncwarp();
@@ -151,8 +161,8 @@ protected:
     }
 
     /// Stores output and LSE of the group's rows of a tile, through `staging`: the size of its queries, and its own.
-    __device__ __forceinline__ void store_tile(const Output& o, const ForwardTile& slot, uint32_t staging) {
-        const ForwardTile done = slot;
+    __device__ __forceinline__ void store_tile(const Output& o, const ForwardTile& finished, uint32_t staging) {
+        const ForwardTile done = finished;
         const int first_row = done.row + 64 * group_;
         const OutputRows rows = finish_rows(done, first_row + thread_row(), softmax_);
         if (args_.params.out_dtype == DType::f32) {
@@ -163,7 +173,6 @@ protected:
         }
         // Last: the fence in the staged store waits for every store before it.
         store_lse(args_.params, done, rows, softmax_);
-        release_tile(slot);
     }
     /// Waits until the staged output has been read.
     __device__ __forceinline__ static void wait_stored() {

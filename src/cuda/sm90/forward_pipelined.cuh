@@ -40,7 +40,7 @@ public:
                 if (Config::kOutputInValues && n == n_begin) release_queries();
                 accumulate = true;
             }
-            const ForwardTile& done = tile();
+            const ForwardTile& done = Base::keep_tile();
             const bool more = Base::next_tile();
             wait_full(smem_.v_full, value_, values_ready_);
             wait_turn();
@@ -128,7 +128,7 @@ private:
 
     /// Waits for the last P V, which kPending younger groups may outlive, and stores the tile's output.
     template <int kPending>
-    __device__ __forceinline__ void finish_tile(Output& o, const ForwardTile& slot) {
+    __device__ __forceinline__ void finish_tile(Output& o, const ForwardTile& done) {
         wgmma_wait<kPending>();
         fence_registers(o);
         release(smem_.v_empty, value_);
@@ -137,11 +137,11 @@ private:
             // Two lent value buffers follow: one for each group, the first group's first.
             for (int g = 0; g < group_; ++g) return_value_buffer(g);
             wait_full(smem_.v_full, value_ + group_);
-            Base::store_tile(o, slot, Base::buffer(smem_.v, value_ + group_));
+            Base::store_tile(o, done, Base::buffer(smem_.v, value_ + group_));
         } else {
             // All warps of the group have read the queries that the output replaces.
             named_barrier_sync(1 + Config::kConsumers + group_, 128);
-            Base::store_tile(o, slot, Base::queries(query_ - 1));
+            Base::store_tile(o, done, Base::queries(query_ - 1));
         }
     }
 

@@ -39,6 +39,7 @@ public:
             // All warps of the group have read the queries that the output replaces.
             named_barrier_sync(1 + group_, 128);
             Base::store_tile(o, tile(), Base::queries(query_));
+            Base::release_tile(tile());
             ++query_;
         }
         Base::wait_stored();
