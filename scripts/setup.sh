@@ -18,7 +18,7 @@ done
 packages=(build-essential cmake ninja-build ccache pkg-config git ca-certificates
           libfmt-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libopenblas-dev bible-kjv-text)
 if [ "$want_tests" = yes ]; then
-    packages+=(python3 python3-venv libgtest-dev clang libclang-rt-14-dev)
+    packages+=(python3 python3-dev python3-venv libgtest-dev clang libclang-rt-14-dev)
 elif [ "$want_cuda" = yes ]; then
     packages+=(python3 python3-venv)
 fi
