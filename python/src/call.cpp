@@ -1,5 +1,7 @@
 #include "call.hpp"
 
+#include "workspace.hpp"
+
 namespace strobe::torch_ops {
 namespace {
 
@@ -103,6 +105,20 @@ void* current_stream(const strobe_tensor& tensor) {
     void* stream = nullptr;
     check_torch(aoti_torch_get_current_cuda_stream(tensor.device_index, &stream), "the current CUDA stream");
     return stream;
+}
+
+void run_forward(const strobe_attention& a, strobe_forward& f, Device device) {
+    const Workspace workspace(workspace_bytes(a, f), device);
+    f.workspace = workspace.data();
+    f.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_forward(&a, &f, current_stream(a.q)));
+}
+
+void run_backward(const strobe_attention& a, strobe_backward& b, Device device) {
+    const Workspace workspace(workspace_bytes(a, b), device);
+    b.workspace = workspace.data();
+    b.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_backward(&a, &b, current_stream(a.q)));
 }
 
 }  // namespace strobe::torch_ops

@@ -12,13 +12,27 @@ _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_functorch_active = torch._C._are_functorch_transforms_active
-# The operators without the Python frame of OpOverload.__call__.
+_has_torch_function = torch.overrides.has_torch_function_variadic
+_direct = _ops.call
 _unrecorded = _ops.attention_unrecorded._op
-_plain = _ops.attention_plain._op
+_plain = _ops.attention_plain._handle
+_plain_lse = _ops.attention_plain_lse._handle
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
-    return (_plain if len(options) == _ops.NUM_PLAIN_OPTIONS else _unrecorded)(q, k, v, with_lse, *options)
+    if len(options) != _ops.NUM_PLAIN_OPTIONS:
+        return _unrecorded(q, k, v, with_lse, *options)
+    if not with_lse:
+        return _run_plain(q, k, v, *options), None
+    if _has_torch_function(q, k, v):
+        return _ops.attention_plain_lse(q, k, v, *options)
+    return _direct(_plain_lse, q, k, v, *options)
+
+
+def _run_plain(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor:
+    if _has_torch_function(q, k, v):
+        return _ops.attention_plain(q, k, v, softmax_scale, causal)
+    return _direct(_plain, q, k, v, softmax_scale, causal)
 
 
 def _save(ctx, q, k, v, bias, options, out, lse) -> None:
@@ -72,9 +86,9 @@ def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
 
-def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+def _is_recorded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     try:
-        return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+        return (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)) and _is_grad_enabled()
     except AttributeError:
         for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
             if x is not None and not isinstance(x, Tensor):
@@ -90,7 +104,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
         q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)
         if bias is not None:
             options = _with_bias(options, bias)
-    if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
+    if not _is_recorded(q, k, v, bias):
         return _run(q, k, v, with_lse, options)
     if _is_functorch_active():
         return _TransformedAttention.apply(q, k, v, bias, options, True)
@@ -219,9 +233,13 @@ def attention(
         and seqused_k is None and dropout_p == 0.0 and positions is None and not deterministic and out_dtype is None
         and implementation is None and max_seqlen_q is None and max_seqlen_k is None
     ):  # fmt: skip
+        if left == right == -1 and softcap == 0.0:
+            if not (return_lse or return_rng_state or _is_compiling() or _is_recorded(q, k, v, None)):
+                return _run_plain(q, k, v, softmax_scale, causal)
+            options = (softmax_scale, causal)
+        else:
+            options = (softmax_scale, causal, left, right, softcap)
         rng_state = None
-        common = (softmax_scale, causal)
-        options = common if left == right == -1 and softcap == 0.0 else (*common, left, right, softcap)
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
         if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
