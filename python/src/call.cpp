@@ -62,12 +62,15 @@ strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, con
     a.k = view("k", k);
     a.v = view("v", v);
     if (a.q.device_type == STROBE_CPU) a.num_threads = torch_num_threads();
-    a.bias = view("bias", o.bias);
-    a.alibi_slopes = view("alibi_slopes", o.alibi_slopes);
-    a.cu_seqlens_q = view("cu_seqlens_q", o.cu_seqlens_q);
-    a.cu_seqlens_k = view("cu_seqlens_k", o.cu_seqlens_k);
-    a.seqused_q = view("seqused_q", o.seqused_q);
-    a.seqused_k = view("seqused_k", o.seqused_k);
+    const auto set = [](strobe_tensor& to, const char* name, const Tensor& tensor) {
+        if (tensor) to = view(name, tensor);
+    };
+    set(a.bias, "bias", o.bias);
+    set(a.alibi_slopes, "alibi_slopes", o.alibi_slopes);
+    set(a.cu_seqlens_q, "cu_seqlens_q", o.cu_seqlens_q);
+    set(a.cu_seqlens_k, "cu_seqlens_k", o.cu_seqlens_k);
+    set(a.seqused_q, "seqused_q", o.seqused_q);
+    set(a.seqused_k, "seqused_k", o.seqused_k);
     a.max_seqlen_q = o.max_seqlen_q;
     a.max_seqlen_k = o.max_seqlen_k;
     a.causal = o.causal;

@@ -23,16 +23,10 @@ def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tup
     if len(options) != _ops.NUM_PLAIN_OPTIONS:
         return _unrecorded(q, k, v, with_lse, *options)
     if not with_lse:
-        return _run_plain(q, k, v, *options), None
+        return _ops.attention_plain(q, k, v, *options), None
     if _has_torch_function(q, k, v):
         return _ops.attention_plain_lse(q, k, v, *options)
     return _direct(_plain_lse, q, k, v, *options)
-
-
-def _run_plain(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor:
-    if _has_torch_function(q, k, v):
-        return _ops.attention_plain(q, k, v, softmax_scale, causal)
-    return _direct(_plain, q, k, v, softmax_scale, causal)
 
 
 def _save(ctx, q, k, v, bias, options, out, lse) -> None:
@@ -86,13 +80,17 @@ def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
 
-def _is_recorded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        if not (x is None and name == "bias") and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+
+
+def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     try:
-        return (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)) and _is_grad_enabled()
+        return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     except AttributeError:
-        for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+        _check_tensors(q, k, v, bias)
         raise
 
 
@@ -104,8 +102,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
         q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)
         if bias is not None:
             options = _with_bias(options, bias)
-    if not _is_recorded(q, k, v, bias):
-        return _run(q, k, v, with_lse, options)
+    if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
+        try:
+            return _run(q, k, v, with_lse, options)
+        except RuntimeError:
+            _check_tensors(q, k, v, bias)
+            raise
     if _is_functorch_active():
         return _TransformedAttention.apply(q, k, v, bias, options, True)
     result = _record(q, k, v, bias, options, with_lse)
@@ -224,21 +226,27 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
     2023) with online softmax (Milakov, Gimelshein, 2018). Under autocast q, k and v are cast to its dtype first.
     """
+    left, right = window_size
+    common = (
+        bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
+        and seqused_k is None and dropout_p == 0.0 and positions is None and out_dtype is None and implementation is None
+        and max_seqlen_q is None and max_seqlen_k is None
+    )  # fmt: skip
+    plain = common and left == right == -1 and softcap == 0.0
+    if (
+        plain and not (return_lse or return_rng_state or _is_compiling())
+        and not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)) and not _has_torch_function(q, k, v)
+    ):  # fmt: skip
+        try:
+            return _direct(_plain, q, k, v, softmax_scale, causal)
+        except RuntimeError:
+            _check_tensors(q, k, v, None)
+            raise
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    left, right = window_size
-    # Options that are left out cost nothing on the way to the operator, so the plain call names none of the rest.
-    if (
-        bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
-        and seqused_k is None and dropout_p == 0.0 and positions is None and not deterministic and out_dtype is None
-        and implementation is None and max_seqlen_q is None and max_seqlen_k is None
-    ):  # fmt: skip
-        if left == right == -1 and softcap == 0.0:
-            if not (return_lse or return_rng_state or _is_compiling() or _is_recorded(q, k, v, None)):
-                return _run_plain(q, k, v, softmax_scale, causal)
-            options = (softmax_scale, causal)
-        else:
-            options = (softmax_scale, causal, left, right, softcap)
+    if common and not deterministic:
+        # Options that are left out cost nothing on the way to the operator.
+        options = (softmax_scale, causal) if plain else (softmax_scale, causal, left, right, softcap)
         rng_state = None
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
