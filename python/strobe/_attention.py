@@ -12,11 +12,13 @@ _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_functorch_active = torch._C._are_functorch_transforms_active
+_is_deterministic = torch.are_deterministic_algorithms_enabled
 _has_torch_function = torch.overrides.has_torch_function_variadic
 _direct = _ops.call
 _unrecorded = _ops.attention_unrecorded._op
 _plain = _ops.attention_plain._handle
 _plain_lse = _ops.attention_plain_lse._handle
+_plain_backward = _ops.attention_backward_plain._handle
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
@@ -72,8 +74,28 @@ class _TransformedAttention(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+class _PlainAttention(torch.autograd.Function):
+    """The same for the plain call without its log-sum-exp: the least that autograd needs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, softmax_scale, causal):
+        out, lse = _direct(_plain_lse, q, k, v, softmax_scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = softmax_scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        if _is_grad_enabled() or _is_compiling():
+            (dq, dk, dv), _ = _ops.gradients(dout, None, *ctx.saved_tensors, ctx.options, False)
+        else:
+            dq, dk, dv = _direct(_plain_backward, dout, None, *ctx.saved_tensors, *ctx.options)
+        return dq, dk, dv, None, None
+
+
 # Function.apply binds the defaults of `forward` by inspection at every call, which costs more than the call itself.
 _record = super(torch.autograd.Function, _Attention).apply
+_record_plain = super(torch.autograd.Function, _PlainAttention).apply
 
 
 def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
@@ -233,17 +255,19 @@ def attention(
         and max_seqlen_q is None and max_seqlen_k is None
     )  # fmt: skip
     plain = common and left == right == -1 and softcap == 0.0
-    if (
-        plain and not (return_lse or return_rng_state or _is_compiling())
-        and not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)) and not _has_torch_function(q, k, v)
-    ):  # fmt: skip
-        try:
-            return _direct(_plain, q, k, v, softmax_scale, causal)
-        except RuntimeError:
-            _check_tensors(q, k, v, None)
-            raise
+    if plain and not (return_lse or return_rng_state or _is_compiling()) and not _has_torch_function(q, k, v):
+        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
+            try:
+                return _direct(_plain, q, k, v, softmax_scale, causal)
+            except RuntimeError:
+                _check_tensors(q, k, v, None)
+                raise
+        if deterministic is None:
+            deterministic = _is_deterministic()
+        if not (deterministic or _any_autocast() or _is_functorch_active()):
+            return _record_plain(q, k, v, softmax_scale, causal)
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic = _is_deterministic()
     if common and not deterministic:
         # Options that are left out cost nothing on the way to the operator.
         options = (softmax_scale, causal) if plain else (softmax_scale, causal, left, right, softcap)

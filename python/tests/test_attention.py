@@ -261,7 +261,7 @@ def test_deterministic_setting_of_torch_is_respected(device, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     strobe.attention(**t)
-    assert seen[0][index] is True and len(seen[1]) <= index
+    assert len(seen) == 1 and seen[0][index] is True  # the other call takes the short way, whose backward is not deterministic
 
 
 def test_scaled_dot_product_attention(device):
