@@ -45,7 +45,8 @@ Options Options::take(Arguments& arguments) {
 RngState read_rng_state(const Tensor& rng_state) {
     if (!rng_state) throw std::invalid_argument("rng_state: is not given, but dropout_p is not 0; it is (seed, offset)");
     const auto shape = rng_state.shape(), strides = rng_state.strides();
-    if (rng_state.dtype() != aoti_torch_dtype_int64() || shape.size() != 1 || shape[0] != 2) {
+    const bool integers = rng_state.dtype() == aoti_torch_dtype_int64() || rng_state.dtype() == aoti_torch_dtype_uint64();
+    if (!integers || shape.size() != 1 || shape[0] != 2) {
         throw std::invalid_argument("rng_state: must be an int64 tensor of shape (2), the seed and the offset");
     }
     if (rng_state.device().type != aoti_torch_device_type_cpu()) {

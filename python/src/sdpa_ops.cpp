@@ -1,9 +1,12 @@
 #include "sdpa_ops.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "call.hpp"
+
+extern "C" using strobe_torch_flag = int32_t (*)();
 
 namespace strobe::torch_ops {
 namespace {
@@ -139,16 +142,21 @@ void sdpa_forward(StableIValue* stack, uint64_t, uint64_t) {
     stack[8] = as_result(std::move(debug_mask));
 }
 
-void sdpa_backward(StableIValue* stack, uint64_t, uint64_t) {
-    Arguments arguments(stack);
-    Tensor dout = arguments.tensor();
-    Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor(), out = arguments.tensor();
-    const Tensor lse = arguments.tensor();
-    Options options;
-    options.causal = arguments.boolean();
-    options.deterministic = arguments.boolean();
-    options.softmax_scale = arguments.optional_real();
+namespace {
 
+/// What the backward operator begins with.
+struct Saved {
+    Tensor dout, q, k, v, out, lse;
+
+    static Saved take(Arguments& arguments) {
+        Saved s;
+        for (Tensor* t : {&s.dout, &s.q, &s.k, &s.v, &s.out, &s.lse}) *t = arguments.tensor();
+        return s;
+    }
+};
+
+void run_backward(StableIValue* stack, Saved saved, const Options& options) {
+    auto& [dout, q, k, v, out, lse] = saved;
     Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
     for (Tensor* t : {&dout, &q, &k, &v, &out}) *t = with_unit_stride(std::move(*t));
     const strobe_attention a = describe_heads_first(q, k, v, options);
@@ -160,10 +168,39 @@ void sdpa_backward(StableIValue* stack, uint64_t, uint64_t) {
     b.dq = rows_by_heads(view("dq", dq));
     b.dk = rows_by_heads(view("dk", dk));
     b.dv = rows_by_heads(view("dv", dv));
-    run_backward(a, b, q.device());
+    torch_ops::run_backward(a, b, q.device());
     stack[0] = as_result(std::move(dq));
     stack[1] = as_result(std::move(dk));
     stack[2] = as_result(std::move(dv));
+}
+
+/// The state of a forward call with dropout, read back to the CPU, where the call is launched from.
+Tensor saved_state(const Tensor& state) {
+    const int64_t two = 2;
+    Tensor copy = empty({&two, 1}, aoti_torch_dtype_uint64(), {aoti_torch_device_type_cpu(), -1});
+    check_torch(aoti_torch_copy_(copy.get(), state.get(), 0), "to copy a tensor");
+    return copy;
+}
+
+std::atomic<strobe_torch_flag> is_deterministic{nullptr};
+
+}  // namespace
+
+void sdpa_backward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Saved saved = Saved::take(arguments);
+    const Tensor cum_seq_q = arguments.tensor(), cum_seq_k = arguments.tensor();
+    arguments.integer();  // the lengths of query and key, which their shapes tell
+    arguments.integer();
+    Options options;
+    options.dropout_p = arguments.real();
+    options.causal = arguments.boolean();
+    const Tensor state = arguments.tensor(), unused = arguments.tensor();
+    options.softmax_scale = arguments.optional_real();
+    if (options.dropout_p != 0) options.rng_state = saved_state(state);
+    const strobe_torch_flag flag = is_deterministic.load();
+    options.deterministic = flag && flag() != 0;
+    run_backward(stack, std::move(saved), options);
 }
 
 }  // namespace strobe::torch_ops
@@ -172,11 +209,16 @@ using namespace strobe::torch_ops;
 
 extern "C" {
 
-/// Puts strobe's kernel in place of the one that torch has for CUDA, until the handle is removed; null if torch refuses.
-__attribute__((visibility("default"))) TorchLibraryHandle strobe_torch_override_sdpa() {
+/// Puts strobe's kernels in place of those that torch has for CUDA, until the handle is removed; null if torch refuses. `flag` tells
+/// whether torch is in its deterministic mode, for which the stable ABI has no function; of several the last one given is asked.
+__attribute__((visibility("default"))) TorchLibraryHandle strobe_torch_override_sdpa(strobe_torch_flag flag) {
+    is_deterministic = flag;
     TorchLibraryHandle library = nullptr;
     if (aoti_torch_library_init_impl("aten", "CUDA", __FILE__, __LINE__, &library) != 0) return nullptr;
-    if (aoti_torch_library_impl(library, "_scaled_dot_product_flash_attention", sdpa_forward) == 0) return library;
+    if (aoti_torch_library_impl(library, "_scaled_dot_product_flash_attention", sdpa_forward) == 0 &&
+        aoti_torch_library_impl(library, "_scaled_dot_product_flash_attention_backward", sdpa_backward) == 0) {
+        return library;
+    }
     aoti_torch_delete_library_object(library);
     return nullptr;
 }

@@ -205,28 +205,34 @@ def test_layouts_of_the_cuda_operators(layout, shape):
     assert state.shape == (2,) and unused.shape == () and mask.shape == (0,) and mask.dtype == q.dtype
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert out.stride() == dense_strides(q)
-    for deterministic in (False, True):
-        grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, True, deterministic, scale=0.3)
-        for ours, theirs, x in zip(grads, expected_grads, (q, k, v)):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-            assert ours.stride() == dense_strides(x)
+    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, None, None, max_q, max_k, 0.0, True, state, unused, scale=0.3)
+    for ours, theirs, x in zip(grads, expected_grads, (q, k, v)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert ours.stride() == dense_strides(x)
 
 
-def test_the_backward_of_the_cuda_operator():
-    """As torch calls it, on CPU tensors; the deterministic mode is torch's."""
+def test_the_deterministic_mode_reaches_the_cuda_operator(monkeypatch):
+    """The kernels in C++ ask torch about it; here on CPU tensors."""
+    asked = []
+    flag = _sdpa._FLAG(lambda: asked.append(torch.are_deterministic_algorithms_enabled()) or asked[-1])
+    monkeypatch.setattr(_sdpa, "_is_deterministic", flag)
     q, k, v = (x.detach() for x in cuda_style())
     out, lse, _, _, _, _, state, unused, _ = torch.ops.strobe.sdpa_forward(q, k, v)
-    dout = torch.randn_like(q)
-    arguments = (dout, q, k, v, out, lse, None, None, 10, 10, 0.0, False, state, unused)
-    expected = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, False, False)
-    for a, b in zip(_sdpa._sdpa_backward(*arguments), expected):
-        assert torch.equal(a, b)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for a, b in zip(_sdpa._sdpa_backward(*arguments), expected):
-            torch.testing.assert_close(a, b)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    arguments = (torch.randn_like(q), q, k, v, out, lse, None, None, 10, 10, 0.0, False, state, unused)
+    with _sdpa.Handle():
+        first = torch.ops.strobe.sdpa_backward(*arguments)
+        torch.use_deterministic_algorithms(True)
+        try:
+            second = torch.ops.strobe.sdpa_backward(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b)
+    monkeypatch.undo()
+    with _sdpa.Handle():  # takes `flag` out again
+        torch.ops.strobe.sdpa_backward(*arguments)
+    assert len(asked) == 2
 
 
 def test_wrong_calls_of_the_cuda_operators():
@@ -277,7 +283,7 @@ def test_dropout_of_the_cuda_operators_round_trips():
     leaves = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     expected = strobe.attention(*leaves, dropout_p=0.4, rng_state=rng_state)
     assert torch.equal(out, expected.transpose(1, 2))
-    grads = _sdpa._sdpa_backward(torch.ones_like(out), q, k, v, out, lse, None, None, 10, 10, 0.4, False, state, unused)
+    grads = torch.ops.strobe.sdpa_backward(torch.ones_like(out), q, k, v, out, lse, None, None, 10, 10, 0.4, False, state, unused)
     for a, b in zip(grads, torch.autograd.grad(expected.sum(), leaves)):
         torch.testing.assert_close(a.transpose(1, 2), b)
 

@@ -4,7 +4,7 @@ Overrides the CUDA kernels of aten::_scaled_dot_product_flash_attention and aten
 the CPU kernels of aten::_scaled_dot_product_flash_attention_for_cpu, for as long as a handle lives. Results have the memory
 layouts that torch's own kernels give and its compiler counts on.
 
-The operators that SDPA itself calls on CUDA are in C++ (python/src/sdpa_ops.cpp), as far as they need nothing of Python.
+The operators that SDPA itself calls on CUDA are in C++ (python/src/sdpa_ops.cpp).
 """
 
 import ctypes
@@ -22,7 +22,6 @@ NAME = "strobe"
 _attention_into = _ops.attention_into._op
 _attention_backward_into = _ops.attention_backward_into._op
 _attention_plain_lse = _ops.attention_plain_lse._op
-_native_backward = torch.ops.strobe.sdpa_backward.default._handle
 
 
 def _rows_by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,30 +81,6 @@ def _forward_like(query: Tensor, key: Tensor, value: Tensor, options: tuple) -> 
         return out.transpose(1, 2), lse
     out = _dense_like(query)
     return out, _forward_into(out.transpose(1, 2), q, k, v, options)
-
-
-# ---- (B, H, S, D), CUDA -----------------------------------------------------------------------------------------------------
-
-
-def _sdpa_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed,
-    philox_offset, *, scale=None,
-):  # fmt: skip
-    if dropout_p == 0.0:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return _ops.call(
-            _native_backward, grad_out, query, key, value, out, logsumexp, is_causal, deterministic, scale=scale
-        )
-    options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=_saved_state(dropout_p, philox_seed))
-    return _backward_like(grad_out, query, key, value, out, logsumexp, options)
-
-
-def _backward_like(grad_out, query, key, value, out, logsumexp, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of (B, H, S, D) tensors, each in the memory layout of what it is the gradient of."""
-    dout, q, k, v, o = _rows_by_heads(grad_out, query, key, value, out)
-    grads = tuple(_dense_like(x) for x in (query, key, value))
-    _attention_backward_into(*(g.transpose(1, 2) for g in grads), None, False, dout, None, q, k, v, o, logsumexp, *options)
-    return grads
 
 
 # ---- (B, S, H, D) or (T, H, D), CUDA ----------------------------------------------------------------------------------------
@@ -184,9 +159,15 @@ def _cpu_backward(
 # ---- registration -----------------------------------------------------------------------------------------------------------
 
 
+_FLAG = ctypes.CFUNCTYPE(ctypes.c_int32)
+# What the kernels in C++ ask for before every backward call.
+_is_deterministic = _FLAG(torch.are_deterministic_algorithms_enabled)
+
+
 @functools.cache
 def _library_in_c() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_native.library_path("torch")))
+    library.strobe_torch_override_sdpa.argtypes = [_FLAG]
     library.strobe_torch_override_sdpa.restype = ctypes.c_void_p
     library.strobe_torch_restore_sdpa.argtypes = [ctypes.c_void_p]
     library.strobe_torch_restore_sdpa.restype = None
@@ -209,12 +190,11 @@ class Handle:
         with warnings.catch_warnings():
             # torch says once that a built-in kernel is overridden, which is what was asked for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
-            cuda.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward)
             cuda.impl("_flash_attention_forward", _flash_forward)
             cuda.impl("_flash_attention_backward", _flash_backward)
             cpu.impl("_scaled_dot_product_flash_attention_for_cpu", _with_native("", _cpu_forward))
             cpu.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _with_native("_backward", _cpu_backward))
-        self._native = _library_in_c().strobe_torch_override_sdpa()
+        self._native = _library_in_c().strobe_torch_override_sdpa(_is_deterministic)
         if self._native is None:
             self.remove()
             raise RuntimeError("strobe: torch refused another kernel for aten::_scaled_dot_product_flash_attention")
