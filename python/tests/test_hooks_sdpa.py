@@ -200,12 +200,14 @@ def test_layouts_of_the_cuda_operators(layout, shape):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3)
     expected_grads = torch.autograd.grad(expected, leaves, dout)
-    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = torch.ops.strobe.sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
+    results = torch.ops.strobe.sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
+    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = results
     assert (cu_q, cu_k, max_q, max_k) == (None, None, shape[2], shape[2]) and state.dtype == unused.dtype == torch.uint64
     assert state.shape == (2,) and unused.shape == () and mask.shape == (0,) and mask.dtype == q.dtype
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert out.stride() == dense_strides(q)
-    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, None, None, max_q, max_k, 0.0, True, state, unused, scale=0.3)
+    saved = (out, lse, None, None, max_q, max_k, 0.0, True, state, unused)
+    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, *saved, scale=0.3)
     for ours, theirs, x in zip(grads, expected_grads, (q, k, v)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert ours.stride() == dense_strides(x)
