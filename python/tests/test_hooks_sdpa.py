@@ -186,6 +186,7 @@ LAYOUTS = {
     "head dimension outside": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "one head expanded": lambda x: x[:, :1].expand(x.shape),
     "one batch entry expanded": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[:1].expand(x.shape),
+    "rows outside, one head expanded": lambda x: x[:, :1].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).expand(x.shape),
     "every second row": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
 }
 
