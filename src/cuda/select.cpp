@@ -1,6 +1,6 @@
 #include "cuda/select.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <initializer_list>
