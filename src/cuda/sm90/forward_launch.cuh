@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/dynamic_smem.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/sm90/forward.cuh"
@@ -65,8 +66,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
 
     constexpr int kSmemBytes = sizeof(ForwardSmem<Config>);
     static_assert(kSmemBytes <= Config::kSmemBudget);
-    const auto kernel = forward_kernel<cuda::encode_variant(V)>;
-    status = cuda::allow_dynamic_smem(kernel, kSmemBytes);
+    constexpr auto kernel = forward_kernel<cuda::encode_variant(V)>;
+    status = cuda::allow_dynamic_smem_once<kernel>(kSmemBytes, context.device);
     if (status != cudaSuccess) return status;
 
     // Where every tile has a worker of its own there is nothing to deal, nor a counter to clear.
@@ -75,8 +76,12 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
         status = cudaMemsetAsync(schedule.next_tile, 0, sizeof(unsigned), context.stream);
         if (status != cudaSuccess) return status;
     }
-    kernel<<<grid, Config::kThreads, kSmemBytes, context.stream>>>(args);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = dim3(Config::kThreads);
+    config.dynamicSmemBytes = kSmemBytes;
+    config.stream = context.stream;
+    return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace strobe::sm90
