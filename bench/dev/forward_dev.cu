@@ -1,6 +1,6 @@
 // Development driver of the forward kernels: checks every registered kernel against an fp64 reference on the GPU, then
 // prints TFLOP/s on the grid of the FlashAttention papers beside the recorded numbers of FlashAttention-3.
-//   forward_dev [verify] [bench] [only=SUBSTRING] [rounds=N] [seqlens=512,1024,...] [heads=64,8: grouped queries]
+//   forward_dev [verify] [bench] [only=PIECE,...] [rounds=N] [seqlens=512,1024,...] [heads=64,8: grouped queries]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -459,7 +459,10 @@ int main(int argc, char** argv) {
     CHECK(cudaDeviceGetAttribute(&context.num_sms, cudaDevAttrMultiProcessorCount, context.device));
     std::vector<dev::Kernel> selected;
     for (const auto& kernel : dev::kernels()) {
-        if (kernel.name.find(only) != std::string::npos) selected.push_back(kernel);
+        std::stringstream list(only);
+        bool wanted = only.empty();
+        for (std::string piece; std::getline(list, piece, ',');) wanted = wanted || kernel.name.find(piece) != std::string::npos;
+        if (wanted) selected.push_back(kernel);
     }
     std::sort(selected.begin(), selected.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
     int failures = 0, checks = 0;
