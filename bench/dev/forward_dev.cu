@@ -106,7 +106,7 @@ __global__ void reference_kernel(AttentionParams p, bool naive, float* out, doub
 /// Normal numbers from a counter; `scale` widens the spread so that the softmax is not flat.
 __global__ void fill_kernel(void* data, int64_t count, DType dtype, uint64_t seed, float scale) {
     for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-        const Philox4x32 r = philox4x32_10({{static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), 0, 0}},
+        const Philox4x32 r = philox4x32({{static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), 0, 0}},
                                            static_cast<uint32_t>(seed), 77u);
         const float u = (r.word[0] + 1.0f) * 2.3283064e-10f, w = r.word[1] * 2.3283064e-10f;
         const float x = scale * sqrtf(-2.0f * logf(fminf(u, 1.0f))) * cospif(2.0f * w);
