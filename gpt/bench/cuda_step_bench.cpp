@@ -1,7 +1,8 @@
 // Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
 // JSON. With "once" one step warms up and none is looked at by operator: for steps of a minute.
-//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] [pointwise|block]
-//       [processes=N]
+//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, in-line (weight gradients, instead of beside the rest of the
+// backward), once, norms|pointwise|block (what is computed again), processes=N.
 // ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
 #include <algorithm>
 #include <chrono>
@@ -14,6 +15,7 @@
 
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/spawn.hpp"
+#include "gpt/host_view.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
@@ -109,8 +111,8 @@ nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
 struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
-    bool deterministic = false, graph = true, once = false;
-    Precision moments = Precision::bf16;
+    bool deterministic = false, graph = true, once = false, beside = true;
+    Precision moments = Precision::bf16, gradients = Precision::bf16;
     Recompute recompute = Recompute::none;
     int processes = 1;
 };
@@ -123,6 +125,8 @@ Arguments parse(int argc, char** argv) {
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
+        else if (option == "fp32-gradients") a.gradients = Precision::fp32;
+        else if (option == "in-line") a.beside = false;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
         else a.recompute = recompute_from_string(option);
     }
@@ -141,13 +145,9 @@ int run_bench(const Arguments& a) {
     exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
     const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
-    {
-        const ParameterArena fresh(weights.layout);
-        initialize(weights.layout, config, 1, fresh);
-        weights.values.copy_from(fresh);
-    }
-    narrow_values(backend, weights);
-    const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .device = Device::cuda,
+    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute,
+                                     .gradients = group ? Precision::fp32 : a.gradients, .beside = a.beside, .device = Device::cuda,
                                      .precision = Precision::bf16, .moments = a.moments, .processes = launch.size};
     Model model(weights, backend, model_options);
     std::optional<Optimizer> optimizer;
@@ -209,6 +209,8 @@ int run_bench(const Arguments& a) {
                                      {"deterministic", a.deterministic},
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
+                                     {"gradients", to_string(model_options.gradients)},
+                                     {"weight_gradients_beside", a.beside},
                                      {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
                                      {"seconds_min", seconds.front()},
@@ -232,8 +234,8 @@ int run_bench(const Arguments& a) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] "
-                     "[pointwise|block] [processes=N]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [in-line] "
+                     "[once] [norms|pointwise|block] [processes=N]\n", argv[0]);
         return 2;
     }
     try {

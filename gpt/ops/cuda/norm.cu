@@ -340,9 +340,7 @@ void backward(Exec& e, const NormBackward& a) {
     });
     if (!done) backward_loop_kernel<T, kind><<<static_cast<unsigned>(parts), kThreads, 0, stream_of(e)>>>(a, x, dout, dx, out, partial);
     check_launch("norm_backward");
-    add_parts(e, partial, parts, a.hidden, 3 * a.hidden, a.dweight);
-    if (a.dbias) add_parts(e, partial + a.hidden, parts, a.hidden, 3 * a.hidden, a.dbias);
-    if (a.dsum) add_parts(e, partial + 2 * a.hidden, parts, a.hidden, 3 * a.hidden, a.dsum);
+    add_parts(e, partial, parts, a.hidden, 3 * a.hidden, {{a.dweight, a.dbias, a.dsum}});
 }
 
 template <class Fn>

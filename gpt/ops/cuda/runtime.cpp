@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/ops/cuda/kernels.hpp"
+#include "gpt/ops/cuda/lane.hpp"
 #include "gpt/ops/cuda/recording.hpp"
 
 namespace strobe::gpt::cuda {
@@ -25,8 +27,11 @@ struct StreamDeleter {
 using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
 
 Stream make_stream() {
+    // Above a lane's, which has the least.
+    int least = 0, greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, std::max(greatest, least - 1)), "cudaStreamCreate");
     return Stream(stream);
 }
 
@@ -168,6 +173,7 @@ public:
     std::unique_ptr<Recording> record(const std::function<void()>& enqueue) override {
         return cuda::record(stream_.get(), enqueue);
     }
+    std::unique_ptr<Lane> make_lane(const Exec& exec, size_t scratch_bytes) override { return cuda::make_lane(exec, *this, scratch_bytes); }
     void synchronize() override { check(cudaStreamSynchronize(stream_.get()), "waiting for the device"); }
     void equip(Exec& exec) override {
         exec.ops = &table();
@@ -214,7 +220,7 @@ const Ops& table() {
         .norm_backward = norm_backward, .linear_forward = linear_forward, .linear_backward = linear_backward,
         .activation_forward = activation_forward, .activation_backward = activation_backward, .rope = rope,
         .attention_forward = attention_forward, .attention_backward = attention_backward, .cache_append = cache_append,
-        .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm, .narrow = narrow,
+        .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm,
         .fuses_gelu = true, .fuses_residual = true, .norms_again = true,
         .uses_row_groups = true,
     };
