@@ -3,7 +3,8 @@
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
 // Options: deterministic, no-graph, fp32-moments, fp32-gradients, in-line (weight gradients, instead of beside the rest of the
 // backward), once, norms|pointwise|block (what is computed again), processes=N.
-// ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
+// Sets of options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one it
+// does to all. ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -11,6 +12,8 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 #include <nlohmann/json.hpp>
 
 #include "gpt/distributed/data_parallel.hpp"
@@ -117,10 +120,9 @@ struct Arguments {
     int processes = 1;
 };
 
-Arguments parse(int argc, char** argv) {
+Arguments parse(char** argv, const std::vector<std::string>& options) {
     Arguments a{.model = argv[1], .seqlen = std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
-    for (int i = 5; i < argc; ++i) {
-        const std::string option = argv[i];
+    for (const std::string& option : options) {
         if (option == "deterministic") a.deterministic = true;
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
@@ -133,22 +135,116 @@ Arguments parse(int argc, char** argv) {
     return a;
 }
 
+ModelOptions model_options_of(const Arguments& a, int processes) {
+    return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .gradients = processes > 1 ? Precision::fp32 : a.gradients,
+            .beside = a.beside, .device = Device::cuda, .precision = Precision::bf16, .moments = a.moments, .processes = processes};
+}
+
+ModelConfig config_of(const Arguments& a) {
+    const Shape shape = shape_of(a.model);
+    return gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
+}
+
+/// One set of options among others.
+class Variant {
+public:
+    Variant(const Arguments& a, const Weights& weights, Backend& backend)
+        : a_(a), weights_(weights), backend_(backend), model_(weights, backend, model_options_of(a, 1)),
+          optimizer_(weights.layout, OptimizerOptions{}, backend.memory(), a.moments), graphs_(backend),
+          batches_{random_batch(a.seqlen, a.rows, 0)} {
+        prepare();
+    }
+    void step() {
+        const auto start = std::chrono::steady_clock::now();
+        backend_.exec().deterministic = a_.deterministic;
+        model_.begin_step();
+        optimizer_.set_rates(++number_, 1e-4f);
+        const auto enqueue = [&] {
+            model_.passes();
+            optimizer_.update(backend_.exec(), weights_, model_.gradients());
+        };
+        a_.graph ? graphs_.run(model_.step_shape(), enqueue) : enqueue();
+        prepare();
+        optimizer_.gradient_norm();
+        model_.take_loss();
+        seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    void forget() { seconds_.clear(); }
+    const std::vector<double>& seconds() const { return seconds_; }
+
+private:
+    void prepare() { model_.prepare(batches_, 1.0f / static_cast<float>(batches_.front().tokens.size())); }
+
+    Arguments a_;
+    const Weights& weights_;
+    Backend& backend_;
+    Model model_;
+    Optimizer optimizer_;
+    StepGraphs graphs_;
+    std::vector<Batch> batches_;
+    int64_t number_ = 0;
+    std::vector<double> seconds_;
+};
+
+double median_of(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
+}
+
+int run_variants(const std::vector<Arguments>& sets, const std::vector<std::string>& names) {
+    const Arguments& first = sets.front();
+    const ModelConfig config = config_of(first);
+    Backend backend(Device::cuda);
+    backend.exec().times = nullptr;
+    const Weights weights(config, backend.memory(), Precision::bf16);
+    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    std::vector<std::unique_ptr<Variant>> variants;
+    std::vector<size_t> bytes;
+    const auto warm = [](Variant& v) {
+        for (int i = 0; i < 3; ++i) v.step();
+        v.forget();
+    };
+    for (const Arguments& a : sets) {
+        const size_t before = backend.runtime().free_bytes();
+        variants.push_back(std::make_unique<Variant>(a, weights, backend));
+        warm(*variants.back());
+        bytes.push_back(before - backend.runtime().free_bytes());
+    }
+    // Two steps in a turn; every second round in the opposite order.
+    for (int64_t round = 0; 2 * round < first.steps; ++round)
+        for (size_t i = 0; i < sets.size(); ++i)
+            for (int twice = 0; twice < 2; ++twice) variants[round % 2 == 0 ? i : sets.size() - 1 - i]->step();
+    auto rows = nlohmann::ordered_json::array();
+    for (size_t i = 0; i < sets.size(); ++i) {
+        std::vector<double> ratios;
+        for (size_t s = 0; s < variants[i]->seconds().size(); ++s) ratios.push_back(variants[i]->seconds()[s] / variants.front()->seconds()[s]);
+        const double median = median_of(variants[i]->seconds()), tokens = static_cast<double>(first.seqlen * first.rows);
+        rows.push_back({{"options", names[i]},
+                        {"seconds_median", median},
+                        {"seconds_min", *std::ranges::min_element(variants[i]->seconds())},
+                        {"tflops_per_second", 1e-12 * flops_of_step(config, first.seqlen, static_cast<int64_t>(tokens), 1.0) / median},
+                        {"time_over_the_firsts", median_of(ratios)},
+                        {"memory_bytes", bytes[i] + weights.values.size_bytes() + weights.narrow.size_bytes()}});
+    }
+    const nlohmann::ordered_json out{{"model", first.model}, {"gpu", backend.runtime().name()}, {"seqlen", first.seqlen},
+                                     {"rows", first.rows},   {"steps", first.steps},            {"variants", rows}};
+    std::printf("%s\n", out.dump(2).c_str());
+    return 0;
+}
+
 int run_bench(const Arguments& a) {
     const Launch launch = read_launch();
     if (a.processes > launch.size) return run_as_processes(a.processes);
     const std::unique_ptr<ProcessGroup> group = join_group(launch);
     if (group) cuda::choose_gpu(*group);
-    const Shape shape = shape_of(a.model);
-    const ModelConfig config = gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
+    const ModelConfig config = config_of(a);
     Backend backend(Device::cuda);
     Exec& exec = backend.exec();
     exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
     const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
     fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
-    const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute,
-                                     .gradients = group ? Precision::fp32 : a.gradients, .beside = a.beside, .device = Device::cuda,
-                                     .precision = Precision::bf16, .moments = a.moments, .processes = launch.size};
+    const ModelOptions model_options = model_options_of(a, launch.size);
     Model model(weights, backend, model_options);
     std::optional<Optimizer> optimizer;
     std::unique_ptr<DataParallel> parallel;
@@ -235,11 +331,26 @@ int run_bench(const Arguments& a) {
 int main(int argc, char** argv) {
     if (argc < 5) {
         std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [in-line] "
-                     "[once] [norms|pointwise|block] [processes=N]\n", argv[0]);
+                     "[once] [norms|pointwise|block] [processes=N] [vs OPTION...]...\n", argv[0]);
         return 2;
     }
     try {
-        return strobe::gpt::run_bench(strobe::gpt::parse(argc, argv));
+        std::vector<std::vector<std::string>> sets(1);
+        for (int i = 5; i < argc; ++i) {
+            if (std::string_view(argv[i]) == "vs")
+                sets.emplace_back();
+            else
+                sets.back().emplace_back(argv[i]);
+        }
+        if (sets.size() == 1) return strobe::gpt::run_bench(strobe::gpt::parse(argv, sets.front()));
+        std::vector<strobe::gpt::Arguments> variants;
+        std::vector<std::string> names;
+        for (const auto& options : sets) {
+            variants.push_back(strobe::gpt::parse(argv, options));
+            names.emplace_back();
+            for (const std::string& option : options) names.back() += (names.back().empty() ? "" : " ") + option;
+        }
+        return strobe::gpt::run_variants(variants, names);
     } catch (const std::exception& e) {
         std::fprintf(stderr, "%s\n", e.what());
         return 1;
