@@ -1,5 +1,6 @@
 // Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
-// JSON. With "once" one step warms up and none is looked at by operator: for steps of a minute.
+// JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for steps of a minute. SEQLEN
+// "longest": the largest multiple of 1024 for which the plan of the run's memory fits what is free.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
 // Options: deterministic, no-graph, fp32-moments, fp32-gradients, in-line (weight gradients, instead of beside the rest of the
 // backward), once, norms|pointwise|block (what is computed again), processes=N.
@@ -29,6 +30,7 @@ namespace strobe::gpt {
 namespace {
 
 constexpr int64_t kVocab = 50304;
+constexpr int64_t kLongest = -1;  // a seqlen that is found out
 // Bytes read and written per second by a large copy on an H100, as measured: the bound of pointwise operators.
 constexpr double kCopyBytesPerSecond = 3.02e12;
 
@@ -121,7 +123,7 @@ struct Arguments {
 };
 
 Arguments parse(char** argv, const std::vector<std::string>& options) {
-    Arguments a{.model = argv[1], .seqlen = std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
+    Arguments a{.model = argv[1], .seqlen = std::string_view(argv[2]) == "longest" ? kLongest : std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
     for (const std::string& option : options) {
         if (option == "deterministic") a.deterministic = true;
         else if (option == "no-graph") a.graph = false;
@@ -232,16 +234,32 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     return 0;
 }
 
-int run_bench(const Arguments& a) {
+/// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
+constexpr size_t kReserve = size_t{1} << 30;
+
+int64_t longest_row(Arguments a, size_t bytes) {
+    constexpr int64_t kStep = 1024;
+    int64_t fits = 0, over = int64_t{1} << 12;  // in steps
+    while (over - fits > 1) {
+        const int64_t middle = (fits + over) / 2;
+        a.seqlen = middle * kStep;
+        (plan_memory(config_of(a), model_options_of(a, 1)).total() + kReserve <= bytes ? fits : over) = middle;
+    }
+    if (fits == 0) throw std::runtime_error("not even a row of 1024 tokens fits");
+    return fits * kStep;
+}
+
+int run_bench(Arguments a) {
     const Launch launch = read_launch();
     if (a.processes > launch.size) return run_as_processes(a.processes);
     const std::unique_ptr<ProcessGroup> group = join_group(launch);
     if (group) cuda::choose_gpu(*group);
-    const ModelConfig config = config_of(a);
     Backend backend(Device::cuda);
     Exec& exec = backend.exec();
     exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
+    if (a.seqlen == kLongest) a.seqlen = longest_row(a, free_before);
+    const ModelConfig config = config_of(a);
     const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
     fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
     const ModelOptions model_options = model_options_of(a, launch.size);
@@ -276,7 +294,7 @@ int run_bench(const Arguments& a) {
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
-    for (int i = 0; i < (a.once ? 1 : 3); ++i) step();
+    for (int i = 0; i < (a.once ? 0 : 3); ++i) step();
     std::vector<double> seconds;
     for (int64_t i = 0; i < a.steps; ++i) {
         const auto start = std::chrono::steady_clock::now();
@@ -331,7 +349,7 @@ int run_bench(const Arguments& a) {
 int main(int argc, char** argv) {
     if (argc < 5) {
         std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [in-line] "
-                     "[once] [norms|pointwise|block] [processes=N] [vs OPTION...]...\n", argv[0]);
+                     "[once] [norms|pointwise|block] [processes=N] [vs OPTION...]...\n       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
     try {

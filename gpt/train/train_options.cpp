@@ -86,7 +86,8 @@ void from_json(const nlohmann::json& json, TrainOptions& options) {
 }
 
 void check_resumable(const TrainOptions& asked, const TrainOptions& stored) {
-    const nlohmann::ordered_json a = to_json(asked), s = to_json(stored), plain = to_json(TrainOptions{});
+    const TrainOptions defaults;
+    const nlohmann::ordered_json a = to_json(asked), s = to_json(stored), plain = to_json(defaults);
     for (const auto& [name, value] : a.items())
         if (value != plain[name] && value != s[name])
             throw std::invalid_argument(fmt::format("resume: {} is {} but the run was started with {}; leave the option out, or "
