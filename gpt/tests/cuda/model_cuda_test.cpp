@@ -8,8 +8,8 @@
 #include "gpt/generate/decoder.hpp"
 #include "gpt/host_view.hpp"
 #include "gpt/model.hpp"
-#include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
+#include "gpt/tests/random_model.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt::test {
@@ -29,20 +29,6 @@ ModelConfig small(Architecture architecture) {
     return c;
 }
 
-Batch random_batch(const ModelConfig& c, const std::vector<int32_t>& lengths, uint64_t seed) {
-    Batch batch;
-    Random random(seed);
-    batch.cu_seqlens.push_back(0);
-    for (const int32_t length : lengths) {
-        for (int32_t i = 0; i < length; ++i) {
-            batch.tokens.push_back(int32_t(random.below(uint64_t(c.vocab_size))));
-            batch.targets.push_back(i % 7 == 3 ? kIgnoreTarget : int32_t(random.below(uint64_t(c.vocab_size))));
-        }
-        batch.cu_seqlens.push_back(int32_t(batch.tokens.size()));
-    }
-    return batch;
-}
-
 double norm_of(std::span<const float> x) {
     double sum = 0.0;
     for (const float v : x) sum += double(v) * v;
@@ -59,10 +45,7 @@ double distance(std::span<const float> a, std::span<const float> b) {
 class CudaModel : public testing::TestWithParam<Setting> {
 protected:
     CudaModel() : there(config, gpu.memory(), GetParam().precision) {
-        initialize(here.layout, config, 7, here.values);
-        Random random(11);
-        for (const Parameter& p : here.layout.list())
-            for (float& x : here.values[p]) x += static_cast<float>(0.02 * random.normal());
+        randomize(here, 0.02);
         there.set(here.values);
     }
     bool exact() const { return GetParam().precision == Precision::fp32; }
