@@ -111,10 +111,6 @@ Model::Model(const Weights& weights, Backend& backend, const ModelOptions& optio
     if (!act_.logits) act_.logits = gradients_.at(lent_to_logits(weights.layout, options_).first);
     backend_.reserve_scratch(scratch_bytes(config_, options_, exec_.parts));
     if (options.training) added_to_ = outside_products(config_, weights.layout);
-    if (options.training && options.beside) {
-        const int64_t up = (config_.architecture == Architecture::llama ? 2 : 1) * config_.ffn_size;
-        lane_ = backend.runtime().make_lane(exec_, linear_scratch_bytes(exec_.parts, std::max({config_.qkv_size(), up, config_.hidden_size})));
-    }
     if (!config_.has_rope()) return;
     const std::vector<float> table = rope_table(config_.context_length, config_.head_dim, config_.rope_theta);
     rope_table_ = Arena(table.size() * sizeof(float), backend.memory());
@@ -307,48 +303,22 @@ void Model::recompute_norms(const BlockActivations& a, const BlockParameters& p)
     run(exec_, norm(a.mid, a.norm2, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2));
 }
 
-// The operators' clock looks at one after the other.
-Lane* Model::lane() const { return exec_.times ? nullptr : lane_.get(); }
-
-// Before something is written that this product's weight gradient reads.
-void Model::join(Beside product) {
-    if (lane_) lane_->join(product);
-}
-
-// Nothing but the optimizer waits for a weight's gradient.
-void Model::backward_product(const LinearBackward& a, Beside product) {
-    Lane* const beside = lane();
-    if (!beside) return run(exec_, a);
-    LinearBackward input = a, weight = a;
-    input.dweight = {};
-    input.dbias = nullptr;
-    weight.dx = {};
-    beside->fork();
-    if (input.dx) run(exec_, input);
-    run(beside->exec(), weight);
-    beside->mark(product);
-}
-
-// The gradients of a norm and of the product that reads it, from the product's dy to the stream, whose gradient so far `before` reads.
-// The product's weight needs the norm's output: kept, computed again before, or given again by the norm's own gradient, which must
-// then come between.
-void Model::backward_into_norm(LinearBackward a, Beside product, NormBackward normed, Beside before, int bias) {
+// The gradients of a norm and of the product that reads it, from the product's dy to the stream. The product's weight needs the
+// norm's output: kept, computed again before, or given again by the norm's own gradient, which must then come between.
+void Model::backward_into_norm(LinearBackward product, NormBackward normed, int bias) {
     if (!norms_are_recomputed() || !exec_.ops->norms_again) {
-        backward_product(a, product);
-        join(before);
+        run(exec_, product);
         return run(exec_, normed);
     }
-    LinearBackward weight = a;
+    LinearBackward weight = product;
     weight.dx = {};
-    a.dweight = {};
-    a.dbias = nullptr;
-    normed.out = a.x;
+    product.dweight = {};
+    product.dbias = nullptr;
+    normed.out = product.x;
     normed.bias = weights_.master(bias);
-    run(exec_, a);
-    join(before);
-    join(product);  // of the block behind, which has its norm's output in the same place
+    run(exec_, product);
     run(exec_, normed);
-    backward_product(weight, product);
+    run(exec_, weight);
 }
 
 // On entry dstream is the gradient of the stream behind the block, on return of the stream before it.
@@ -356,10 +326,7 @@ void Model::backward_block(int64_t layer) {
     const BlockActivations& a = act_.blocks[static_cast<size_t>(layer)];
     const BlockParameters& p = weights_.layout.block(layer);
     const int64_t hidden = config_.hidden_size;
-    if (options_.recompute == Recompute::block) {
-        if (lane_) lane_->join_all();
-        forward_block(layer, true);
-    }
+    if (options_.recompute == Recompute::block) forward_block(layer, true);
     if (norms_are_recomputed() && !exec_.ops->norms_again) recompute_norms(a, p);
     if (options_.recompute == Recompute::pointwise)
         run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
@@ -368,29 +335,26 @@ void Model::backward_block(int64_t layer) {
     Buffer dup = act_.dact;
     if (fuses_gelu_) {
         down.gelu_input = a.up;
-        join(kUp);  // of the block behind, which reads dact
-        backward_product(down, kDown);
+        run(exec_, down);
     } else {
-        backward_product(down, kDown);
+        run(exec_, down);
         // The gradient takes the place of the saved input, which nothing reads after this.
         dup = a.up;
         run(exec_, ActivationBackward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up,
                                       .dy = act_.dact, .dx = dup});
     }
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
-    backward_into_norm(linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up), kUp,
+    backward_into_norm(linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up),
                        with_bias_of_branch(norm_backward(a.mid, act_.dnorm, p.norm2_weight, p.norm2_bias, a.mean2, a.rstd2), p.proj_bias),
-                       kDown, p.norm2_bias);
+                       p.norm2_bias);
 
-    backward_product(branch_backward(a.attn, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size()), kProj);
-    if (dup.data == a.dqkv.data) join(kUp);
-    join(kQkv);  // of the block behind
+    run(exec_, branch_backward(a.attn, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size()));
     run(exec_, attention_backward(a));
     if (config_.has_rope()) run(exec_, rope(a.dqkv, true));
-    backward_into_norm(linear_backward(a.norm1, a.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()), kQkv,
+    backward_into_norm(linear_backward(a.norm1, a.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()),
                        with_bias_of_branch(norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1),
                                            layer > 0 ? weights_.layout.block(layer - 1).down_bias : -1),
-                       kProj, p.norm1_bias);
+                       p.norm1_bias);
 }
 
 // From dnorm, the gradient of the final norm's output, down to the embedding.
@@ -403,11 +367,8 @@ void Model::backward_stream(GradientSink* sink) {
     for (int64_t layer = config_.num_layers - 1; layer >= 0; --layer) {
         backward_block(layer);
         // A block's matrices lie behind one another, before them those of the blocks to come.
-        if (!sink) continue;
-        if (lane_) lane_->join_all();
-        sink->ready(layout[layout.block(layer).qkv_weight].offset);
+        if (sink) sink->ready(layout[layout.block(layer).qkv_weight].offset);
     }
-    if (lane_) lane_->join_all();
     run(exec_, EmbeddingBackward{.rows = rows_, .hidden = config_.hidden_size, .tokens = inputs_->tokens(),
                                  .positions = inputs_->positions(), .dout = act_.dstream,
                                  .dtable = gradient(layout.embedding()), .dposition_table = gradient(layout.positions()),

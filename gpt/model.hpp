@@ -20,7 +20,6 @@ struct ModelOptions {
     Recompute recompute = Recompute::none;
     bool training = true;  // false: no gradients, activations of one block only
     Precision gradients = Precision::fp32;  // of matrices; in bf16 a step is one pass, and loss() and logits() spoil them
-    bool beside = false;   // weight gradients in a lane of their own, beside the rest of the backward
     // Of the plan alone: a model takes them from its backend and weights.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
@@ -92,11 +91,7 @@ private:
     void backward_block(int64_t layer);
     void recompute_norms(const BlockActivations& a, const BlockParameters& p);
     bool norms_are_recomputed() const { return options_.recompute == Recompute::norms || options_.recompute == Recompute::pointwise; }
-    enum Beside { kDown, kUp, kProj, kQkv };  // whose weight gradient: the lane's marks
-    Lane* lane() const;
-    void join(Beside product);
-    void backward_product(const LinearBackward& a, Beside product);
-    void backward_into_norm(LinearBackward a, Beside product, NormBackward normed, Beside before, int bias);
+    void backward_into_norm(LinearBackward product, NormBackward normed, int bias);
     NormForward norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const;
     NormBackward norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const;
     LinearForward linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const;
@@ -122,7 +117,6 @@ private:
     Arena arena_;
     Activations act_;
     ParameterArena gradients_;
-    std::unique_ptr<Lane> lane_;
     Arena rope_table_;
     StepInputs single_;    // of a batch that is loaded and used at once
     std::vector<std::unique_ptr<StepInputs>> prepared_;  // of the step to come, one for each of its batches

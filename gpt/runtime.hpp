@@ -27,33 +27,12 @@ public:
     virtual void replay() = 0;
 };
 
-/// A second order of work on the same device, beside the first.
-class Lane {
-public:
-    virtual ~Lane() = default;
-    /// What operators run with here; scratch is the lane's own.
-    virtual Exec& exec() = 0;
-    /// What is asked for here from now on begins behind all that was asked of the first order so far.
-    virtual void fork() = 0;
-    /// Remembers the end of what was asked for here, in one of kMarks places.
-    virtual void mark(int place) = 0;
-    /// The first order goes on behind that mark, if it was set since the last join with it.
-    virtual void join(int place) = 0;
-
-    static constexpr int kMarks = 4;
-    void join_all() {
-        for (int place = 0; place < kMarks; ++place) join(place);
-    }
-};
-
 class Runtime : public Memory {
 public:
     virtual std::unique_ptr<InputStage> make_stage(size_t bytes) = 0;
     /// What `enqueue` asks for, not done but written down. It may ask for operators, `zero` and nothing else, and must have been
     /// done once before: choices that need a measurement are made then. Null where the device does not record.
     virtual std::unique_ptr<Recording> record(const std::function<void()>& enqueue) = 0;
-    /// Null where there is only one order of work.
-    virtual std::unique_ptr<Lane> make_lane(const Exec& exec, size_t scratch_bytes) = 0;
     /// Waits until everything asked for is done.
     virtual void synchronize() = 0;
     /// Sets what operators run with.

@@ -2,8 +2,7 @@
 // JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for steps of a minute. SEQLEN
 // "longest": the largest multiple of 1024 for which the plan of the run's memory fits what is free.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
-// Options: deterministic, no-graph, fp32-moments, fp32-gradients, in-line (weight gradients, instead of beside the rest of the
-// backward), once, norms|pointwise|block (what is computed again), processes=N.
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again), processes=N.
 // Sets of options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one it
 // does to all. ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
 #include <algorithm>
@@ -116,7 +115,7 @@ nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
 struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
-    bool deterministic = false, graph = true, once = false, beside = true;
+    bool deterministic = false, graph = true, once = false;
     Precision moments = Precision::bf16, gradients = Precision::bf16;
     Recompute recompute = Recompute::none;
     int processes = 1;
@@ -130,7 +129,6 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
         else if (option == "once") a.once = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
         else if (option == "fp32-gradients") a.gradients = Precision::fp32;
-        else if (option == "in-line") a.beside = false;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
         else a.recompute = recompute_from_string(option);
     }
@@ -139,7 +137,7 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
 
 ModelOptions model_options_of(const Arguments& a, int processes) {
     return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .gradients = processes > 1 ? Precision::fp32 : a.gradients,
-            .beside = a.beside, .device = Device::cuda, .precision = Precision::bf16, .moments = a.moments, .processes = processes};
+            .device = Device::cuda, .precision = Precision::bf16, .moments = a.moments, .processes = processes};
 }
 
 ModelConfig config_of(const Arguments& a) {
@@ -324,7 +322,6 @@ int run_bench(Arguments a) {
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
                                      {"gradients", to_string(model_options.gradients)},
-                                     {"weight_gradients_beside", a.beside},
                                      {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
                                      {"seconds_min", seconds.front()},
@@ -348,8 +345,8 @@ int run_bench(Arguments a) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [in-line] "
-                     "[once] [norms|pointwise|block] [processes=N] [vs OPTION...]...\n       SEQLEN may be \"longest\"\n", argv[0]);
+        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [once] "
+                     "[norms|pointwise|block] [processes=N] [vs OPTION...]...\n       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
     try {

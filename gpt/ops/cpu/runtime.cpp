@@ -33,7 +33,6 @@ public:
     std::unique_ptr<InputStage> make_stage(size_t bytes) override { return std::make_unique<HostStage>(bytes); }
     void synchronize() override {}
     std::unique_ptr<Recording> record(const std::function<void()>&) override { return nullptr; }
-    std::unique_ptr<Lane> make_lane(const Exec&, size_t) override { return nullptr; }
     void equip(Exec& exec) override {
         exec.ops = &cpu::table();
         exec.parts = exec.team->size();

@@ -153,14 +153,13 @@ struct Gemm::Plan {
 Gemm::Gemm(void* stream, const std::string& device)
     : library_(std::make_unique<Library>(open_library())), stream_(stream), choices_(choices_file(device, version())) {
     check(library_->cublasLtCreate(&handle_), "cublasLtCreate");
-    for (void** workspace : {&workspace_, &workspace_beside_}) check(cudaMalloc(workspace, kWorkspaceBytes), "cuBLASLt's workspace");
+    check(cudaMalloc(&workspace_, kWorkspaceBytes), "cuBLASLt's workspace");
 }
 
 Gemm::~Gemm() {
     plans_.clear();
     library_->cublasLtDestroy(handle_);
     cudaFree(workspace_);
-    cudaFree(workspace_beside_);
 }
 
 std::string Gemm::version() const {
@@ -251,13 +250,13 @@ void Gemm::choose(Plan& p, const GemmCall& c, const std::string& product) {
     choices_.replace(product, mine);
 }
 
-cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo_t& algo, void* stream) {
+cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo_t& algo) {
     const float alpha = 1.0f, beta = c.accumulate ? 1.0f : 0.0f;
     if (c.bias) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, c.bias);
     if (c.aux) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, c.aux);
     const void* added = c.c ? c.c.data : c.d.data;
     return library_->cublasLtMatmul(handle_, p.desc, &alpha, c.a.data, p.a, c.b.data, p.b, &beta, added, p.d, c.d.data, p.d, &algo,
-                                     stream == stream_ ? workspace_ : workspace_beside_, kWorkspaceBytes, static_cast<cudaStream_t>(stream));
+                                     workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
 }
 
 // On noise in memory of its own: the call's outputs may be sums that must not be added to twice. Without room for that the
@@ -283,17 +282,16 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     fill_noise(stream_, {bias.data(), c.d.precision}, bias_count, 4);
     if (c.aux) fill_noise(stream_, {aux.data(), c.d.precision}, static_cast<int64_t>(d_count), 5);
 
-    check(cudaDeviceSynchronize(), "waiting for other streams");
     cudaEvent_t begin = nullptr, end = nullptr;
     check(cudaEventCreate(&begin), "cudaEventCreate");
     check(cudaEventCreate(&end), "cudaEventCreate");
     float best = 0.0f;
     for (const auto& candidate : candidates) {
-        if (launch(p, trial, candidate.algo, stream_) != CUBLAS_STATUS_SUCCESS) continue;
+        if (launch(p, trial, candidate.algo) != CUBLAS_STATUS_SUCCESS) continue;
         float fastest = 0.0f;
         for (int i = 0; i < kTimedRuns; ++i) {
             check(cudaEventRecord(begin, stream), "cudaEventRecord");
-            launch(p, trial, candidate.algo, stream_);
+            launch(p, trial, candidate.algo);
             check(cudaEventRecord(end, stream), "cudaEventRecord");
             check(cudaEventSynchronize(end), "timing a matrix product");
             float milliseconds = 0.0f;
@@ -310,11 +308,11 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     p.milliseconds = best;
 }
 
-void Gemm::run(const GemmCall& call, void* stream) {
+void Gemm::run(const GemmCall& call) {
     Plan& p = plan(call);
     if (!p.possible)
         throw std::runtime_error(fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
-    check(launch(p, call, p.algo, stream), "cublasLtMatmul");
+    check(launch(p, call, p.algo), "cublasLtMatmul");
 }
 
 std::vector<Gemm::Measured> Gemm::measured() const {

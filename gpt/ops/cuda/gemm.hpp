@@ -31,15 +31,14 @@ struct GemmCall {
 
 class Gemm {
 public:
-    /// Throws std::invalid_argument where the library is not found. Candidates are timed in `stream`.
+    /// Throws std::invalid_argument where the library is not found.
     /// `device` is the GPU's name: choices are kept per GPU and version of the library.
     Gemm(void* stream, const std::string& device);
     ~Gemm();
     Gemm(const Gemm&) = delete;
     Gemm& operator=(const Gemm&) = delete;
 
-    /// In any stream; calls in `stream` share a workspace, and those in all others another one.
-    void run(const GemmCall& call, void* stream);
+    void run(const GemmCall& call);
     /// Milliseconds of the call's best candidate when it was timed; tunes now if it was not. 0: could not be timed.
     float milliseconds(const GemmCall& call);
     /// Whether there is an algorithm for the call.
@@ -62,14 +61,14 @@ private:
     bool recall(Plan& plan, const std::string& product);
     void choose(Plan& plan, const GemmCall& call, const std::string& product);
     void tune(Plan& plan, const GemmCall& call, std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
-    cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo, void* stream);
+    cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo);
     static Key key_of(const GemmCall& call);
     static std::string name_of(const GemmCall& call);
 
     std::unique_ptr<Library> library_;
     void* stream_;
     cublasLtHandle_t handle_ = nullptr;
-    void *workspace_ = nullptr, *workspace_beside_ = nullptr;
+    void* workspace_ = nullptr;
     std::map<Key, std::unique_ptr<Plan>> plans_;
     GemmChoices choices_;
 };

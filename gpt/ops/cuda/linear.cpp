@@ -29,16 +29,16 @@ double bytes_of(double passes, int64_t rows, int64_t columns, Buffer b) {
 void weight_gradient(Exec& e, const LinearBackward& a, int64_t dy_stride) {
     const GemmCall call{.transpose_b = true, .m = a.in, .n = a.out, .k = a.rows, .lda = a.in, .ldb = dy_stride, .ldd = a.in,
                         .a = a.x, .b = a.dy, .d = a.dweight, .accumulate = !a.overwrite};
-    if (!a.dbias) return e.gemm->run(call, e.stream);
+    if (!a.dbias) return e.gemm->run(call);
     GemmCall both = call;
     both.epilogue = Epilogue::sum_b;
     both.bias = e.scratch;
     // The sums come in dweight's precision, and they are fp32.
     if (a.dweight.precision == Precision::fp32 && fusion_pays(e, call, both, bytes_of(1, a.rows, a.out, a.dy))) {
-        e.gemm->run(both, e.stream);
+        e.gemm->run(both);
         return add_parts(e, static_cast<const float*>(e.scratch), 1, a.out, a.out, {{a.dbias}});
     }
-    e.gemm->run(call, e.stream);
+    e.gemm->run(call);
     add_column_sums(e, a.dy, a.rows, a.out, dy_stride, a.dbias);
 }
 
@@ -56,13 +56,13 @@ void linear_forward(Exec& e, const LinearForward& a) {
         call.c = a.residual;
         call.accumulate = true;
     }
-    if (!a.gelu_input) return e.gemm->run(call, e.stream);
+    if (!a.gelu_input) return e.gemm->run(call);
     GemmCall fused = call;
     fused.epilogue = a.bias ? Epilogue::gelu_aux_bias : Epilogue::gelu_aux;
     fused.aux = a.gelu_input.data;
     call.d = a.gelu_input;
-    if (fusion_pays(e, call, fused, bytes_of(2, a.rows, a.out, a.y))) return e.gemm->run(fused, e.stream);
-    e.gemm->run(call, e.stream);
+    if (fusion_pays(e, call, fused, bytes_of(2, a.rows, a.out, a.y))) return e.gemm->run(fused);
+    e.gemm->run(call);
     activation_forward(e, {.kind = ActivationKind::gelu, .rows = a.rows, .ffn = a.out, .x = a.gelu_input, .y = a.y});
 }
 
@@ -72,12 +72,12 @@ void linear_backward(Exec& e, const LinearBackward& a) {
     if (!a.dx) return;
     const GemmCall call{.m = a.in, .n = a.rows, .k = a.out, .lda = a.in, .ldb = dy_stride, .ldd = a.in, .a = a.weight, .b = a.dy,
                         .d = a.dx};
-    if (!a.gelu_input) return e.gemm->run(call, e.stream);
+    if (!a.gelu_input) return e.gemm->run(call);
     GemmCall fused = call;
     fused.epilogue = Epilogue::dgelu;
     fused.aux = a.gelu_input.data;
-    if (fusion_pays(e, call, fused, bytes_of(3, a.rows, a.in, a.dx))) return e.gemm->run(fused, e.stream);
-    e.gemm->run(call, e.stream);
+    if (fusion_pays(e, call, fused, bytes_of(3, a.rows, a.in, a.dx))) return e.gemm->run(fused);
+    e.gemm->run(call);
     activation_backward(e, {.kind = ActivationKind::gelu, .rows = a.rows, .ffn = a.in, .x = a.gelu_input, .dy = a.dx, .dx = a.dx});
 }
 

@@ -2,7 +2,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <vector>
@@ -12,7 +11,6 @@
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/ops/cuda/kernels.hpp"
-#include "gpt/ops/cuda/lane.hpp"
 #include "gpt/ops/cuda/recording.hpp"
 
 namespace strobe::gpt::cuda {
@@ -27,11 +25,8 @@ struct StreamDeleter {
 using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
 
 Stream make_stream() {
-    // Above a lane's, which has the least.
-    int least = 0, greatest = 0;
-    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, std::max(greatest, least - 1)), "cudaStreamCreate");
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
     return Stream(stream);
 }
 
@@ -173,7 +168,6 @@ public:
     std::unique_ptr<Recording> record(const std::function<void()>& enqueue) override {
         return cuda::record(stream_.get(), enqueue);
     }
-    std::unique_ptr<Lane> make_lane(const Exec& exec, size_t scratch_bytes) override { return cuda::make_lane(exec, *this, scratch_bytes); }
     void synchronize() override { check(cudaStreamSynchronize(stream_.get()), "waiting for the device"); }
     void equip(Exec& exec) override {
         exec.ops = &table();

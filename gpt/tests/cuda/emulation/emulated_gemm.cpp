@@ -43,7 +43,7 @@ bool Gemm::possible(const GemmCall&) { return true; }
 float Gemm::milliseconds(const GemmCall&) { return 0.0f; }
 std::vector<Gemm::Measured> Gemm::measured() const { return {}; }
 
-void Gemm::run(const GemmCall& c, void*) {
+void Gemm::run(const GemmCall& c) {
     const auto widened = [](Buffer b, int64_t count) {
         std::vector<float> x(static_cast<size_t>(count));
         for (int64_t i = 0; i < count; ++i) x[static_cast<size_t>(i)] = read(b, i);
