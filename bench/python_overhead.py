@@ -3,7 +3,8 @@
     python bench/python_overhead.py [--device cuda] [--stages] [--json FILE]
 
 Times are of the calling thread, the least of many repetitions, which the contenders take in turn: processors speed up and slow
-down. On CUDA the kernels run behind the calls and are not waited for.
+down. On CUDA the kernels run behind the calls and are not waited for; forward and backward together are timed by the clock on the
+wall there, since autograd runs backwards in a thread of its own.
 --stages times the parts of a forward call too, each on its own: the operator below the Python function, the C function below the
 operator, both with nothing to launch, and what torch takes to allocate a tensor and to launch one kernel.
 """
@@ -25,30 +26,30 @@ import machine  # noqa: E402
 import measuring  # noqa: E402
 import strobe  # noqa: E402
 import strobe.numpy as abi  # noqa: E402
-from strobe import _attention, _native  # noqa: E402
+from strobe import _native, _ops  # noqa: E402
 
 
-def seconds_per_call(function, calls=50):
+def seconds_per_call(function, clock, calls=50):
     """Of one repetition."""
     for _ in range(5):
         function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.thread_time()
+    start = clock()
     for _ in range(calls):
         function()
-    return (time.thread_time() - start) / calls
+    return (clock() - start) / calls
 
 
 def least(calls: dict, rounds=100) -> dict:
-    """{name: seconds} of {name: (function, contexts to call it in)}."""
+    """{name: seconds} of {name: (function, clock, contexts to call it in)}."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
-        for name, (function, contexts) in calls.items():
+        for name, (function, clock, contexts) in calls.items():
             with contextlib.ExitStack() as stack:
                 for context in contexts:
                     stack.enter_context(context())
-                best[name] = min(best[name], seconds_per_call(function))
+                best[name] = min(best[name], seconds_per_call(function, clock))
     return best
 
 
@@ -62,6 +63,7 @@ def whole_calls(device) -> dict:
     tensors = inputs(device)
     heads_first = [x.transpose(1, 2) for x in tensors]
     grad = torch.ones_like(tensors[0])
+    both_clock = time.perf_counter if device.type == "cuda" else time.thread_time
     calls = {}
 
     def step(function, tensors, grad):
@@ -69,9 +71,9 @@ def whole_calls(device) -> dict:
 
     def add(name, function, tensors, grad, *contexts):
         leaves = [x.detach().requires_grad_() for x in tensors]
-        calls[f"{name} forward"] = (lambda: function(*tensors)), (torch.no_grad, *contexts)
-        calls[f"{name} forward, recording"] = (lambda: function(*leaves)), contexts
-        calls[f"{name} forward and backward"] = (lambda: step(function, leaves, grad)), contexts
+        calls[f"{name} forward"] = (lambda: function(*tensors)), time.thread_time, (torch.no_grad, *contexts)
+        calls[f"{name} forward, recording"] = (lambda: function(*leaves)), time.thread_time, contexts
+        calls[f"{name} forward and backward"] = (lambda: step(function, leaves, grad)), both_clock, contexts
 
     add("strobe.attention", strobe.attention, tensors, grad)
     add("torch SDPA", F.scaled_dot_product_attention, heads_first, grad.transpose(1, 2))
@@ -119,14 +121,14 @@ def parts(device) -> dict:
     nothing = [inputs(device, rows=0)[0], *tensors[1:]]
     forward, plan = c_calls(tensors)
     idle, _ = c_calls(nothing)
-    operator, library = _attention._plain, _native.c_abi()
+    plain, plain_lse, library = _ops.attention_plain._handle, _ops.attention_plain_lse._handle, _native.c_abi()
     one = torch.zeros(1, device=device)
     calls = {
         "strobe.attention": lambda: strobe.attention(*tensors),
         "strobe.attention, with log-sum-exp": lambda: strobe.attention(*tensors, return_lse=True),
-        "operator": lambda: operator(*tensors, False, None, False),
-        "operator, with log-sum-exp": lambda: operator(*tensors, True, None, False),
-        "operator, no queries": lambda: operator(*nothing, False, None, False),
+        "operator": lambda: _ops.call(plain, *tensors, None, False),
+        "operator, with log-sum-exp": lambda: _ops.call(plain_lse, *tensors, None, False),
+        "operator, no queries": lambda: _ops.call(plain, *nothing, None, False),
         "C function": forward,
         "C function, no queries": idle,
         "C plan": plan,
@@ -134,7 +136,7 @@ def parts(device) -> dict:
         "torch.empty": lambda: torch.empty((1, 8, 1, 64), device=device),
         "one torch kernel in place": one.neg_,
     }
-    return least({name: (function, (torch.no_grad,)) for name, function in calls.items()})
+    return least({name: (function, time.thread_time, (torch.no_grad,)) for name, function in calls.items()})
 
 
 def main():

@@ -4,7 +4,8 @@
 #include <memory>
 #include <string>
 
-#include <fmt/format.h>
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
 
 #include "commands.hpp"
 #include "gpt/distributed/spawn.hpp"

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cuda/device.hpp"
 #include "gpt/distributed/communicator.hpp"

@@ -5,7 +5,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/checkpoint/checkpoint.hpp"
 #include "gpt/generate/decoder.hpp"

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/step_rows.hpp"

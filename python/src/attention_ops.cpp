@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "call.hpp"
-#include "workspace.hpp"
+#include "sdpa_ops.hpp"
 
 namespace strobe::torch_ops {
 namespace {
@@ -25,16 +25,12 @@ std::vector<int64_t> lse_shape(const strobe_attention& a) {
 }
 
 /// `lse` may be empty: then it is not computed.
-void run_forward(const strobe_attention& a, const Tensor& out, const Tensor& lse, Device device) {
+void forward_into_views(const strobe_attention& a, const Tensor& out, const Tensor& lse, Device device) {
     strobe_forward f;
     strobe_forward_init(&f);
     f.out = view("out", out);
     f.lse = view("lse", lse);
-
-    const Workspace workspace(workspace_bytes(a, f), device);
-    f.workspace = workspace.data();
-    f.workspace_bytes = workspace.bytes();
-    check_strobe(strobe_attention_forward(&a, &f, current_stream(a.q)));
+    run_forward(a, f, device);
 }
 
 struct ForwardInputs {
@@ -54,7 +50,7 @@ ForwardResults allocate_and_run(const ForwardInputs& in) {
     ForwardResults results;
     if (in.with_lse) results.lse = empty(lse_shape(a), aoti_torch_dtype_float32(), device);
     results.out = empty(out_shape(a), in.float32_out ? aoti_torch_dtype_float32() : in.q.dtype(), device);
-    run_forward(a, results.out, results.lse, device);
+    forward_into_views(a, results.out, results.lse, device);
     return results;
 }
 
@@ -78,13 +74,20 @@ void forward_unrecorded(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = as_optional_result(std::move(results.lse));
 }
 
+ForwardInputs take_plain(Arguments& arguments, bool with_lse) {
+    return {arguments.tensor(), arguments.tensor(), arguments.tensor(), with_lse, Options::take_plain(arguments)};
+}
+
 void forward_plain(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const ForwardInputs in{arguments.tensor(), arguments.tensor(), arguments.tensor(), arguments.boolean(),
-                           Options::take_plain(arguments)};
-    ForwardResults results = allocate_and_run(in);
+    stack[0] = as_result(allocate_and_run(take_plain(arguments, false)).out);
+}
+
+void forward_plain_lse(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    ForwardResults results = allocate_and_run(take_plain(arguments, true));
     stack[0] = as_result(std::move(results.out));
-    stack[1] = as_optional_result(std::move(results.lse));
+    stack[1] = as_result(std::move(results.lse));
 }
 
 void forward_into(StableIValue* stack, uint64_t, uint64_t) {
@@ -92,7 +95,7 @@ void forward_into(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor out = arguments.tensor(), lse = arguments.tensor();
     const Tensor q = arguments.tensor(), k = arguments.tensor(), v = arguments.tensor();
     const Options options = Options::take(arguments);
-    run_forward(describe(q, k, v, options), out, lse, q.device());
+    forward_into_views(describe(q, k, v, options), out, lse, q.device());
 }
 
 /// What the backward reads beside the options.
@@ -121,7 +124,7 @@ struct Gradients {
     Tensor dq, dk, dv, dbias;
 };
 
-void run_backward(const strobe_attention& a, const Saved& saved, const Gradients& gradients, bool accumulate) {
+void backward_into_views(const strobe_attention& a, const Saved& saved, const Gradients& gradients, bool accumulate) {
     strobe_backward b;
     strobe_backward_init(&b);
     b.accumulate = accumulate;
@@ -133,11 +136,7 @@ void run_backward(const strobe_attention& a, const Saved& saved, const Gradients
     b.dk = view("dk", gradients.dk);
     b.dv = view("dv", gradients.dv);
     b.dbias = view("dbias", gradients.dbias);
-
-    const Workspace workspace(workspace_bytes(a, b), saved.q.device());
-    b.workspace = workspace.data();
-    b.workspace_bytes = workspace.bytes();
-    check_strobe(strobe_attention_backward(&a, &b, current_stream(a.q)));
+    run_backward(a, b, saved.q.device());
 }
 
 Tensor empty_like(const Tensor& tensor) { return empty(tensor.shape(), tensor.dtype(), tensor.device()); }
@@ -155,7 +154,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
         if (!options.bias) throw std::invalid_argument("need_dbias: is set without bias");
         gradients.dbias = empty_like(options.bias);
     }
-    run_backward(a, saved, gradients, false);
+    backward_into_views(a, saved, gradients, false);
 
     const int64_t nothing = 0;
     if (!need_dbias) gradients.dbias = empty({&nothing, 1}, saved.q.dtype(), saved.q.device());
@@ -173,7 +172,7 @@ void backward_plain(StableIValue* stack, uint64_t, uint64_t) {
     const strobe_attention a = describe(saved.q, saved.k, saved.v, options);
     saved.accept_any_strides();
     Gradients gradients{empty_like(saved.q), empty_like(saved.k), empty_like(saved.v), {}};
-    run_backward(a, saved, gradients, false);
+    backward_into_views(a, saved, gradients, false);
     stack[0] = as_result(std::move(gradients.dq));
     stack[1] = as_result(std::move(gradients.dk));
     stack[2] = as_result(std::move(gradients.dv));
@@ -192,7 +191,7 @@ void backward_into(StableIValue* stack, uint64_t, uint64_t) {
 
     const strobe_attention a = describe(saved.q, saved.k, saved.v, options);
     saved.accept_any_strides();
-    run_backward(a, saved, gradients, accumulate);
+    backward_into_views(a, saved, gradients, accumulate);
 }
 
 strobe_tensor without_first_axis(const strobe_tensor& t) {
@@ -260,7 +259,8 @@ constexpr const char* kSchemas[] = {
     // For eager calls: no autograd of their own, and a log-sum-exp only where it is wanted.
     "attention_unrecorded(Tensor q, Tensor k, Tensor v, bool with_lse, " STROBE_OPTIONS_SCHEMA
     ", bool float32_out=False) -> (Tensor out, Tensor? lse)",
-    "attention_plain(Tensor q, Tensor k, Tensor v, bool with_lse, " STROBE_PLAIN_OPTIONS_SCHEMA ") -> (Tensor out, Tensor? lse)",
+    "attention_plain(Tensor q, Tensor k, Tensor v, " STROBE_PLAIN_OPTIONS_SCHEMA ") -> Tensor",
+    "attention_plain_lse(Tensor q, Tensor k, Tensor v, " STROBE_PLAIN_OPTIONS_SCHEMA ") -> (Tensor out, Tensor lse)",
     "attention_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     STROBE_OPTIONS_SCHEMA ", bool need_dbias=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
@@ -270,22 +270,22 @@ constexpr const char* kSchemas[] = {
     "Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " STROBE_OPTIONS_SCHEMA ") -> ()",
     "lse_merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
     "dropout_mask_into(Tensor(a!) keep, Tensor rng_state, float dropout_p) -> ()",
+    kSdpaForwardSchema,
+    kSdpaBackwardSchema,
 };
 
-using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
-struct NamedKernel {
-    const char* name;
-    Kernel kernel;
-};
 constexpr NamedKernel kKernels[] = {{"attention", forward},
                                     {"attention_unrecorded", forward_unrecorded},
                                     {"attention_plain", forward_plain},
+                                    {"attention_plain_lse", forward_plain_lse},
                                     {"attention_into", forward_into},
                                     {"attention_backward", backward},
                                     {"attention_backward_plain", backward_plain},
                                     {"attention_backward_into", backward_into},
                                     {"lse_merge", lse_merge},
-                                    {"dropout_mask_into", dropout_mask_into}};
+                                    {"dropout_mask_into", dropout_mask_into},
+                                    {"sdpa_forward", sdpa_forward},
+                                    {"sdpa_backward", sdpa_backward}};
 
 /// Keeps the registrations for as long as the library is loaded.
 class Registration {

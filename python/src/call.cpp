@@ -1,5 +1,7 @@
 #include "call.hpp"
 
+#include "workspace.hpp"
+
 namespace strobe::torch_ops {
 namespace {
 
@@ -43,7 +45,8 @@ Options Options::take(Arguments& arguments) {
 RngState read_rng_state(const Tensor& rng_state) {
     if (!rng_state) throw std::invalid_argument("rng_state: is not given, but dropout_p is not 0; it is (seed, offset)");
     const auto shape = rng_state.shape(), strides = rng_state.strides();
-    if (rng_state.dtype() != aoti_torch_dtype_int64() || shape.size() != 1 || shape[0] != 2) {
+    const bool integers = rng_state.dtype() == aoti_torch_dtype_int64() || rng_state.dtype() == aoti_torch_dtype_uint64();
+    if (!integers || shape.size() != 1 || shape[0] != 2) {
         throw std::invalid_argument("rng_state: must be an int64 tensor of shape (2), the seed and the offset");
     }
     if (rng_state.device().type != aoti_torch_device_type_cpu()) {
@@ -60,12 +63,15 @@ strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, con
     a.k = view("k", k);
     a.v = view("v", v);
     if (a.q.device_type == STROBE_CPU) a.num_threads = torch_num_threads();
-    a.bias = view("bias", o.bias);
-    a.alibi_slopes = view("alibi_slopes", o.alibi_slopes);
-    a.cu_seqlens_q = view("cu_seqlens_q", o.cu_seqlens_q);
-    a.cu_seqlens_k = view("cu_seqlens_k", o.cu_seqlens_k);
-    a.seqused_q = view("seqused_q", o.seqused_q);
-    a.seqused_k = view("seqused_k", o.seqused_k);
+    const auto set = [](strobe_tensor& to, const char* name, const Tensor& tensor) {
+        if (tensor) to = view(name, tensor);
+    };
+    set(a.bias, "bias", o.bias);
+    set(a.alibi_slopes, "alibi_slopes", o.alibi_slopes);
+    set(a.cu_seqlens_q, "cu_seqlens_q", o.cu_seqlens_q);
+    set(a.cu_seqlens_k, "cu_seqlens_k", o.cu_seqlens_k);
+    set(a.seqused_q, "seqused_q", o.seqused_q);
+    set(a.seqused_k, "seqused_k", o.seqused_k);
     a.max_seqlen_q = o.max_seqlen_q;
     a.max_seqlen_k = o.max_seqlen_k;
     a.causal = o.causal;
@@ -103,6 +109,20 @@ void* current_stream(const strobe_tensor& tensor) {
     void* stream = nullptr;
     check_torch(aoti_torch_get_current_cuda_stream(tensor.device_index, &stream), "the current CUDA stream");
     return stream;
+}
+
+void run_forward(const strobe_attention& a, strobe_forward& f, Device device) {
+    const Workspace workspace(workspace_bytes(a, f), device);
+    f.workspace = workspace.data();
+    f.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_forward(&a, &f, current_stream(a.q)));
+}
+
+void run_backward(const strobe_attention& a, strobe_backward& b, Device device) {
+    const Workspace workspace(workspace_bytes(a, b), device);
+    b.workspace = workspace.data();
+    b.workspace_bytes = workspace.bytes();
+    check_strobe(strobe_attention_backward(&a, &b, current_stream(a.q)));
 }
 
 }  // namespace strobe::torch_ops

@@ -42,6 +42,10 @@ strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, con
 /// torch's current stream of the tensor's device; null on the CPU. The library itself makes the device current.
 void* current_stream(const strobe_tensor& tensor);
 
+/// Calls strobe with a workspace from torch, on torch's current stream.
+void run_forward(const strobe_attention& attention, strobe_forward& forward, Device device);
+void run_backward(const strobe_attention& attention, strobe_backward& backward, Device device);
+
 /// (seed, offset) of a rng_state tensor.
 struct RngState {
     uint64_t seed = 0;

@@ -39,6 +39,9 @@ AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, cons
                                         int32_t device_type, int32_t device_index, AtenTensorHandle* tensor);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle source, int32_t non_blocking);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
+AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* another);
+AOTITorchError aoti_torch_new_uninitialized_tensor(AtenTensorHandle* tensor);
+AOTITorchError aoti_torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack);
 
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_device_type_cuda();
@@ -47,6 +50,7 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_uint8();
+int32_t aoti_torch_dtype_uint64();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();

@@ -76,6 +76,10 @@ Tensor empty(std::span<const int64_t> shape, int32_t dtype, Device device) {
         strides[i] = stride;
         stride *= shape[i] > 0 ? shape[i] : 1;
     }
+    return empty_strided(shape, strides, dtype, device);
+}
+
+Tensor empty_strided(std::span<const int64_t> shape, std::span<const int64_t> strides, int32_t dtype, Device device) {
     AtenTensorHandle handle = nullptr;
     check_torch(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device.type,
                                          device.index, &handle),

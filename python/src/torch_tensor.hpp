@@ -59,6 +59,7 @@ private:
 
 /// A new dense row-major tensor; `dtype` is torch's number.
 Tensor empty(std::span<const int64_t> shape, int32_t dtype, Device device);
+Tensor empty_strided(std::span<const int64_t> shape, std::span<const int64_t> strides, int32_t dtype, Device device);
 
 /// `tensor` itself if its last stride is 1, else a dense copy. Gradients arrive expanded or transposed.
 Tensor with_unit_stride(Tensor tensor);

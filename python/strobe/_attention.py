@@ -12,13 +12,23 @@ _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_functorch_active = torch._C._are_functorch_transforms_active
-# The operators without the Python frame of OpOverload.__call__.
+_is_deterministic = torch.are_deterministic_algorithms_enabled
+_has_torch_function = torch.overrides.has_torch_function_variadic
+_direct = _ops.call
 _unrecorded = _ops.attention_unrecorded._op
-_plain = _ops.attention_plain._op
+_plain = _ops.attention_plain._handle
+_plain_lse = _ops.attention_plain_lse._handle
+_plain_backward = _ops.attention_backward_plain._handle
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
-    return (_plain if len(options) == _ops.NUM_PLAIN_OPTIONS else _unrecorded)(q, k, v, with_lse, *options)
+    if len(options) != _ops.NUM_PLAIN_OPTIONS:
+        return _unrecorded(q, k, v, with_lse, *options)
+    if not with_lse:
+        return _ops.attention_plain(q, k, v, *options), None
+    if _has_torch_function(q, k, v):
+        return _ops.attention_plain_lse(q, k, v, *options)
+    return _direct(_plain_lse, q, k, v, *options)
 
 
 def _save(ctx, q, k, v, bias, options, out, lse) -> None:
@@ -64,21 +74,45 @@ class _TransformedAttention(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+class _PlainAttention(torch.autograd.Function):
+    """The same for the plain call without its log-sum-exp: the least that autograd needs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, softmax_scale, causal):
+        out, lse = _direct(_plain_lse, q, k, v, softmax_scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = softmax_scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        if _is_grad_enabled() or _is_compiling():
+            (dq, dk, dv), _ = _ops.gradients(dout, None, *ctx.saved_tensors, ctx.options, False)
+        else:
+            dq, dk, dv = _direct(_plain_backward, dout, None, *ctx.saved_tensors, *ctx.options)
+        return dq, dk, dv, None, None
+
+
 # Function.apply binds the defaults of `forward` by inspection at every call, which costs more than the call itself.
 _record = super(torch.autograd.Function, _Attention).apply
+_record_plain = super(torch.autograd.Function, _PlainAttention).apply
 
 
 def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
 
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        if not (x is None and name == "bias") and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+
+
 def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     try:
         return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     except AttributeError:
-        for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+        _check_tensors(q, k, v, bias)
         raise
 
 
@@ -91,7 +125,11 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
         if bias is not None:
             options = _with_bias(options, bias)
     if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
-        return _run(q, k, v, with_lse, options)
+        try:
+            return _run(q, k, v, with_lse, options)
+        except RuntimeError:
+            _check_tensors(q, k, v, bias)
+            raise
     if _is_functorch_active():
         return _TransformedAttention.apply(q, k, v, bias, options, True)
     result = _record(q, k, v, bias, options, with_lse)
@@ -210,18 +248,30 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
     2023) with online softmax (Milakov, Gimelshein, 2018). Under autocast q, k and v are cast to its dtype first.
     """
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     left, right = window_size
-    # Options that are left out cost nothing on the way to the operator, so the plain call names none of the rest.
-    if (
+    common = (
         bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
-        and seqused_k is None and dropout_p == 0.0 and positions is None and not deterministic and out_dtype is None
-        and implementation is None and max_seqlen_q is None and max_seqlen_k is None
-    ):  # fmt: skip
+        and seqused_k is None and dropout_p == 0.0 and positions is None and out_dtype is None and implementation is None
+        and max_seqlen_q is None and max_seqlen_k is None
+    )  # fmt: skip
+    plain = common and left == right == -1 and softcap == 0.0
+    if plain and not (return_lse or return_rng_state or _is_compiling()) and not _has_torch_function(q, k, v):
+        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
+            try:
+                return _direct(_plain, q, k, v, softmax_scale, causal)
+            except RuntimeError:
+                _check_tensors(q, k, v, None)
+                raise
+        if deterministic is None:
+            deterministic = _is_deterministic()
+        if not (deterministic or _any_autocast() or _is_functorch_active()):
+            return _record_plain(q, k, v, softmax_scale, causal)
+    if deterministic is None:
+        deterministic = _is_deterministic()
+    if common and not deterministic:
+        # Options that are left out cost nothing on the way to the operator.
+        options = (softmax_scale, causal) if plain else (softmax_scale, causal, left, right, softcap)
         rng_state = None
-        common = (softmax_scale, causal)
-        options = common if left == right == -1 and softcap == 0.0 else (*common, left, right, softcap)
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
         if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():

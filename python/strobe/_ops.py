@@ -13,6 +13,7 @@ torch.ops.load_library(str(_native.library_path("torch")))
 attention = torch.ops.strobe.attention.default
 attention_unrecorded = torch.ops.strobe.attention_unrecorded.default
 attention_plain = torch.ops.strobe.attention_plain.default
+attention_plain_lse = torch.ops.strobe.attention_plain_lse.default
 attention_into = torch.ops.strobe.attention_into.default
 attention_backward = torch.ops.strobe.attention_backward.default
 attention_backward_plain = torch.ops.strobe.attention_backward_plain.default
@@ -21,6 +22,9 @@ lse_merge = torch.ops.strobe.lse_merge.default
 dropout_mask_into = torch.ops.strobe.dropout_mask_into.default
 
 _library = torch.library.Library("strobe", "FRAGMENT")
+
+# call(operator._handle, ...) is operator(...) without __torch_function__, which takes longer to look for than the kernel to launch.
+call = torch._C._dispatch_call_boxed
 
 _INDEX = {argument.name: i for i, argument in enumerate(attention._schema.arguments)}
 _BIAS = _INDEX["bias"]
@@ -87,8 +91,14 @@ def _attention_unrecorded_fake(q, k, v, with_lse, *options):
 
 
 @torch.library.register_fake("strobe::attention_plain", lib=_library)
-def _attention_plain_fake(q, k, v, with_lse, *options):
-    return _attention_unrecorded_fake(q, k, v, with_lse, *options)
+def _attention_plain_fake(q, k, v, *options):
+    _check_devices(attention_plain, (q, k, v, *options))
+    return _result_like(q, k, v, options)
+
+
+@torch.library.register_fake("strobe::attention_plain_lse", lib=_library)
+def _attention_plain_lse_fake(q, k, v, *options):
+    return _attention_plain_fake(q, k, v, *options), _lse_like(q)
 
 
 def _dense_like(x):
@@ -167,7 +177,7 @@ def gradients(dout, dlse, q, k, v, out, lse, options, need_dbias):
     elif torch.is_grad_enabled():
         *dqkv, dbias = _Gradients.apply(dout, dlse, q, k, v, out, lse, tail)
     elif len(tail) == NUM_PLAIN_OPTIONS:
-        return attention_backward_plain._op(dout, dlse, q, k, v, out, lse, *tail), None
+        return call(attention_backward_plain._handle, dout, dlse, q, k, v, out, lse, *tail), None
     else:
         *dqkv, dbias = _Gradients.forward(dout, dlse, q, k, v, out, lse, tail)
     return dqkv, dbias if need_dbias else None
@@ -185,7 +195,7 @@ def _not_differentiable(name, reason):
 
 
 # Nothing between the dispatcher and the kernel: strobe.attention calls these where no graph is recorded, or records the graph itself.
-for _name in ("attention_unrecorded", "attention_plain", "attention_backward_plain"):
+for _name in ("attention_unrecorded", "attention_plain", "attention_plain_lse", "attention_backward_plain"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 _refuse_second_derivative = _not_differentiable("attention_backward", "second derivatives of attention are not supported")
@@ -198,7 +208,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(dout, dlse, q, k, v, out, lse, tail):
         with torch._C._AutoDispatchBelowAutograd():
-            return attention_backward._op(dout, dlse, q, k, v, out, lse, *tail)
+            return call(attention_backward._handle, dout, dlse, q, k, v, out, lse, *tail)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -230,7 +240,13 @@ def _register_autocast(device_type, key):
                 options[BIAS_OPTION] = bias
             return attention(q, k, v, *options)
 
+    def plain_kernel(_, q, k, v, *options):
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            q, k, v, _ = cast_inputs(torch.get_autocast_dtype(device_type), q, k, v, None)
+            return attention_plain(q, k, v, *options)
+
     _library.impl("attention", kernel, key.name, with_keyset=True)
+    _library.impl("attention_plain", plain_kernel, key.name, with_keyset=True)
 
 
 _register_autocast("cpu", torch._C.DispatchKey.AutocastCPU)

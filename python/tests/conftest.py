@@ -1,8 +1,13 @@
-"""Finds the package: the one in this source tree with the libraries of STROBE_BUILD_DIR, else the installed one."""
+"""Finds the package: the one in this source tree with the libraries of STROBE_BUILD_DIR, else the installed one.
 
+With --record FILE a run leaves its counts as JSON, and what tests measured (`record_property`), beside versions and the device.
+"""
+
+import json
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -18,6 +23,72 @@ import torch  # noqa: E402
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ and torch.cuda.is_available():
     # What one worker's allocator keeps, another cannot have.
     torch.cuda.set_per_process_memory_fraction(0.8 / int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=pathlib.Path, metavar="FILE", help="write counts and measured values as JSON")
+
+
+def pytest_configure(config):
+    if config.getoption("--record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Record(config.getoption("--record")))
+
+
+class Record:
+    """Counts by file, and the properties of tests that have some; with several workers, of all of them."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.start = path, time.monotonic()
+        self.counts: dict[str, dict[str, int]] = {}
+        self.measured: dict[str, dict] = {}
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        file, _, test = report.nodeid.rpartition("/")[2].partition("::")
+        counts = self.counts.setdefault(file, {})
+        counts[report.outcome] = counts.get(report.outcome, 0) + 1
+        if report.user_properties:
+            self.measured.setdefault(file, {})[test] = dict(report.user_properties)
+        if report.failed:
+            self.failures.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session):
+        total: dict[str, int] = {}
+        for counts in self.counts.values():
+            for outcome, count in counts.items():
+                total[outcome] = total.get(outcome, 0) + count
+        record = {
+            "record": "python-tests",
+            **_versions(),
+            "command": sys.argv[1:],
+            "seconds": round(time.monotonic() - self.start, 1),
+            "total": total,
+            "files": dict(sorted(self.counts.items())),
+            "failures": self.failures,
+            "measured": {file: dict(sorted(tests.items())) for file, tests in sorted(self.measured.items())},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _versions() -> dict:
+    import importlib.util
+
+    import strobe
+
+    transformers = importlib.import_module("transformers").__version__ if importlib.util.find_spec("transformers") else None
+    return {
+        "commit": os.environ.get("STROBE_COMMIT", "unknown"),
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "strobe": strobe.__version__,
+        "implementations": list(strobe.implementations()),
+        "torch": torch.__version__,
+        "transformers": transformers,
+        "python": sys.version.split()[0],
+    }
 
 
 def pytest_generate_tests(metafunc):

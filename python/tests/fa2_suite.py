@@ -6,9 +6,10 @@ The file comes from the FlashAttention repository (tests/test_flash_attn.py) and
 KV cache and of paged keys are left out: strobe does not have them. Of the half a million cases only the sampled ones are made: the
 test functions are called with the values of their parametrize marks, which is what pytest would do.
 
-The processes share the GPU's memory, of which the tests' own references take most: a case that finds too little is repeated. A
-process that has not finished --grace seconds after --seconds ends itself; what it had found counts, and the case that it was in counts
-as a failure, with the place in its log. Exits with 1 if any case fails or none passes.
+The processes share the GPU's memory, of which the tests' own references take most. A case that finds too little is repeated: once in
+its own process, and where that does not help, behind all others by one process that has the memory to itself ("alone" in the record;
+too little there is a failure). A process that has not finished --grace seconds after --seconds ends itself; what it had found counts,
+and the case that it was in counts as a failure, with the place in its log. Exits with 1 if any case fails or none passes.
 """
 
 import argparse
@@ -29,9 +30,10 @@ import tempfile
 import time
 import traceback
 
-COUNTS = ("passed", "failed", "skipped", "not_run", "repeated")
+COUNTS = ("passed", "failed", "skipped", "not_run", "repeated", "alone")
 _CONTEXT_BYTES = 2**30  # of a process beside what torch allocates: the CUDA context and the kernels
-_ATTEMPTS = 4
+_ATTEMPTS = 2
+_ALONE_SECONDS = 60  # for the cases that need the GPU's memory to themselves
 _STARTUP_SECONDS = 180  # until a process has imported torch and ends itself in time
 
 
@@ -103,9 +105,10 @@ def outcome(test: Test, parameters: dict) -> tuple[str, str]:
 class Share:
     """What one process has found. The file is kept up to date, for a process that does not come to its end."""
 
-    def __init__(self, path: pathlib.Path, available: int):
-        self.path = path
+    def __init__(self, path: pathlib.Path, available: int, alone: bool = False):
+        self.path, self.alone = path, alone
         self.record = {"available": available, **dict.fromkeys(COUNTS, 0), "passed_by_test": {}, "failures": {}, "running": None}
+        self.record["too_large"] = []  # [test, index] of what needs more memory than this share has
 
     def run(self, test: Test, index: int, cases_behind: int) -> None:
         parameters = test.case(index)
@@ -116,6 +119,10 @@ class Share:
             if result != "no memory":
                 break
             self._make_room(attempt)
+        self.record["alone"] += self.alone
+        if result == "no memory" and not self.alone:
+            self.record["too_large"].append([test.name, index])
+            return
         self.record["failed" if result == "no memory" else result] += 1
         if result == "passed":
             self.record["passed_by_test"][test.name] = self.record["passed_by_test"].get(test.name, 0) + 1
@@ -156,8 +163,12 @@ def run_share(arguments) -> None:
     for module in (strobe.flash_attn, strobe.flash_attn.flash_attn_interface):
         module.flash_attn_with_kvcache = None
     tests = tests_of(arguments.file)
-    cases = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
-    share = Share(arguments.json, sum(map(len, tests)))
+    if arguments.only:
+        by_name = {test.name: test for test in tests}
+        cases = [(by_name[name], index) for name, index in json.loads(arguments.only.read_text())]
+    else:
+        cases = sampled(tests, arguments.cases, arguments.seed)[arguments.share :: arguments.processes]
+    share = Share(arguments.json, sum(map(len, tests)), alone=arguments.only is not None)
     left = len(cases)
     # The clock starts with the first case: importing torch takes its time on a busy machine.
     deadline = time.monotonic() + arguments.seconds
@@ -174,25 +185,40 @@ def run_share(arguments) -> None:
 
 def run_all(arguments) -> list[dict]:
     """All shares, each in a process of its own: a fault of the device in one does not take the others with it."""
-    deadline = time.monotonic() + arguments.seconds + arguments.grace + _STARTUP_SECONDS
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        limits = {"memory": arguments.memory, "seconds": arguments.seconds, "grace": arguments.grace}
+        own = [["--share", str(i)] for i in range(arguments.processes)]
+        shares = run_processes(arguments, folder, {**limits, "processes": arguments.processes}, own)
+        too_large = [case for share in shares for case in share.get("too_large", [])]
+        if too_large:
+            only = folder / "too_large.json"
+            only.write_text(json.dumps(too_large))
+            limits["seconds"] = min(arguments.seconds, _ALONE_SECONDS)
+            shares += run_processes(arguments, folder, {**limits, "processes": 1}, [["--share", "0", "--only", str(only)]])
+        return shares
+
+
+def run_processes(arguments, folder: pathlib.Path, limits: dict, own: list[list[str]]) -> list[dict]:
+    """The records of processes that run at the same time, one for each entry of `own`, its options."""
+    deadline = time.monotonic() + limits["seconds"] + limits["grace"] + _STARTUP_SECONDS
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    with tempfile.TemporaryDirectory() as folder:
-        results = [pathlib.Path(folder) / f"{i}.json" for i in range(arguments.processes)]
-        logs = [r.with_suffix(".log") for r in results]
-        command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
-        for name in ("processes", "memory", "seconds", "grace"):
-            command += [f"--{name}", str(getattr(arguments, name))]
-        children = []
-        try:
-            for i, (log, result) in enumerate(zip(logs, results)):
-                with log.open("w") as output:
-                    own = ["--share", str(i), "--json", str(result)]
-                    children.append(subprocess.Popen([*command, *own], stdout=output, stderr=subprocess.STDOUT, env=environment))
-            return [share_of(*x, deadline) for x in zip(range(len(children)), children, logs, results)]
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
+    results = [pathlib.Path(tempfile.mkdtemp(dir=folder)) / "share.json" for _ in own]
+    logs = [r.with_suffix(".log") for r in results]
+    command = [sys.executable, __file__, str(arguments.file), "--cases", str(arguments.cases), "--seed", str(arguments.seed)]
+    for name, value in limits.items():
+        command += [f"--{name}", str(value)]
+    children = []
+    try:
+        for options, log, result in zip(own, logs, results):
+            with log.open("w") as output:
+                options = [*options, "--json", str(result)]
+                children.append(subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT, env=environment))
+        return [share_of(*x, deadline) for x in zip(range(len(children)), children, logs, results)]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def share_of(number: int, child: subprocess.Popen, log: pathlib.Path, result: pathlib.Path, deadline: float) -> dict:
@@ -257,6 +283,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after that long; counts what did not run")
     parser.add_argument("--grace", type=float, default=60, help="seconds after --seconds until a process is ended")
     parser.add_argument("--share", type=int, help="run only this one of the processes' shares, counted from 0")
+    parser.add_argument("--only", type=pathlib.Path, help="of a share: run the cases of this file instead, [[test, index], ...]")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 

@@ -129,6 +129,12 @@ def test_opcheck_forward(name, device):
     torch.library.opcheck(_ops.attention, (q, k, v), kwargs)
 
 
+@pytest.mark.parametrize("operator", [_ops.attention_plain, _ops.attention_plain_lse], ids=lambda o: o._schema.name)
+def test_opcheck_plain(operator, device):
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operator, (*qkv(device=device), 0.3, True), test_utils=tests)
+
+
 def test_opcheck_backward(device):
     q, k, v = qkv(device=device)
     bias = torch.randn(1, 4, 16, 16, device=device)
@@ -166,6 +172,57 @@ def test_autocast(compiled, device):
     torch.testing.assert_close(raw, expected)
     for a, b in zip(grads, torch.autograd.grad(expected.float().square().sum(), low)):
         torch.testing.assert_close(a, b.float())
+
+
+def test_autocast_without_gradients(device):
+    q, k, v = qkv(device=device)
+    for x in (q, v.half()):
+        with torch.autocast(device, dtype=torch.bfloat16), torch.no_grad():
+            ours = strobe.attention(q, k, v.to(x.dtype), causal=True)
+        expected = strobe.attention(*(x.bfloat16() for x in (q, k, v.to(x.dtype))), causal=True)
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
+
+
+class Tagged(torch.Tensor):
+    """A subclass with torch's default __torch_function__, which passes its type on to results."""
+
+
+def test_subclasses_and_modes_see_the_call(device):
+    """The short way to the operator is taken only where nobody looks on."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    q, k, v = qkv(device=device)
+    for options in ({}, {"return_lse": True}, {"window_size": (3, 3)}):
+        seen = []
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        expected = strobe.attention(q, k, v, **options)
+        for name, mode in (("functions", Functions), ("operators", Operators)):
+            with mode():
+                ours = strobe.attention(q, k, v, **options)
+            assert any("strobe.attention" in s for s in seen), name
+            torch.testing.assert_close(ours, expected)
+            seen.clear()
+        for tagged in ((q.as_subclass(Tagged), k, v), (q, k, v.as_subclass(Tagged))):
+            ours = strobe.attention(*tagged, **options)
+            assert isinstance(ours[0] if options.get("return_lse") else ours, Tagged)
+
+
+def test_the_profiler_names_the_operator(device):
+    q, k, v = qkv(device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        strobe.attention(q, k, v)
+    assert "strobe::attention_plain" in [event.key for event in profile.key_averages()]
 
 
 def test_eager_and_registered_autograd_agree(device):

@@ -88,6 +88,39 @@ def test_no_call_waits_for_the_device(no_waiting):
         torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, q, q)), is_causal=True)
 
 
+def test_sdpa_on_strobe_with_dropout():
+    """The state that the hook draws, hands out and reads back is strobe's own."""
+    leaves = [x.transpose(1, 2).requires_grad_() for x in qkv(heads_k=4)]
+    dout = torch.randn_like(leaves[0])
+    with strobe.hooks.sdpa(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        torch.manual_seed(3)
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, dropout_p=0.3)
+        grads = torch.autograd.grad(out, leaves, dout)
+    torch.manual_seed(3)
+    own = [x.detach().transpose(1, 2).requires_grad_() for x in leaves]
+    expected = strobe.attention(*own, dropout_p=0.3, rng_state=strobe.new_rng_state())
+    assert torch.equal(out.transpose(1, 2), expected)
+    for a, b in zip(grads, torch.autograd.grad(expected, own, dout.transpose(1, 2))):
+        reference.near(a.transpose(1, 2), b)
+
+
+def test_sdpa_on_strobe_in_deterministic_mode():
+    """Many key blocks add to each row of dq, in one order."""
+    leaves = [torch.randn(2, 4, 2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    dout = torch.randn_like(leaves[0])
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        with strobe.hooks.sdpa():
+            for _ in range(10):
+                out = torch.nn.functional.scaled_dot_product_attention(*leaves)
+                results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
 def test_a_captured_graph_repeats_forward_and_backward():
     static = qkv(grad=True)
     dout = torch.randn_like(static[0])

@@ -125,13 +125,15 @@ def test_one_buffer_elsewhere():
         strobe.attention_backward(out, q, k, v, out, lse.to("meta"), **grads)
 
 
-@pytest.mark.parametrize("make", [torch.Tensor.numpy, torch.Tensor.tolist], ids=lambda f: f.__name__)
-def test_no_tensor(make):
+@pytest.mark.parametrize("no_tensor", [torch.randn(2, 8, 2, 16).numpy(), [[1.0]], None, 3.0], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("options", [{}, {"window_size": (2, 2)}, {"deterministic": True}, {"return_lse": True}], ids=str)
+def test_no_tensor(no_tensor, options):
     q, k, v = qkv()
-    with pytest.raises(TypeError, match="k: is a .*; it must be a torch tensor"):
-        strobe.attention(q, make(k), v)
-    with torch.no_grad(), pytest.raises((TypeError, RuntimeError), match="argument 'k'"):
-        strobe.attention(q, make(k), v)
+    for name in "qkv":
+        tensors = {"q": q, "k": k, "v": v, name: no_tensor}
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"^{name}: is a .*; it must be a torch tensor"):
+                strobe.attention(**tensors, **options)
 
 
 def test_no_dense_tensor():

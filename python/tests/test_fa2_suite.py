@@ -71,22 +71,47 @@ def test_a_process_that_hangs_is_ended(tmp_path):
     assert counts["failed"] == 1 and counts["passed"] >= 3 and counts["passed"] + counts["not_run"] == 5
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("too_often", [False, True])
-def test_a_case_without_memory_is_repeated(tmp_path, monkeypatch, too_often):
+def test_a_case_without_memory_is_repeated(tmp_path, monkeypatch, too_often, alone):
     monkeypatch.setattr(fa2_suite.time, "sleep", lambda seconds: None)
     tries = []
 
     def function(n):
         tries.append(n)
-        if too_often or len(tries) < 3:
+        if too_often or len(tries) < 2:
             raise torch.OutOfMemoryError("no room")
 
-    share = fa2_suite.Share(tmp_path / "share.json", 1)
-    function.pytestmark = [pytest.mark.parametrize("n", [5]).mark]
-    share.run(fa2_suite.Test("case", function), 0, 0)
-    assert share.record["passed"] == (not too_often) and share.record["failed"] == too_often
-    assert len(tries) == (4 if too_often else 3) and share.record["repeated"] == (4 if too_often else 2)
-    assert ("no room" in str(share.record["failures"])) == too_often
+    share = fa2_suite.Share(tmp_path / "share.json", 1, alone=alone)
+    function.pytestmark = [pytest.mark.parametrize("n", [4, 5]).mark]
+    share.run(fa2_suite.Test("case", function), 1, 0)
+    record = share.record
+    assert tries == [5, 5] and record["repeated"] == (2 if too_often else 1) and record["alone"] == alone
+    assert record["passed"] == (not too_often) and record["failed"] == (too_often and alone)
+    assert ("no room" in str(record["failures"])) == (too_often and alone)
+    assert record["too_large"] == ([["case", 1]] if too_often and not alone else [])
+
+
+NEEDS_ALL_MEMORY = """
+import sys
+import pytest
+import torch
+
+@pytest.mark.parametrize("n", range(6))
+def test_some_are_large(n):
+    alone = "--only" in sys.argv and sys.argv[sys.argv.index("--processes") + 1] == "1"
+    if n in (1, 4) and not alone or n == 4 and NEVER:
+        raise torch.OutOfMemoryError("no room")
+"""
+
+
+@pytest.mark.parametrize("never", [False, True])
+def test_cases_without_memory_run_alone_at_the_end(tmp_path, never):
+    """A case that not even one process has the memory for has failed."""
+    result, counts = run(tmp_path, NEEDS_ALL_MEMORY.replace("NEVER", str(never)))
+    assert result.returncode == never
+    assert counts["passed"] == 6 - never and counts["failed"] == never and counts["alone"] == 2 and counts["not_run"] == 0
+    assert list(counts["failures"]) == (["test_some_are_large[n=4]"] if never else [])
 
 
 def test_a_sample_is_repeatable_and_spread():

@@ -14,9 +14,17 @@ from strobe.hooks import _sdpa
 HAS_REGISTRY = hasattr(torch.nn.attention, "activate_flash_attention_impl")
 
 
+def runs_on_strobe(device) -> bool:
+    """Whether torch's flash operator leads to strobe."""
+    name, key = ("_for_cpu", "CPU") if torch.device(device).type == "cpu" else ("", "CUDA")
+    table = torch._C._dispatch_dump_table(f"aten::_scaled_dot_product_flash_attention{name}")
+    (row,) = [line for line in table.splitlines() if line.startswith(f"{key}: ")] or [""]
+    return "sdpa_ops.cpp" in row or "hooks/_sdpa.py" in row
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the forward calls that reach strobe through the hook."""
+    """Counts the forward calls on the CPU that reach strobe through the hook."""
     seen = []
     real = _sdpa._forward_into
 
@@ -39,45 +47,57 @@ def tolerance(tensors):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_values_gradients_and_restoration(heads_first, calls, is_causal):
+def test_values_gradients_and_restoration(heads_first, device, calls, is_causal):
     dout = torch.randn_like(heads_first[0])
     expected = F.scaled_dot_product_attention(*heads_first, is_causal=is_causal)
     expected_grads = torch.autograd.grad(expected, heads_first, dout)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    assert not runs_on_strobe(device)
     with strobe.hooks.sdpa():
+        assert runs_on_strobe(device)
         ours = F.scaled_dot_product_attention(*heads_first, is_causal=is_causal)
         grads = torch.autograd.grad(ours, heads_first, dout)
-    assert len(calls) == 1 and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    rows = [x.transpose(1, 2) for x in heads_first]
+    assert torch.equal(ours, strobe.attention(*rows, causal=is_causal).transpose(1, 2))
+    assert not runs_on_strobe(device) and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
     assert ours.stride() == torch.empty_like(heads_first[0]).stride()
     torch.testing.assert_close(ours, expected, **tolerance(heads_first))
     for a, b in zip(grads, expected_grads):
         torch.testing.assert_close(a, b, **tolerance(heads_first))
     F.scaled_dot_product_attention(*heads_first)
-    assert len(calls) == 1
+    assert len(calls) == (device == "cpu")
 
 
 @pytest.mark.skipif(not HAS_REGISTRY, reason="this torch has no registry of flash attention implementations")
-def test_registry(heads_first, calls):
+def test_registry(heads_first, device):
     assert "strobe" in torch.nn.attention.list_flash_attention_impls()
     torch.nn.attention.activate_flash_attention_impl("strobe")
     try:
-        assert torch.nn.attention.current_flash_attention_impl() == "strobe"
+        assert torch.nn.attention.current_flash_attention_impl() == "strobe" and runs_on_strobe(device)
         F.scaled_dot_product_attention(*heads_first)
     finally:
         torch.nn.attention.restore_flash_attention_impl()
-    assert len(calls) == 1 and torch.nn.attention.current_flash_attention_impl() is None
+    assert torch.nn.attention.current_flash_attention_impl() is None and not runs_on_strobe(device)
     F.scaled_dot_product_attention(*heads_first)
-    assert len(calls) == 1
 
 
-def test_without_the_registry(heads_first, calls):
+def test_without_the_registry(heads_first, device):
     """What sdpa() gives where torch has no registry."""
     handle = _sdpa.Handle()
+    assert runs_on_strobe(device)
     F.scaled_dot_product_attention(*heads_first)
     handle.remove()
     handle.remove()
+    assert not runs_on_strobe(device)
     F.scaled_dot_product_attention(*heads_first)
-    assert len(calls) == 1
+
+
+def test_two_handles(heads_first, device):
+    first, second = _sdpa.Handle(), _sdpa.Handle()
+    first.remove()
+    assert runs_on_strobe(device)
+    second.remove()
+    assert not runs_on_strobe(device)
 
 
 def test_import_changes_nothing():
@@ -123,7 +143,7 @@ def test_float64_stays_with_torch(calls):
     assert torch.equal(ours, expected) and not calls and all(g.dtype == torch.float64 for g in grads)
 
 
-def test_compiled_sdpa(heads_first, calls):
+def test_compiled_sdpa(heads_first, device, calls):
     def block(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).sin().sum()
 
@@ -132,7 +152,7 @@ def test_compiled_sdpa(heads_first, calls):
     with strobe.hooks.sdpa():
         ours = torch.compile(block, fullgraph=True)(*heads_first)
         grads = torch.autograd.grad(ours, heads_first)
-    assert calls
+    assert calls or device == "cuda"
     torch.testing.assert_close(ours, expected, **tolerance(heads_first))
     for a, b in zip(grads, expected_grads):
         torch.testing.assert_close(a, b, **tolerance(heads_first))
@@ -153,21 +173,87 @@ def cuda_style(batch=2, rows=10, heads=3, dim=16):
     return [torch.randn(batch, heads, rows, dim, requires_grad=True) for _ in range(3)]
 
 
-def test_the_functions_behind_the_cuda_operators():
-    """The overrides of the CUDA kernels, called as torch calls them, on CPU tensors."""
+def dense_strides(x):
+    """What torch.empty_like gives, if its last stride is 1."""
+    like = torch.empty_like(x)
+    return like.stride() if like.stride(-1) == 1 else torch.empty(x.shape).stride()
+
+
+LAYOUTS = {
+    "heads first": lambda x: x,
+    "rows first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "of a packed projection": lambda x: torch.cat([x.transpose(1, 2)] * 3, 3)[..., : x.shape[3]].transpose(1, 2),
+    "head dimension outside": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "one batch entry expanded": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[:1].expand(x.shape),
+    "every second row": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 10, 16), (1, 1, 10, 16), (2, 3, 1, 16), (3, 3, 3, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_cuda_operators(layout, shape):
+    """The C++ kernels behind the CUDA operators, on CPU tensors: values, and the strides that torch's compiler expects."""
+    change = LAYOUTS[layout]
+    q, k, v = (change(torch.randn(shape)) for _ in range(3))
+    dout = change(torch.randn(shape))
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3)
+    expected_grads = torch.autograd.grad(expected, leaves, dout)
+    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = torch.ops.strobe.sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
+    assert (cu_q, cu_k, max_q, max_k) == (None, None, shape[2], shape[2]) and state.dtype == unused.dtype == torch.uint64
+    assert state.shape == (2,) and unused.shape == () and mask.shape == (0,) and mask.dtype == q.dtype
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert out.stride() == dense_strides(q)
+    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, None, None, max_q, max_k, 0.0, True, state, unused, scale=0.3)
+    for ours, theirs, x in zip(grads, expected_grads, (q, k, v)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert ours.stride() == dense_strides(x)
+
+
+def test_the_deterministic_mode_reaches_the_cuda_operator(monkeypatch):
+    """The kernels in C++ ask torch about it; here on CPU tensors."""
+    asked = []
+    flag = _sdpa._FLAG(lambda: asked.append(torch.are_deterministic_algorithms_enabled()) or asked[-1])
+    monkeypatch.setattr(_sdpa, "_is_deterministic", flag)
+    q, k, v = (x.detach() for x in cuda_style())
+    out, lse, _, _, _, _, state, unused, _ = torch.ops.strobe.sdpa_forward(q, k, v)
+    arguments = (torch.randn_like(q), q, k, v, out, lse, None, None, 10, 10, 0.0, False, state, unused)
+    with _sdpa.Handle():
+        first = torch.ops.strobe.sdpa_backward(*arguments)
+        torch.use_deterministic_algorithms(True)
+        try:
+            second = torch.ops.strobe.sdpa_backward(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b)
+    monkeypatch.undo()
+    with _sdpa.Handle():  # takes `flag` out again
+        torch.ops.strobe.sdpa_backward(*arguments)
+    assert len(asked) == 2
+
+
+def test_wrong_calls_of_the_cuda_operators():
+    q, k, v = (x.detach() for x in cuda_style())
+    with pytest.raises(RuntimeError, match="return_debug_mask"):
+        torch.ops.strobe.sdpa_forward(q, k, v, return_debug_mask=True)
+    with pytest.raises(ValueError, match=r"must be \(B, H, S, D\)"):
+        torch.ops.strobe.sdpa_forward(q[0], k, v)
+    with pytest.raises(ValueError, match="v: shape is"):
+        torch.ops.strobe.sdpa_forward(q, k, v[:, :, :4])
+    with pytest.raises(ValueError, match="dtype is float64"):
+        torch.ops.strobe.sdpa_forward(q.double(), k.double(), v.double())
+
+
+def test_the_functions_behind_the_other_cuda_operators():
+    """The overrides of aten::_flash_attention, called as torch calls them, on CPU tensors."""
     q, k, v = cuda_style()
     dout = torch.randn_like(q)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
     expected_grads = torch.autograd.grad(expected, (q, k, v), dout)
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = _sdpa._sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
-    assert (cu_q, cu_k, max_q, max_k) == (None, None, 10, 10) and state.dtype == torch.uint64 and mask.numel() == 0
-    torch.testing.assert_close(out, expected)
-    grads = _sdpa._sdpa_backward(dout, q, k, v, out, lse, None, None, 10, 10, 0.0, True, state, unused, scale=0.3)
-    for a, b in zip(grads, expected_grads):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-    rows = [x.transpose(1, 2) for x in (q, k, v)]
+    rows = [x.detach().transpose(1, 2) for x in (q, k, v)]
     out4, lse4, state, unused, _ = _sdpa._flash_forward(*rows, None, None, 10, 10, 0.0, True, False, scale=0.3)
     torch.testing.assert_close(out4.transpose(1, 2), expected)
     grads = _sdpa._flash_backward(dout.transpose(1, 2), *rows, out4, lse4, None, None, 10, 10, 0.0, True, state, unused, scale=0.3)
@@ -184,17 +270,20 @@ def test_the_functions_behind_the_cuda_operators():
     )
     assert all(g.shape == x.shape for g, x in zip(grads, flat))
     with pytest.raises(NotImplementedError, match="return_debug_mask"):
-        _sdpa._sdpa_forward(q, k, v, return_debug_mask=True)
+        _sdpa._flash_forward(*rows, None, None, 10, 10, 0.0, True, True)
 
 
 def test_dropout_of_the_cuda_operators_round_trips():
     q, k, v = (x.detach() for x in cuda_style())
-    out, lse, *_, state, unused, _ = _sdpa._sdpa_forward(q, k, v, 0.4)
-    rng_state = state.view(torch.int64)
+    torch.manual_seed(5)
+    out, lse, *_, state, unused, _ = torch.ops.strobe.sdpa_forward(q, k, v, 0.4)
+    torch.manual_seed(5)
+    rng_state = strobe.new_rng_state()
+    assert torch.equal(state.view(torch.int64), rng_state)
     leaves = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     expected = strobe.attention(*leaves, dropout_p=0.4, rng_state=rng_state)
     assert torch.equal(out, expected.transpose(1, 2))
-    grads = _sdpa._sdpa_backward(torch.ones_like(out), q, k, v, out, lse, None, None, 10, 10, 0.4, False, state, unused)
+    grads = torch.ops.strobe.sdpa_backward(torch.ones_like(out), q, k, v, out, lse, None, None, 10, 10, 0.4, False, state, unused)
     for a, b in zip(grads, torch.autograd.grad(expected.sum(), leaves)):
         torch.testing.assert_close(a.transpose(1, 2), b)
 

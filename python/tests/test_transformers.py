@@ -116,36 +116,52 @@ def run(kind, implementation, dtype, padding, device):
     return logits.detach().double().cpu(), {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def check(kind, dtype, padding, device):
-    exact, exact_grads = run(kind, "exact", torch.float64, padding, device)
-    naive, naive_grads = run(kind, "eager", dtype, padding, device)
-    ours, grads = run(kind, "strobe", dtype, padding, device)
+@pytest.fixture
+def check(record_property):
+    """Logits and gradients of a model within twice the error of "eager" in the same precision. Records how much of it they took."""
 
-    def error(a, b):
-        return (a - b).abs().max().item()
+    def run_check(kind, dtype, padding, device):
+        exact, exact_grads = run(kind, "exact", torch.float64, padding, device)
+        naive, naive_grads = run(kind, "eager", dtype, padding, device)
+        ours, grads = run(kind, "strobe", dtype, padding, device)
 
-    assert error(naive, exact) < (1e-4 if dtype == torch.float32 else 0.2)
-    assert error(ours, exact) <= 2 * error(naive, exact) + 1e-5
-    assert grads.keys() == exact_grads.keys()
-    for name, expected in exact_grads.items():
-        scale = expected.abs().max().item()
-        assert error(grads[name], expected) <= 2 * error(naive_grads[name], expected) + 1e-5 * (1 + scale), name
+        def error(a, b):
+            return (a - b).abs().max().item()
+
+        # Some gradients are 0 in exact arithmetic (BERT's bias of the keys): there any rounding is as good as another.
+        atol = 1e-6 if dtype == torch.float32 else 1e-5
+
+        def of_bound(ours, naive, exact):
+            return error(ours, exact) / (2 * error(naive, exact) + atol)
+
+        assert error(naive, exact) < (1e-4 if dtype == torch.float32 else 0.2)
+        assert grads.keys() == exact_grads.keys()
+        gradients = {name: of_bound(grads[name], naive_grads[name], x) for name, x in exact_grads.items()}
+        worst = max(gradients, key=gradients.get)
+        logits = of_bound(ours, naive, exact)
+        record_property("logits_error_over_bound", round(logits, 4))
+        record_property("gradients_error_over_bound", round(gradients[worst], 4))
+        record_property("gradients", len(gradients))
+        assert logits <= 1
+        assert gradients[worst] <= 1, worst
+
+    return run_check
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients(kind, padding, device):
+def test_logits_and_gradients(kind, padding, device, check):
     check(kind, torch.float32, padding, device)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind, padding, device):
+def test_bfloat16(kind, padding, device, check):
     check(kind, torch.bfloat16, padding, device)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
-def test_packed_sequences(kind, device):
+def test_packed_sequences(kind, device, check):
     check(kind, torch.float32, "packed", device)
 
 

@@ -1,6 +1,6 @@
 // Times every compiled kernel row by itself, whichever the planner would pick: the tool for choosing the rows of
 // src/variants.def. TFLOP/s by the FlashAttention papers' formula on their grid: 16k tokens, hidden size 2048.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"

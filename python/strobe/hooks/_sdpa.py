@@ -3,22 +3,25 @@
 Overrides the CUDA kernels of aten::_scaled_dot_product_flash_attention and aten::_flash_attention with their backwards, and
 the CPU kernels of aten::_scaled_dot_product_flash_attention_for_cpu, for as long as a handle lives. Results have the memory
 layouts that torch's own kernels give and its compiler counts on.
+
+The operators that SDPA itself calls on CUDA are in C++ (python/src/sdpa_ops.cpp).
 """
 
+import ctypes
+import functools
 import warnings
 
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import _native, _ops
 from .._attention import _four_dimensional, new_rng_state
 
 NAME = "strobe"
-# The operators without the Python frame of OpOverload.__call__.
-_attention_plain = _ops.attention_plain._op
+# Operators without the Python frame of OpOverload.__call__.
 _attention_into = _ops.attention_into._op
-_attention_backward_plain = _ops.attention_backward_plain._op
 _attention_backward_into = _ops.attention_backward_into._op
+_attention_plain_lse = _ops.attention_plain_lse._op
 
 
 def _rows_by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -74,37 +77,10 @@ def _forward_like(query: Tensor, key: Tensor, value: Tensor, options: tuple) -> 
     """(out, log-sum-exp) of (B, H, S, D) tensors, out in the memory layout of query."""
     q, k, v = _rows_by_heads(query, key, value)
     if len(options) == _ops.NUM_PLAIN_OPTIONS and q.is_contiguous():
-        out, lse = _attention_plain(q, k, v, True, *options)  # allocates what the layout asks for
+        out, lse = _attention_plain_lse(q, k, v, *options)  # allocates what the layout asks for
         return out.transpose(1, 2), lse
     out = _dense_like(query)
     return out, _forward_into(out.transpose(1, 2), q, k, v, options)
-
-
-# ---- (B, H, S, D), CUDA -----------------------------------------------------------------------------------------------------
-
-
-def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    if return_debug_mask:
-        raise NotImplementedError("return_debug_mask: strobe does not write the attention matrix; strobe.dropout_mask gives the mask")
-    state = _state_for(dropout_p)
-    options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=state)
-    out, lse = _forward_like(query, key, value, options)
-    state = _returned_state(state, query.device)
-    unused, debug_mask = state.new_empty(()), query.new_empty((0,))
-    return out, lse, None, None, query.shape[2], key.shape[2], state, unused, debug_mask
-
-
-def _sdpa_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed,
-    philox_offset, *, scale=None,
-):  # fmt: skip
-    options = _options(scale=scale, causal=is_causal, dropout_p=dropout_p, rng_state=_saved_state(dropout_p, philox_seed))
-    dout, q, k, v, o = _rows_by_heads(grad_out, query, key, value, out)
-    if len(options) == _ops.NUM_PLAIN_OPTIONS and q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
-        return tuple(g.transpose(1, 2) for g in _attention_backward_plain(dout, None, q, k, v, o, logsumexp, *options))
-    grads = [_dense_like(x) for x in (query, key, value)]
-    _attention_backward_into(*(g.transpose(1, 2) for g in grads), None, False, dout, None, q, k, v, o, logsumexp, *options)
-    return tuple(grads)
 
 
 # ---- (B, S, H, D) or (T, H, D), CUDA ----------------------------------------------------------------------------------------
@@ -183,6 +159,21 @@ def _cpu_backward(
 # ---- registration -----------------------------------------------------------------------------------------------------------
 
 
+_FLAG = ctypes.CFUNCTYPE(ctypes.c_int32)
+# What the kernels in C++ ask for before every backward call.
+_is_deterministic = _FLAG(torch.are_deterministic_algorithms_enabled)
+
+
+@functools.cache
+def _library_in_c() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_native.library_path("torch")))
+    library.strobe_torch_override_sdpa.argtypes = [_FLAG]
+    library.strobe_torch_override_sdpa.restype = ctypes.c_void_p
+    library.strobe_torch_restore_sdpa.argtypes = [ctypes.c_void_p]
+    library.strobe_torch_restore_sdpa.restype = None
+    return library
+
+
 class Handle:
     """The overrides, in force until ``remove()`` or the end of the ``with`` block.
 
@@ -190,6 +181,7 @@ class Handle:
     """
 
     def __init__(self):
+        self._native = None
         self._prefers_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
         cuda = torch.library.Library("aten", "IMPL", "CUDA")
@@ -198,12 +190,14 @@ class Handle:
         with warnings.catch_warnings():
             # torch says once that a built-in kernel is overridden, which is what was asked for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
-            cuda.impl("_scaled_dot_product_flash_attention", _sdpa_forward)
-            cuda.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward)
             cuda.impl("_flash_attention_forward", _flash_forward)
             cuda.impl("_flash_attention_backward", _flash_backward)
             cpu.impl("_scaled_dot_product_flash_attention_for_cpu", _with_native("", _cpu_forward))
             cpu.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _with_native("_backward", _cpu_backward))
+        self._native = _library_in_c().strobe_torch_override_sdpa(_is_deterministic)
+        if self._native is None:
+            self.remove()
+            raise RuntimeError("strobe: torch refused another kernel for aten::_scaled_dot_product_flash_attention")
 
     def remove(self) -> None:
         """Puts torch's own kernels back. Safe to call twice."""
@@ -212,6 +206,8 @@ class Handle:
         for library in self._libraries:
             library._destroy()
         self._libraries = []
+        if self._native is not None:
+            _library_in_c().strobe_torch_restore_sdpa(self._native)
         torch.backends.cuda.enable_cudnn_sdp(self._prefers_cudnn)
 
     def __enter__(self) -> "Handle":
