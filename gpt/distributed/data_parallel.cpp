@@ -25,7 +25,6 @@ DataParallel::DataParallel(ProcessGroup& group, Backend& backend, const Weights&
       options_(options),
       precision_(moments),
       rank_(group.rank()),
-      size_(group.size()),
       buckets_(plan_buckets(weights.layout, group.size())),
       m_(local_elements(buckets_) * size_of(moments), backend.memory()),
       v_(local_elements(buckets_) * size_of(moments), backend.memory()),

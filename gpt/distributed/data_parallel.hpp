@@ -58,7 +58,7 @@ private:
     const ParameterArena& gradients_;
     OptimizerOptions options_;
     Precision precision_;  // of the moments
-    int rank_, size_;
+    int rank_;
     std::vector<Bucket> buckets_;
     size_t reduced_ = 0;   // buckets whose sum has been asked for
     Arena m_, v_;          // of the own pieces, one behind the other
