@@ -4,8 +4,10 @@ steps timed are GPT-3's shapes.
 
     NCCL_NVLS_ENABLE=0 python3 bench/gpt_processes.py build/cuda/bin --device cuda --processes 2 --json results/FILE.json
 
-Exits with 1 where losses differ by more than their tolerance (1e-2 of the loss in bf16, 1e-3 in fp32), where the killed and resumed
-run is not that which was left alone, bit for bit, or where the processes' weights differ.
+What the order of sums alone does is measured: runs of one process that takes a step's rows in passes of another size drift apart too,
+in bf16 by per cents over hundreds of steps. 1 and N processes may differ by 1e-3 of the loss in the first ten steps, and by three times as
+much as the runs of one process in all (in fp32: by 1e-3). Exits with 1 where they differ by more, where the killed and resumed run is not
+that which was left alone, bit for bit, or where the processes' weights differ.
 """
 
 import argparse
@@ -24,8 +26,9 @@ import time
 import measuring
 
 STEPS, SAVE_EVERY = 400, 200  # a run keeps two checkpoints
-SMALL = ["--heads", "4", "--batch", "8", "--accumulate", "2", "--steps", str(STEPS), "--warmup", "10", "--save-every", str(SAVE_EVERY),
-         "--eval-every", "0"]
+FIRST_STEPS, TOLERANCE, DRIFT = 10, 1e-3, 3.0
+SMALL = ["--heads", "4", "--steps", str(STEPS), "--warmup", "10", "--save-every", str(SAVE_EVERY), "--eval-every", "0"]
+PASSES, OTHER_PASSES = ["--batch", "8", "--accumulate", "2"], ["--batch", "4", "--accumulate", "4"]
 SHAPES = {"cuda": ["--layers", "4", "--hidden", "256", "--context", "256"],
           "cpu": ["--layers", "2", "--hidden", "64", "--context", "64", "--held-out", "0.01", "--threads", "1"]}
 MODELS = [("124M", 2048, 8), ("1.3B", 2048, 8), ("1.3B", 8192, 2)]  # sequence length, and sequences of each process
@@ -48,7 +51,8 @@ def side_by_side(*calls):
 class Runs:
     def __init__(self, arguments, folder):
         self.arguments, self.folder = arguments, folder
-        self.options = [*SMALL, *SHAPES[arguments.device]]
+        self.small = [*SMALL, *SHAPES[arguments.device]]
+        self.options = [*self.small, *PASSES]
 
     def command(self, out, *options):
         return [str(x) for x in (self.arguments.bin / "strobe", "train", "--quiet", "--device", self.arguments.device, "--data",
@@ -93,14 +97,15 @@ class Runs:
         return out, {"good": named and killed, "seconds": time.monotonic() - start, "rank 0 said": words[0]}
 
 
-def compare(name, a, b, tolerance):
+def compare(name, a, b, tolerance_at_first, tolerance):
     a, b = losses(a), losses(b)
-    worst = max(abs(b[step] / a[step] - 1) for step in a.keys() | b.keys())
-    good = worst <= tolerance
-    print(f"{name:<34} {len(a)} steps, loss {a[1]:.4f} -> {a[max(a)]:.4f}; at most {worst:.1e} apart ({'good' if good else 'BEYOND'} {tolerance})",
-          flush=True)
-    return {"steps": len(a), "first": a[1], "last": [a[max(a)], b[max(b)]], "largest_relative_difference": worst, "tolerance": tolerance,
-            "good": good}
+    apart = {step: abs(b[step] / a[step] - 1) for step in a.keys() | b.keys()}
+    at_first, worst = max(apart[step] for step in range(1, FIRST_STEPS + 1)), max(apart.values())
+    good = at_first <= tolerance_at_first and worst <= tolerance
+    print(f"{name:<34} {len(a)} steps, loss {a[1]:.4f} -> {a[max(a)]:.4f}; apart in {FIRST_STEPS} steps {at_first:.1e} (may {tolerance_at_first:.0e}), "
+          f"in all {worst:.1e} (may {tolerance:.1e}){'' if good else ': BEYOND'}", flush=True)
+    return {"steps": len(a), "first": a[1], "last": [a[max(a)], b[max(b)]], "largest_relative_difference": [at_first, worst],
+            "tolerance": [tolerance_at_first, tolerance], "good": good}
 
 
 def same_checkpoint(a, b):
@@ -109,19 +114,22 @@ def same_checkpoint(a, b):
 
 def check(arguments, folder, record):
     runs, several = Runs(arguments, folder), arguments.processes
-    tolerance = 1e-2 if arguments.device == "cuda" else 1e-3
     more = runs.train("more", several)
-    one, (killed, end) = side_by_side((runs.train, "one", 1), (runs.kill_one, "killed", several))
+    one, other, (killed, end) = side_by_side((runs.train, "one", 1), (runs.train, "other", 1, *runs.small, *OTHER_PASSES),
+                                             (runs.kill_one, "killed", several))
     record["a killed rank"] = end
     print(f"rank {several - 1} of {several} killed: the others ended {end['seconds']:.1f} s later ({'good' if end['good'] else 'BAD'}): "
           f"{end['rank 0 said']}", flush=True)
     one_more, more_one = side_by_side((runs.resume, "one-more", one, several), (runs.resume, "more-one", more, 1))
     runs.train("killed", several, "--resume")
+    record["losses"]["1 process, passes of 8 and of 4"] = compare("1 process, passes of 8 and of 4", one, other, TOLERANCE, 1.0)
+    drift = record["losses"]["1 process, passes of 8 and of 4"]["largest_relative_difference"][1]
+    tolerance = DRIFT * drift if arguments.device == "cuda" else TOLERANCE
     for name, a, b, limit in [(f"1 and {several} processes", one, more, tolerance),
                               (f"resumed: 1, then {several}", one, one_more, tolerance),
                               (f"resumed: {several}, then 1", more, more_one, tolerance),
                               (f"killed and resumed: {several}", more, killed, 0.0)]:
-        record["losses"][name] = compare(name, a, b, limit)
+        record["losses"][name] = compare(name, a, b, min(TOLERANCE, limit), limit)
     record["killed and resumed, weights and moments the same bits"] = same = same_checkpoint(more, killed)
     print(f"killed and resumed: weights and moments {'the same' if same else 'DIFFER'}", flush=True)
     return same and end["good"] and all(row["good"] for row in record["losses"].values())
@@ -138,10 +146,13 @@ def bench(arguments, model, seqlen, rows, processes):
 
 def describe(r):
     several = r["several"]
-    waits = r["operators"]["communication"]["milliseconds"]
-    return (f"{r['model']} {r['seqlen']} x {r['rows']}: {r['tokens_per_second']:.0f} tokens/s by {r['processes']}, {several['tokens_per_second_of_each_alone']:.0f} "
-            f"by each alone: {several['speedup']:.3f} times; a step {1e3 * r['seconds_median']:.1f} ms, {waits:.2f} of them waiting, "
-            f"{several['update_without_passes_waits_milliseconds']:.2f} without a backward; MFU {r['mfu']:.3f}, {r['peak_memory_bytes'] / 2**30:.1f} GiB; "
+
+    def waits(name):
+        return ", ".join(f"{milliseconds:.2f} for {what}" for what, milliseconds in several[name].items())
+    return (f"{r['model']} {r['seqlen']} x {r['rows']}: {r['tokens_per_second']:.0f} tokens/s by {r['processes']}, alone "
+            f"{' and '.join(f'{x:.0f}' for x in several['tokens_per_second_of_each_alone'])}: {several['speedup']:.3f} times\n"
+            f"  a step {1e3 * r['seconds_median']:.1f} ms, of them waiting {waits('waits_milliseconds')} (without a backward "
+            f"{waits('waits_milliseconds_without_passes')}); MFU {r['mfu']:.3f}, {r['peak_memory_bytes'] / 2**30:.1f} GiB; "
             f"replicas {'the same bits' if several['replicas_identical'] else 'DIFFER'}")
 
 
@@ -155,6 +166,9 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="written after each part")
     arguments = parser.parse_args()
     record = {**measuring.header(), "device": arguments.device, "processes": arguments.processes, "losses": {}, "speed": []}
+    if arguments.device == "cuda":
+        record["gpus"] = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+                                        check=True, capture_output=True, text=True).stdout.splitlines()
 
     def keep():
         if arguments.json:

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 #include <nlohmann/json.hpp>
@@ -133,6 +134,14 @@ bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights)
     return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
 }
 
+/// What operators wait for, per step.
+nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
+    nlohmann::ordered_json out;
+    for (const auto& [part, entry] : times.parts)
+        if (std::get<0>(part) == OpKind::communication) out[std::string(std::get<1>(part))] = 1e3 * entry.seconds / steps;
+    return out;
+}
+
 struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
@@ -245,14 +254,15 @@ int run_bench(const Arguments& a) {
         // What processes wait for one another where no backward hides it.
         backend.times().clear();
         for (int i = 0; i < num_profiled; ++i) parallel->update(model.loss_sum());
-        const double waits = backend.times()[OpKind::communication].seconds / std::max(1, num_profiled);
-        double alone = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
-        group->sum({&alone, 1});
+        std::vector<double> alone(static_cast<size_t>(launch.size));
+        alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
+        group->sum(alone);
         shared = {{"communication", parallel->communicator().name()},
                   {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},
-                  {"update_without_passes_waits_milliseconds", 1e3 * waits},
-                  {"tokens_per_second_of_each_alone", alone / launch.size},
-                  {"speedup", static_cast<double>(tokens) / median / (alone / launch.size)}};
+                  {"waits_milliseconds", waits_of(profiled, num_profiled)},
+                  {"waits_milliseconds_without_passes", waits_of(backend.times(), num_profiled)},
+                  {"tokens_per_second_of_each_alone", alone},
+                  {"speedup", static_cast<double>(tokens * launch.size) / median / std::accumulate(alone.begin(), alone.end(), 0.0)}};
         if (!group->leads()) return 0;
     }
     const double flops = flops_of_step(config, a.seqlen, tokens, 1.0), causal = flops_of_step(config, a.seqlen, tokens, 0.5);

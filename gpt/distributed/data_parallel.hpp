@@ -49,7 +49,7 @@ private:
     Buffer local(const Arena& moments, const Bucket& bucket) const {
         return Buffer(moments.at<void>(0), precision_).offset(bucket.local);
     }
-    void join();
+    void join(const char* what);
     const ParameterArena& gather(const Arena& moments);
     void scatter(const ParameterArena& whole, const Arena& moments);
 
