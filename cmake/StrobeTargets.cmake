@@ -4,6 +4,10 @@ function(strobe_configure_target target)
   target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wshadow -Wno-missing-field-initializers>)
   target_link_libraries(${target} PUBLIC Threads::Threads fmt::fmt-header-only)
+  strobe_sanitize_target(${target})
+endfunction()
+
+function(strobe_sanitize_target target)
   if(STROBE_SANITIZE)
     target_compile_options(${target} PUBLIC
       $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${STROBE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)

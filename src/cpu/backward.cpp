@@ -281,7 +281,7 @@ private:
 
     static void add_scaled(Rows rows, int64_t row, float factor, int64_t count, float* dst) {
         const float* const src = rows.data + row / kPerWord<T> * rows.stride;
-        for (int64_t c = 0; c < count; ++c) dst[c] += factor * item<T>(src + c, row);
+        for (int64_t c = 0; c < count; ++c) dst[c] = fma(factor, item<T>(src + c, row), dst[c]);
     }
 
     /// Adds the tile to its block of dQ when all key blocks before this one have. They belong to tasks that were started

@@ -53,7 +53,8 @@ STROBE_CPU_INLINE void read_words(const T* src, int64_t count, float* dst, int64
 template <class T>
 STROBE_CPU_INLINE Rows read_rows(const T* src, int64_t src_stride, int64_t rows, int64_t columns, float* scratch) {
     if constexpr (__is_same(T, float) || kPairsOf<T>) {
-        const bool whole = columns % kPerWord<T> == 0 && src_stride % kPerWord<T> == 0;
+        const bool whole = columns % kPerWord<T> == 0 && src_stride % kPerWord<T> == 0 &&
+                           reinterpret_cast<uintptr_t>(src) % sizeof(float) == 0;
         if (whole && src_stride >= columns && src_stride < 2 * columns) {
             return {reinterpret_cast<const float*>(src), src_stride / kPerWord<T>};
         }

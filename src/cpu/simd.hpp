@@ -81,6 +81,15 @@ STROBE_CPU_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 STROBE_CPU_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
+/// The same for one number: where a scalar loop has to end with the bits of a vector one.
+STROBE_CPU_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 STROBE_CPU_INLINE bool any(IVec mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;

@@ -411,6 +411,28 @@ TEST(Callers, TheWorkspaceAskedForIsEnoughAndLessIsRefused) {
     }
 }
 
+/// The products read some tensors in place, in words that may hold two elements.
+TEST(Callers, TensorsMayStartAtAnyElement) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+        OwnedCall aligned({dtype, 2, 70, 90, 4, 2, 64}), shifted(aligned.shape);
+        aligned.run();
+        for (Tensor* t : {&shifted.attention.q, &shifted.attention.k, &shifted.attention.v, &shifted.backward.dout}) {
+            const std::vector<std::byte> content = OwnedCall::bits(*t);
+            t->data = static_cast<std::byte*>(t->data) + size_of(dtype);  // OwnedCall leaves room behind each tensor
+            std::memcpy(t->data, content.data(), content.size());
+        }
+        for (Tensor* t : {&shifted.forward.out, &shifted.backward.dq, &shifted.backward.dk, &shifted.backward.dv}) {
+            t->data = static_cast<std::byte*>(t->data) + size_of(dtype);
+        }
+        shifted.backward.out = shifted.forward.out;
+        shifted.run();
+        EXPECT_EQ(OwnedCall::bits(aligned.forward.out), OwnedCall::bits(shifted.forward.out)) << size_of(dtype);
+        EXPECT_EQ(OwnedCall::bits(aligned.backward.dq), OwnedCall::bits(shifted.backward.dq)) << size_of(dtype);
+        EXPECT_EQ(OwnedCall::bits(aligned.backward.dk), OwnedCall::bits(shifted.backward.dk)) << size_of(dtype);
+        EXPECT_EQ(OwnedCall::bits(aligned.backward.dv), OwnedCall::bits(shifted.backward.dv)) << size_of(dtype);
+    }
+}
+
 TEST(Callers, TheLseMayBeLeftOut) {
     OwnedShape shape{DType::f32, 1, 30, 40, 2, 1, 16};
     OwnedCall with(shape), without(shape);

@@ -8,7 +8,7 @@
 namespace strobe::verify {
 namespace {
 
-constexpr int kShards = 16;
+constexpr int kShards = 48;
 
 class Verify : public testing::TestWithParam<int> {};
 
