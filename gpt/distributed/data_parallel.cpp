@@ -86,7 +86,7 @@ void DataParallel::update(double* loss_sum) {
         const auto group = std::span(buckets_).subspan(begin, std::min(at_once, buckets_.size() - begin));
         for (const Bucket& b : group)
             run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + b.decay, 1}, .size = b.piece,
-                            .values = weights_.values.data() + own(b), .grads = gradients_.data() + own(b), .m = local(m_, b),
+                            .values = weights_.values.at(own(b)), .grads = gradients_.data() + own(b), .m = local(m_, b),
                             .v = local(v_, b), .rates = rates_.at<AdamWRates>(0), .beta1 = options_.beta1, .beta2 = options_.beta2,
                             .eps = options_.eps, .squared_norm = options_.clip_norm > 0.0f ? square : nullptr,
                             .clip_norm = options_.clip_norm, .narrow = narrows ? weights_.all().offset(own(b)) : Buffer()});
@@ -94,7 +94,7 @@ void DataParallel::update(double* loss_sum) {
             for (const Bucket& b : group) {
                 communicator_->all_gather(weights_.all().offset(b.begin), b.piece);
                 // Norms read the masters.
-                if (narrows && !b.decay) communicator_->all_gather(weights_.values.data() + b.begin, b.piece);
+                if (narrows && !b.decay) communicator_->all_gather(weights_.values.at(b.begin), b.piece);
             }
         });
     }
@@ -110,7 +110,7 @@ double DataParallel::gradient_norm() const {
 void DataParallel::gather_values() {
     if (weights_.precision == Precision::fp32) return;
     communicator_->as_one([&] {
-        for (const Bucket& b : buckets_) communicator_->all_gather(weights_.values.data() + b.begin, b.piece);
+        for (const Bucket& b : buckets_) communicator_->all_gather(weights_.values.at(b.begin), b.piece);
     });
     communicator_->join();
 }

@@ -104,7 +104,7 @@ def test_same_seed_same_bits_and_other_seed_other_bits(text, finished, tmp_path)
     assert weights(tmp_path / "other") != weights(finished[0])
 
 
-@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+@pytest.mark.parametrize("recompute", ["norms", "pointwise", "block"])
 def test_recomputation_changes_no_bit(text, finished, tmp_path, recompute):
     train(text, tmp_path / "run", "--recompute", recompute)
     assert weights(tmp_path / "run") == weights(finished[0])
