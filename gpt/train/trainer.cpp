@@ -65,6 +65,7 @@ Start resume_from(const TrainOptions& asked, Checkpoint checkpoint) {
     TrainOptions options = asked;
     from_json(checkpoint.state()->trainer.at("options"), options);
     check_resumable(asked, options);
+    options.validate();
     std::optional<TrainingState> state = checkpoint.state();
     Tokenizer tokenizer = checkpoint.tokenizer();
     return {std::move(options), std::move(state), std::move(checkpoint), std::move(tokenizer)};

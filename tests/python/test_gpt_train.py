@@ -191,6 +191,9 @@ def test_refuses_what_would_destroy_or_mislead(text, finished, tmp_path):
 
     assert "--resume" in refusal()
     assert "learning_rate" in refusal("--resume", "--lr", "0.1")
+    assert "gradients" in refusal("--resume", "--gradients", "bf16")
+    assert "gradients" in refusal("--overwrite", "--gradients", "bf16")
+    assert weights(finished[0])
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, " * 400)
     done = subprocess.run([STROBE, "train", "--resume", "--data", other, "--out", finished[0]], capture_output=True, text=True,
