@@ -4,13 +4,15 @@
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
 // Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again), processes=N.
 // Sets of options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one it
-// does to all. ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
+// does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there steps of all
+// together and of each by itself take turns.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,6 +21,7 @@
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/spawn.hpp"
 #include "gpt/host_view.hpp"
+#include "gpt/io/xxhash64.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
@@ -112,6 +115,38 @@ nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
     return out;
 }
 
+double median_of(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+void hash_device_memory(Memory& memory, const void* from, size_t bytes, XxHash64& hash) {
+    std::vector<std::byte> piece(std::min(bytes, size_t{64} << 20));
+    for (size_t at = 0; at < bytes; at += piece.size()) {
+        const std::span now(piece.data(), std::min(piece.size(), bytes - at));
+        memory.copy(now.data(), static_cast<const std::byte*>(from) + at, now.size());
+        hash.update(now);
+    }
+}
+
+/// Whether what operators read of the weights is the same on all processes, bit for bit: the narrow values, and the masters of
+/// norms and biases.
+bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights) {
+    XxHash64 hash;
+    hash_device_memory(memory, weights.all().data, static_cast<size_t>(weights.values.size()) * size_of(weights.precision), hash);
+    hash_device_memory(memory, weights.values.at(0).data, static_cast<size_t>(weights.layout.matrices_begin()) * sizeof(float), hash);
+    const std::vector<std::string> all = group.exchange(std::to_string(hash.digest()));
+    return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
+}
+
+/// What operators wait for, per step.
+nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
+    nlohmann::ordered_json out;
+    for (const auto& [part, entry] : times.parts)
+        if (std::get<0>(part) == OpKind::communication) out[std::string(std::get<1>(part))] = 1e3 * entry.seconds / steps;
+    return out;
+}
+
 struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
@@ -185,11 +220,6 @@ private:
     int64_t number_ = 0;
     std::vector<double> seconds_;
 };
-
-double median_of(std::vector<double> x) {
-    std::sort(x.begin(), x.end());
-    return x[x.size() / 2];
-}
 
 int run_variants(const std::vector<Arguments>& sets, const std::vector<std::string>& names) {
     const Arguments& first = sets.front();
@@ -268,6 +298,7 @@ int run_bench(Arguments a) {
         parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{}, a.moments);
     else
         optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
+    bool together = group != nullptr;  // the step at hand is one of all processes
     StepGraphs graphs(backend);
     const std::vector<Batch> batches{random_batch(a.seqlen, a.rows, launch.rank)};
     const int64_t tokens = launch.size * static_cast<int64_t>(batches.front().tokens.size());
@@ -276,39 +307,72 @@ int run_bench(Arguments a) {
     double loss = 0.0;
     const auto prepare = [&] { model.prepare(batches, 1.0f / static_cast<float>(tokens)); };
     const auto enqueue = [&] {
-        model.passes(parallel.get());
-        parallel ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
+        model.passes(together ? parallel.get() : nullptr);
+        together ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
         model.begin_step();
         ++number;
-        parallel ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
-        a.graph ? graphs.run(model.step_shape(), enqueue) : enqueue();
+        together ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
+        std::vector<int64_t> shape = model.step_shape();
+        shape.push_back(together);
+        a.graph ? graphs.run(shape, enqueue) : enqueue();
         prepare();
-        parallel ? parallel->gradient_norm() : optimizer->gradient_norm();
+        together ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
+    };
+    const auto timed_step = [&] {
+        const auto start = std::chrono::steady_clock::now();
+        step();
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
-    for (int i = 0; i < (a.once ? 0 : 3); ++i) step();
-    std::vector<double> seconds;
-    for (int64_t i = 0; i < a.steps; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        step();
-        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const int warm_up = a.once ? 0 : 3;
+    for (int i = 0; i < warm_up; ++i) step();
+    std::vector<double> seconds, seconds_alone;
+    size_t optimizer_alone = 0;  // bytes that steps of all together do without
+    if (group) {
+        optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
+        optimizer_alone = optimizer->first_moments().size_bytes() + optimizer->second_moments().size_bytes();
+        together = false;
+        for (int i = 0; i < warm_up; ++i) step();
     }
-    const size_t peak_memory = free_before - backend.runtime().free_bytes();
+    for (int64_t i = 0; i < a.steps; ++i) {
+        if (group) {
+            together = false;
+            seconds_alone.push_back(timed_step());
+            group->barrier();
+            together = true;
+        }
+        seconds.push_back(timed_step());
+    }
+    const size_t peak_memory = free_before - backend.runtime().free_bytes() - optimizer_alone;
     exec.times = times;
     const int num_profiled = a.once ? 0 : 3;
     backend.times().clear();
     for (int i = 0; i < num_profiled; ++i) step();
-    OpTimes& profiled = backend.times();
-    if (group && !group->leads()) return 0;
+    OpTimes profiled = backend.times();
 
-    std::sort(seconds.begin(), seconds.end());
-    const double median = seconds[seconds.size() / 2], peak = backend.peak(Precision::bf16);
+    const double median = median_of(seconds), peak = backend.peak(Precision::bf16);
+    nlohmann::ordered_json shared;
+    if (group) {
+        // What processes wait for one another where no backward hides it.
+        backend.times().clear();
+        for (int i = 0; i < num_profiled; ++i) parallel->update(model.loss_sum());
+        std::vector<double> alone(static_cast<size_t>(launch.size));
+        alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
+        group->sum(alone);
+        shared = {{"communication", parallel->communicator().name()},
+                  {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},
+                  {"waits_milliseconds", waits_of(profiled, num_profiled)},
+                  {"waits_milliseconds_without_passes", waits_of(backend.times(), num_profiled)},
+                  {"tokens_per_second_of_each_alone", alone},
+                  {"speedup", static_cast<double>(tokens * launch.size) / median / std::accumulate(alone.begin(), alone.end(), 0.0)}};
+        if (!group->leads()) return 0;
+    }
     const double flops = flops_of_step(config, a.seqlen, tokens, 1.0), causal = flops_of_step(config, a.seqlen, tokens, 0.5);
     const nlohmann::ordered_json out{{"model", a.model},
                                      {"gpu", backend.runtime().name()},
@@ -317,14 +381,13 @@ int run_bench(Arguments a) {
                                      {"seqlen", a.seqlen},
                                      {"rows", a.rows},
                                      {"processes", launch.size},
-                                     {"communication", parallel ? parallel->communicator().name() : ""},
                                      {"deterministic", a.deterministic},
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
                                      {"gradients", to_string(model_options.gradients)},
                                      {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
-                                     {"seconds_min", seconds.front()},
+                                     {"seconds_min", *std::min_element(seconds.begin(), seconds.end())},
                                      {"tokens_per_second", static_cast<double>(tokens) / median},
                                      {"tflops_per_second", 1e-12 * flops / median},
                                      {"mfu", flops / median / (peak * launch.size)},
@@ -332,10 +395,12 @@ int run_bench(Arguments a) {
                                      {"peak_memory_bytes", peak_memory},
                                      {"planned_memory_bytes", plan_memory(config, model_options).total()},
                                      {"loss", loss},
+                                     {"several", shared},
                                      {"operators", operator_table(profiled, num_profiled, peak)},
                                      {"parts", part_table(profiled, num_profiled, peak)},
                                      {"products", product_table(*exec.gemm)}};
     std::printf("%s\n", out.dump(2).c_str());
+    std::fflush(stdout);
     return 0;
 }
 
