@@ -7,6 +7,7 @@ pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 set(STROBE_GPT_IO_SOURCES
     config.cpp
     parameters.cpp
+    weights.cpp
     checkpoint/checkpoint.cpp
     checkpoint/checkpoint_store.cpp
     checkpoint/hf_config.cpp
