@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -81,6 +82,15 @@ def summary(cells) -> dict:
     return found
 
 
+def write(record, path):
+    """Replaces the file in one step: whoever ends the process, a whole record is there."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="of timing (default: 120)")
@@ -103,9 +113,7 @@ def main():
             print(line(case, result, direction, base), flush=True)
         if kind == "cells":
             record["against_fa2"] = summary(record["cells"])
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.json)
     print(json.dumps(record["against_fa2"]))
 
 
