@@ -153,17 +153,7 @@ def draw(curves, path):
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "peers"))
     import plot
 
-    figure = plot.blank(5.6, 3.6)
-    axes = figure.subplots()
-    for name, style in (("PyTorch, GPU", "-"), ("strobe, GPU", ":"), ("strobe, CPU", "o")):
-        if curves.get(name):
-            axes.plot(range(1, len(curves[name]) + 1), curves[name], style, label=name, linewidth=1.2, markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.legend(frameon=False)
-    axes.grid(linewidth=0.4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    plot.loss_curves(curves, {"PyTorch, GPU": "-", "strobe, GPU": ":", "strobe, CPU": "o"}, "loss, nats per token", path)
 
 
 def main():

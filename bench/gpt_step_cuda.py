@@ -4,8 +4,11 @@ prints the table of the FlashAttention-2 announcement: TFLOP/s and model FLOPs u
     python3 bench/gpt_step_cuda.py build/cuda/bin/gpt_cuda_step_bench --json results/FILE.json
 
 FLOPs of a step: 6 * tokens * parameters + 12 * layers * width * tokens * seqlen (attention counted as if it were full).
-PyTorch's side is pure bf16 with fused AdamW, its best case; strobe's keeps fp32 masters and gradients, and moments in bf16 that are
-rounded stochastically. Rows are printed and recorded as they come.
+PyTorch's side is pure bf16 with fused AdamW, its best case; strobe's keeps fp32 masters, gradients of matrices in bf16 as PyTorch does,
+and moments in bf16 that are rounded stochastically. Rows are printed and recorded as they come, each from a process of its own.
+
+The rows fa3 need the flash_attn_3 package of FlashAttention's repository (its folder hopper/) where Python finds it: PyTorch loads it by
+activate_flash_attention_impl("FA3"). Without it they say so.
 """
 
 import argparse
@@ -117,10 +120,10 @@ def in_process(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", help="gpt_cuda_step_bench")
-    parser.add_argument("--cases", nargs="+", default=["1.3B:2048x8", "1.3B:8192x2"], help="MODEL:SEQLENxROWS")
-    parser.add_argument("--peers", nargs="*", default=["math", "fa2", "fa2:compile", "cudnn:compile"],
+    parser.add_argument("--cases", nargs="+", default=["1.3B:2048x8", "1.3B:8192x2", "2.7B:2048x4", "2.7B:8192x1"], help="MODEL:SEQLENxROWS")
+    parser.add_argument("--peers", nargs="*", default=["math", "fa2", "fa2:compile", "cudnn:compile", "fa3:compile"],
                         help="math (standard attention), fa2, fa3 or cudnn, with :compile")
-    parser.add_argument("--strobe", nargs="*", default=[""], help="options of gpt_cuda_step_bench, a row for each: pointwise, no-graph, ...")
+    parser.add_argument("--strobe", nargs="*", default=[""], help="options of gpt_cuda_step_bench, a row for each: norms, no-graph, ...")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json")
     parser.add_argument("--torch-only", nargs=4, help=argparse.SUPPRESS)

@@ -65,16 +65,8 @@ def distance(curves: dict, a: str, b: str) -> float:
 def draw(record: dict, path: pathlib.Path) -> None:
     import plot
 
-    figure = plot.blank(5.6, 3.6)
-    axes = figure.subplots()
-    for name, style in (("eager", "-"), ("sdpa", "--"), ("strobe", ":")):
-        axes.plot(record["curves"][name]["losses"], style, label=name, linewidth=1.2)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend(frameon=False)
-    axes.grid(linewidth=0.4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    losses = {name: curve["losses"] for name, curve in record["curves"].items()}
+    plot.loss_curves(losses, {"eager": "-", "sdpa": "--", "strobe": ":"}, "loss", path)
 
 
 def main():

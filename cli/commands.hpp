@@ -1,21 +1,15 @@
-// The subcommands of `strobe`: each adds itself to the application and runs from its callback. A command returns through
-// `exit_code`: 0 done, 1 the answer is no (a case failed, ...), 2 unusable arguments, 3 the machine refused.
+// The subcommands of `strobe`: each adds itself to the application and runs from its callback.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <string>
 
+#include "exit.hpp"
+
+namespace CLI {
+class App;
+}
+
 namespace strobe::cli {
-
-inline constexpr int kExitNo = 1;
-inline constexpr int kExitUsage = 2;
-inline constexpr int kExitDevice = 3;
-
-/// Thrown by a command to end the program with a message.
-struct Exit {
-    int code;
-    std::string message;
-};
 
 /// The options that info, verify and bench share.
 struct CommonOptions {

@@ -1,10 +1,10 @@
 #include "device.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <charconv>
 
-#include "commands.hpp"
+#include "exit.hpp"
 
 namespace strobe::cli {
 

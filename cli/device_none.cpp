@@ -1,6 +1,8 @@
 // A build without CUDA.
-#include "commands.hpp"
+#include <nlohmann/json.hpp>
+
 #include "device.hpp"
+#include "exit.hpp"
 
 namespace strobe::cli {
 

@@ -5,7 +5,8 @@
 #include <iterator>
 #include <memory>
 
-#include <fmt/format.h>
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
 #include <nlohmann/json.hpp>
 
 #include "gpt/text/utf8.hpp"

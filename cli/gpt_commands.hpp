@@ -1,7 +1,9 @@
 // The trainer's subcommands of `strobe`.
 #pragma once
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace strobe::gpt {
 

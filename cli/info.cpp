@@ -1,7 +1,9 @@
 // strobe info: what this machine and this build can do.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
+#include <CLI/CLI.hpp>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 
 #include "commands.hpp"
 #include "cpu/cpu_backend.hpp"

@@ -1,4 +1,5 @@
 // strobe: attention from the terminal.
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
 

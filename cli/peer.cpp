@@ -1,13 +1,14 @@
 #include "peer.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 
-#include "commands.hpp"
+#include "exit.hpp"
 #include "torch_peer.hpp"
 
 namespace strobe::cli {

@@ -4,7 +4,7 @@
 #include <sys/types.h>
 
 #include <cstdio>
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 namespace strobe::cli {

@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <string>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::cli {
 

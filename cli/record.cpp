@@ -1,20 +1,20 @@
 #include "record.hpp"
 
-#include <fmt/chrono.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
-#include "commands.hpp"
 #include "commit.hpp"
 #include "cpu/cpu_backend.hpp"
+#include "exit.hpp"
 #include "strobe/strobe.hpp"
 
 namespace strobe::cli {
@@ -45,6 +45,12 @@ std::string command_line() {
     return "strobe" + (program == std::string::npos ? std::string() : text.substr(program));
 }
 
+std::string utc_now() {
+    const std::time_t now = std::time(nullptr);
+    char text[sizeof "2000-01-01T00:00:00Z"];
+    return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now))};
+}
+
 }  // namespace
 
 nlohmann::ordered_json machine_json() {
@@ -66,8 +72,7 @@ nlohmann::ordered_json record_header(const std::string& kind) {
             {"version", version()},
             {"commit", STROBE_COMMIT},
             {"command", command_line()},
-            {"utc", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::chrono::system_clock::to_time_t(
-                                                             std::chrono::system_clock::now())))},
+            {"utc", utc_now()},
             {"machine", machine_json()}};
 }
 

@@ -1,7 +1,7 @@
 // What every JSON file that strobe writes begins with: which program, on which machine, called how.
 #pragma once
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 namespace strobe::cli {

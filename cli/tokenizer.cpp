@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
 #include <nlohmann/json.hpp>
 
 #include "commands.hpp"
@@ -75,7 +75,9 @@ void run_encode(const TokenizerArguments& a) {
     if (a.binary) {
         write_output(ids.data(), ids.size() * sizeof(TokenId));
     } else {
-        const std::string line = fmt::format("{}\n", fmt::join(ids, " "));
+        std::string line;
+        for (TokenId id : ids) line += fmt::format("{}{}", line.empty() ? "" : " ", id);
+        line += '\n';
         write_output(line.data(), line.size());
     }
 }

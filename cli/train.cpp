@@ -4,7 +4,8 @@
 #include <memory>
 #include <string>
 
-#include <fmt/format.h>
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
 
 #include "commands.hpp"
 #include "gpt/distributed/spawn.hpp"
@@ -21,7 +22,7 @@ struct Arguments {
     TrainOptions options;
     std::string architecture = "llama";
     std::string recompute = "none";
-    std::string device = "cpu", precision, moments = "fp32";
+    std::string device = "cpu", precision, moments = "fp32", gradients = "fp32";
     int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
     int processes = 0;
     bool across_documents = false, untied = false, plan = false, json = false, nondeterministic = false, no_graph = false;
@@ -47,6 +48,7 @@ TrainOptions complete(const Arguments& a) {
     o.device = device_from_string(a.device);
     o.precision = precision_for(o.device, a.precision);
     o.moments = precision_from_string(a.moments);
+    o.gradients = precision_from_string(a.gradients);
     o.deterministic = !a.nondeterministic;
     o.graph = !a.no_graph;
     return o;
@@ -142,8 +144,8 @@ void add_step_options(CLI::App& command, Arguments& a) {
     command.add_option("--beta2", p.beta2)->capture_default_str()->group("Training");
     command.add_option("--clip", p.clip_norm, "Largest gradient norm; 0: no limit")->capture_default_str()->group("Training");
     command.add_option("--seed", o.seed)->capture_default_str()->group("Training");
-    command.add_option("--recompute", a.recompute, "What the backward computes again to save memory: none, pointwise or block")
-        ->check(CLI::IsMember({"none", "pointwise", "block"}))->capture_default_str()->group("Training");
+    command.add_option("--recompute", a.recompute, "What the backward computes again to save memory: none, norms, pointwise (norms and the MLP's nonlinearity) or block (all but a block's input)")
+        ->check(CLI::IsMember({"none", "norms", "pointwise", "block"}))->capture_default_str()->group("Training");
 }
 
 void add_data_options(CLI::App& command, Arguments& a) {
@@ -165,6 +167,8 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--device", a.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
     command.add_option("--precision", a.precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
     command.add_option("--moments", a.moments, "What AdamW's moments lie in: bf16 is rounded stochastically and takes half the memory")
+        ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
+    command.add_option("--gradients", a.gradients, "cuda: what those of matrices lie in; bf16 takes half the memory, of steps of one pass (no --accumulate)")
         ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
     command.add_flag("--non-deterministic", a.nondeterministic, "cuda: attention's backward may differ by rounding between runs, and is faster");
     command.add_flag("--no-graph", a.no_graph, "cuda: ask for a step's operators one by one instead of replaying them as one CUDA graph");

@@ -1,12 +1,14 @@
 // strobe verify: the case list against the specification.
 #include "verify/verify.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "commands.hpp"

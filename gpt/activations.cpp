@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt {
 
@@ -17,7 +17,7 @@ constexpr int64_t kDeviceLogits = int64_t{1} << 29;
 constexpr int64_t kMinHeadChunk = 256;
 
 // Rows of logits start on a vector's border of a GPU whatever the vocabulary.
-constexpr int64_t kDeviceStride = 64;
+constexpr int64_t kDeviceStride = 64, kDeviceRows = 128;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -27,7 +27,16 @@ int64_t head_chunk(int64_t rows, int64_t stride, Device device) {
     const int64_t largest = std::min(rows, std::max(kMinHeadChunk, target / stride));
     if (device == Device::cpu) return largest;
     const int64_t chunks = (rows + largest - 1) / largest;
-    return std::min(rows, round_up((rows + chunks - 1) / chunks, 128));
+    return std::min(rows, round_up((rows + chunks - 1) / chunks, kDeviceRows));
+}
+
+/// The same where there is room for `lent` rows. 0: room for fewer than would do without.
+int64_t lent_chunk(int64_t rows, int64_t lent, int64_t usual) {
+    if (lent >= rows) return rows;
+    const int64_t largest = lent / kDeviceRows * kDeviceRows;
+    if (largest < usual) return 0;
+    const int64_t chunks = (rows + largest - 1) / largest;
+    return std::min(largest, round_up((rows + chunks - 1) / chunks, kDeviceRows));
 }
 
 }  // namespace
@@ -35,6 +44,7 @@ int64_t head_chunk(int64_t rows, int64_t stride, Device device) {
 std::string_view to_string(Recompute recompute) {
     switch (recompute) {
         case Recompute::none: return "none";
+        case Recompute::norms: return "norms";
         case Recompute::pointwise: return "pointwise";
         case Recompute::block: return "block";
     }
@@ -42,9 +52,9 @@ std::string_view to_string(Recompute recompute) {
 }
 
 Recompute recompute_from_string(std::string_view name) {
-    for (const Recompute r : {Recompute::none, Recompute::pointwise, Recompute::block})
+    for (const Recompute r : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block})
         if (to_string(r) == name) return r;
-    throw std::invalid_argument(fmt::format("recompute '{}' is unknown; choose none, pointwise or block", name));
+    throw std::invalid_argument(fmt::format("recompute '{}' is unknown; choose none, norms, pointwise or block", name));
 }
 
 Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std::byte* base, size_t* total_bytes) {
@@ -60,7 +70,8 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
         const size_t offset = plan.reserve(rows * columns);
         return base ? reinterpret_cast<float*>(base + offset) : nullptr;
     };
-    const bool keep_pointwise = with_gradients && recompute == Recompute::none;
+    const bool keep_norms = with_gradients && recompute == Recompute::none;
+    const bool keep_act = with_gradients && (recompute == Recompute::none || recompute == Recompute::norms);
     const bool keep_products = with_gradients && recompute != Recompute::block;
     const int64_t up_columns = (c.architecture == Architecture::llama ? 2 : 1) * c.ffn_size;
 
@@ -80,14 +91,18 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
             b.mid = take(c.hidden_size);
             b.up = take(up_columns);
         }
-        if (first || keep_pointwise) {
+        if (first || keep_norms) {
             b.norm1 = take(c.hidden_size);
             b.norm2 = take(c.hidden_size);
-            b.act = take(c.ffn_size);
         }
+        if (first || keep_act) b.act = take(c.ffn_size);
+        if (c.qkv_size() <= up_columns)
+            b.dqkv = b.up;
+        else if (first && with_gradients)
+            b.dqkv = take(c.qkv_size());
         a.blocks.push_back(b);
     }
-    a.branch = take(c.hidden_size);
+    if (options.device == Device::cpu) a.branch = take(c.hidden_size);
     a.final_x = with_gradients ? take(c.hidden_size) : b.x;
     a.final_norm = take(c.hidden_size);
     a.final_mean = take_f32(1);
@@ -97,13 +112,16 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
     a.loss_sum = base ? reinterpret_cast<double*>(base + loss_sum) : nullptr;
     a.logits_stride = options.device == Device::cpu ? c.vocab_size : round_up(c.vocab_size, kDeviceStride);
     a.head_chunk = head_chunk(rows, a.logits_stride, options.device);
-    const size_t logits = plan.reserve(a.head_chunk * a.logits_stride, size_of(options.precision));
-    a.logits = Buffer(base ? base + logits : nullptr, options.precision);
+    if (const int64_t lent = lent_chunk(rows, options.lent_logits / a.logits_stride, a.head_chunk); lent > 0) {
+        a.head_chunk = lent;
+    } else {
+        const size_t logits = plan.reserve(a.head_chunk * a.logits_stride, size_of(options.precision));
+        a.logits = Buffer(base ? base + logits : nullptr, options.precision);
+    }
     if (with_gradients) {
         a.dstream = take(c.hidden_size);
         a.dnorm = take(c.hidden_size);
         a.dact = take(c.ffn_size);
-        a.dqkv = take(c.qkv_size());
         a.dattn = take(c.q_size());
     }
     *total_bytes = plan.total_bytes();

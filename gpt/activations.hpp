@@ -11,8 +11,9 @@
 namespace strobe::gpt {
 
 /// What the backward computes again instead of remembering.
-/// none: nothing;  pointwise: outputs of norms and of the MLP's nonlinearity;  block: everything but each block's input.
-enum class Recompute { none, pointwise, block };
+/// none: nothing;  norms: outputs of norms;  pointwise: those and outputs of the MLP's nonlinearity;  block: everything but each
+/// block's input.
+enum class Recompute { none, norms, pointwise, block };
 
 std::string_view to_string(Recompute recompute);
 /// Throws std::invalid_argument naming the choices.
@@ -28,25 +29,25 @@ struct BlockActivations {
     Buffer norm2;  // (T, hidden)
     Buffer up;     // (T, ffn) or (T, 2 ffn)
     Buffer act;    // (T, ffn)
+    Buffer dqkv;   // (T, qkv_size) gradient in flight; in the place of up, which the backward has read by then, if that is wide enough
     float *mean1, *rstd1, *mean2, *rstd2;  // (T)
     float* lse;                            // (num_heads, T)
 };
 
 struct Activations {
     std::vector<BlockActivations> blocks;
-    Buffer branch;        // (T, hidden) what attention or MLP adds to the stream
+    Buffer branch;        // (T, hidden) what attention or MLP adds to the stream; none where products add it themselves
     Buffer final_x;       // (T, hidden)
     Buffer final_norm;    // (T, hidden)
     float *final_mean, *final_rstd;
     float* losses;        // (T)
     double* loss_sum;     // (1)
-    Buffer logits;        // (head_chunk, vocab) at logits_stride
+    Buffer logits;        // (head_chunk, vocab) at logits_stride; null: in memory that is lent
 
     // Gradients in flight.
     Buffer dstream;       // (T, hidden) of the residual stream
     Buffer dnorm;         // (T, hidden) of a norm's output
     Buffer dact;          // (T, ffn)
-    Buffer dqkv;          // (T, qkv_size)
     Buffer dattn;         // (T, q_size)
 
     int64_t head_chunk = 0;     // rows of logits that exist at a time
@@ -59,6 +60,7 @@ struct ActivationOptions {
     bool with_gradients = true;  // false leaves out what only the backward needs
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
+    int64_t lent_logits = 0;     // numbers that there is room for elsewhere
 };
 
 /// Lays out a pass over at most `rows` tokens. With a null base the pointers mean nothing and only the size counts.

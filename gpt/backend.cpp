@@ -25,9 +25,4 @@ void Backend::reserve_scratch(size_t bytes) {
     exec_.scratch_bytes = bytes;
 }
 
-void narrow_values(Backend& backend, const Weights& weights) {
-    if (weights.precision == Precision::fp32) return;
-    run(backend.exec(), Narrow{.size = weights.values.size(), .values = weights.values.data(), .narrow = weights.all()});
-}
-
 }  // namespace strobe::gpt

@@ -39,7 +39,4 @@ private:
     Exec exec_;
 };
 
-/// Brings the values that operators read to those of the masters, where the two are not the same memory.
-void narrow_values(Backend& backend, const Weights& weights);
-
 }  // namespace strobe::gpt

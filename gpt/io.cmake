@@ -7,6 +7,7 @@ pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 set(STROBE_GPT_IO_SOURCES
     config.cpp
     parameters.cpp
+    weights.cpp
     checkpoint/checkpoint.cpp
     checkpoint/checkpoint_store.cpp
     checkpoint/hf_config.cpp
@@ -37,7 +38,7 @@ list(TRANSFORM STROBE_GPT_IO_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 add_library(strobe_gpt_io STATIC ${STROBE_GPT_IO_SOURCES})
 strobe_configure_target(strobe_gpt_io)
 target_include_directories(strobe_gpt_io PUBLIC ${PROJECT_SOURCE_DIR})
-target_link_libraries(strobe_gpt_io PUBLIC nlohmann_json::nlohmann_json PRIVATE fmt::fmt-header-only PkgConfig::PCRE2)
+target_link_libraries(strobe_gpt_io PUBLIC nlohmann_json::nlohmann_json PRIVATE PkgConfig::PCRE2)
 
 if(STROBE_BUILD_TESTS)
     enable_testing()

@@ -3,19 +3,29 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt {
 
 namespace {
 
-ActivationOptions activation_options(const ModelOptions& o) {
-    return {.rows = o.max_rows, .recompute = o.recompute, .with_gradients = o.training, .device = o.device, .precision = o.precision};
+/// Logits in a GPU's bf16 may lie where the gradients of the blocks' matrices come to lie behind them. [begin, end) in the arena.
+std::pair<int64_t, int64_t> lent_to_logits(const ParameterLayout& layout, const ModelOptions& o) {
+    const bool lent = o.training && o.device == Device::cuda && o.precision == Precision::bf16 && o.gradients == Precision::bf16;
+    if (!lent) return {0, 0};
+    const int head = layout.head();
+    return {layout[layout.block(0).qkv_weight].offset, head == layout.embedding() ? layout.arena_elements() : layout[head].offset};
 }
 
-size_t arena_bytes(const ModelConfig& config, const ModelOptions& options) {
+ActivationOptions activation_options(const ParameterLayout& layout, const ModelOptions& o) {
+    const auto [begin, end] = lent_to_logits(layout, o);
+    return {.rows = o.max_rows, .recompute = o.recompute, .with_gradients = o.training, .device = o.device, .precision = o.precision,
+            .lent_logits = end - begin};
+}
+
+size_t arena_bytes(const ModelConfig& config, const ParameterLayout& layout, const ModelOptions& options) {
     size_t bytes = 0;
-    lay_out(config, activation_options(options), nullptr, &bytes);
+    lay_out(config, activation_options(layout, options), nullptr, &bytes);
     return bytes;
 }
 
@@ -65,14 +75,14 @@ ModelOptions placed(ModelOptions options, const Weights& weights, const Backend&
 }  // namespace
 
 MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
-    const auto elements = static_cast<size_t>(ParameterLayout(config).arena_elements());
-    const size_t arena = elements * sizeof(float);
+    const ParameterLayout layout(config);
+    const auto elements = static_cast<size_t>(layout.arena_elements());
     MemoryPlan plan;
-    plan.values = arena;
+    plan.values = ParameterArena::bytes_of(layout, options.precision);
     plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
-    plan.gradients = options.training ? arena : 0;
-    plan.moments = options.training ? 2 * elements * size_of(options.moments) / static_cast<size_t>(options.processes) : 0;
-    plan.activations = arena_bytes(config, options);
+    plan.gradients = options.training ? ParameterArena::bytes_of(layout, options.gradients) : 0;
+    plan.moments = options.training ? 2 * ParameterArena::bytes_of(layout, options.moments) / static_cast<size_t>(options.processes) : 0;
+    plan.activations = arena_bytes(config, layout, options);
     constexpr int kTypicalParts = 264;
     plan.scratch = scratch_bytes(config, options, options.device == Device::cpu ? 1 : kTypicalParts);
     if (options.device == Device::cuda) {
@@ -93,11 +103,12 @@ Model::Model(const Weights& weights, Backend& backend, const ModelOptions& optio
       activation_kind_(config_.architecture == Architecture::gpt2 ? ActivationKind::gelu : ActivationKind::swiglu),
       fuses_gelu_(activation_kind_ == ActivationKind::gelu && exec_.ops->fuses_gelu),
       fuses_residual_(exec_.ops->fuses_residual),
-      arena_(arena_bytes(config_, options_), backend.memory()),
-      gradients_(options.training ? ParameterArena(weights.layout, backend.memory()) : ParameterArena()),
+      arena_(arena_bytes(config_, weights.layout, options_), backend.memory()),
+      gradients_(options.training ? ParameterArena(weights.layout, backend.memory(), options.gradients) : ParameterArena()),
       single_(config_, backend, options.max_rows) {
     size_t bytes = 0;
-    act_ = lay_out(config_, activation_options(options_), arena_.at<std::byte>(0), &bytes);
+    act_ = lay_out(config_, activation_options(weights.layout, options_), arena_.at<std::byte>(0), &bytes);
+    if (!act_.logits) act_.logits = gradients_.at(lent_to_logits(weights.layout, options_).first);
     backend_.reserve_scratch(scratch_bytes(config_, options_, exec_.parts));
     if (options.training) added_to_ = outside_products(config_, weights.layout);
     if (!config_.has_rope()) return;
@@ -107,14 +118,14 @@ Model::Model(const Weights& weights, Backend& backend, const ModelOptions& optio
 }
 
 void Model::clear_gradients() {
-    for (const auto& [begin, end] : added_to_)
-        backend_.memory().zero(gradients_.data() + begin, static_cast<size_t>(end - begin) * sizeof(float));
+    for (const auto& [begin, end] : added_to_) {
+        auto* const first = static_cast<std::byte*>(gradients_.at(begin).data);
+        backend_.memory().zero(first, static_cast<size_t>(static_cast<std::byte*>(gradients_.at(end).data) - first));
+    }
     fresh_ = true;
 }
 
-float* Model::gradient(int index) const {
-    return index < 0 ? nullptr : gradients_.data() + weights_.layout[index].offset;
-}
+Buffer Model::gradient(int index) const { return index < 0 ? Buffer() : gradients_.at(weights_.layout[index].offset); }
 
 void Model::use(const StepInputs& inputs) {
     inputs_ = &inputs;
@@ -177,8 +188,8 @@ NormForward Model::norm(Buffer x, Buffer out, int weight, int bias, float* mean,
 
 NormBackward Model::norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const {
     return {.kind = norm_kind_, .rows = rows_, .hidden = config_.hidden_size, .x = x, .weight = weights_.master(weight),
-            .mean = mean, .rstd = rstd, .dout = dout, .dx = act_.dstream, .dweight = gradient(weight),
-            .dbias = gradient(bias)};
+            .mean = mean, .rstd = rstd, .dout = dout, .dx = act_.dstream, .dweight = vector_gradient(weight),
+            .dbias = vector_gradient(bias)};
 }
 
 LinearForward Model::linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const {
@@ -188,7 +199,7 @@ LinearForward Model::linear(Buffer x, Buffer y, int weight, int bias, int64_t in
 // dbias of the product whose result was added to the stream that the norm reads: the sums of the stream's gradient behind it, which
 // passes through the norm's gradient where that can do it, and else is the product's own.
 NormBackward Model::with_bias_of_branch(NormBackward a, int branch_bias) const {
-    if (exec_.ops->norms_again) a.dsum = gradient(branch_bias);
+    if (exec_.ops->norms_again) a.dsum = vector_gradient(branch_bias);
     return a;
 }
 
@@ -200,7 +211,7 @@ LinearBackward Model::branch_backward(Buffer x, Buffer dx, int weight, int bias,
 
 LinearBackward Model::linear_backward(Buffer x, Buffer dy, Buffer dx, int weight, int bias, int64_t in, int64_t out) const {
     return {.rows = rows_, .in = in, .out = out, .x = x, .weight = weights_[weight], .dy = dy, .dx = dx,
-            .dweight = gradient(weight), .dbias = gradient(bias), .overwrite = fresh_};
+            .dweight = gradient(weight), .dbias = vector_gradient(bias), .overwrite = fresh_};
 }
 
 AttentionForward Model::attention(const BlockActivations& a) const {
@@ -216,8 +227,8 @@ AttentionForward Model::attention(const BlockActivations& a) const {
 
 AttentionBackward Model::attention_backward(const BlockActivations& a) const {
     return {.forward = attention(a), .dout_stride = config_.q_size(), .dqkv_stride = config_.qkv_size(),
-            .dout = act_.dattn, .dq = act_.dqkv, .dk = act_.dqkv.offset(config_.q_size()),
-            .dv = act_.dqkv.offset(config_.q_size() + config_.kv_size())};
+            .dout = act_.dattn, .dq = a.dqkv, .dk = a.dqkv.offset(config_.q_size()),
+            .dv = a.dqkv.offset(config_.q_size() + config_.kv_size())};
 }
 
 Rope Model::rope(Buffer qkv, bool inverse) const {
@@ -295,13 +306,14 @@ void Model::recompute_norms(const BlockActivations& a, const BlockParameters& p)
 // The gradients of a norm and of the product that reads it, from the product's dy to the stream. The product's weight needs the
 // norm's output: kept, computed again before, or given again by the norm's own gradient, which must then come between.
 void Model::backward_into_norm(LinearBackward product, NormBackward normed, int bias) {
-    if (options_.recompute != Recompute::pointwise || !exec_.ops->norms_again) {
+    if (!norms_are_recomputed() || !exec_.ops->norms_again) {
         run(exec_, product);
         return run(exec_, normed);
     }
     LinearBackward weight = product;
     weight.dx = {};
-    product.dweight = product.dbias = nullptr;
+    product.dweight = {};
+    product.dbias = nullptr;
     normed.out = product.x;
     normed.bias = weights_.master(bias);
     run(exec_, product);
@@ -315,10 +327,9 @@ void Model::backward_block(int64_t layer) {
     const BlockParameters& p = weights_.layout.block(layer);
     const int64_t hidden = config_.hidden_size;
     if (options_.recompute == Recompute::block) forward_block(layer, true);
-    if (options_.recompute == Recompute::pointwise) {
-        if (!exec_.ops->norms_again) recompute_norms(a, p);
+    if (norms_are_recomputed() && !exec_.ops->norms_again) recompute_norms(a, p);
+    if (options_.recompute == Recompute::pointwise)
         run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
-    }
 
     LinearBackward down = branch_backward(a.act, act_.dact, p.down_weight, p.down_bias, config_.ffn_size);
     Buffer dup = act_.dact;
@@ -339,8 +350,8 @@ void Model::backward_block(int64_t layer) {
 
     run(exec_, branch_backward(a.attn, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size()));
     run(exec_, attention_backward(a));
-    if (config_.has_rope()) run(exec_, rope(act_.dqkv, true));
-    backward_into_norm(linear_backward(a.norm1, act_.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()),
+    if (config_.has_rope()) run(exec_, rope(a.dqkv, true));
+    backward_into_norm(linear_backward(a.norm1, a.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()),
                        with_bias_of_branch(norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1),
                                            layer > 0 ? weights_.layout.block(layer - 1).down_bias : -1),
                        p.norm1_bias);
@@ -386,6 +397,7 @@ void Model::accumulate(const Batch& batch, float gradient_scale) {
 }
 
 void Model::pass(GradientSink* sink) {
+    if (!fresh_ && gradients_.precision() != Precision::fp32) throw std::logic_error("model: gradients in bf16 are those of one pass");
     forward_stream();
     head(true);
     backward_stream(sink);

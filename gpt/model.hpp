@@ -19,6 +19,7 @@ struct ModelOptions {
     int64_t max_rows = 0;  // tokens of the largest batch
     Recompute recompute = Recompute::none;
     bool training = true;  // false: no gradients, activations of one block only
+    Precision gradients = Precision::fp32;  // of matrices; in bf16 a step is one pass, and loss() and logits() spoil them
     // Of the plan alone: a model takes them from its backend and weights.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
@@ -89,6 +90,7 @@ private:
     void backward_stream(GradientSink* sink);
     void backward_block(int64_t layer);
     void recompute_norms(const BlockActivations& a, const BlockParameters& p);
+    bool norms_are_recomputed() const { return options_.recompute == Recompute::norms || options_.recompute == Recompute::pointwise; }
     void backward_into_norm(LinearBackward product, NormBackward normed, int bias);
     NormForward norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const;
     NormBackward norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const;
@@ -101,7 +103,8 @@ private:
     AttentionForward attention(const BlockActivations& a) const;
     AttentionBackward attention_backward(const BlockActivations& a) const;
     Rope rope(Buffer qkv, bool inverse) const;
-    float* gradient(int index) const;
+    Buffer gradient(int index) const;
+    float* vector_gradient(int index) const { return gradient(index).f32(); }
 
     const Weights& weights_;
     const ModelConfig& config_;
@@ -121,7 +124,7 @@ private:
     const StepInputs* inputs_ = &single_;  // of the batch at hand
     int64_t rows_ = 0;     // of the batch at hand
     bool has_loss_ = false;
-    bool fresh_ = false;   // the next pass overwrites the gradients of products
+    bool fresh_ = true;    // the next pass overwrites the gradients of products
     std::vector<std::pair<int64_t, int64_t>> added_to_;  // [begin, end) of the gradients that are no product's
 };
 

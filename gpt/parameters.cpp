@@ -7,7 +7,7 @@
 #include <thread>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/bf16.hpp"
 #include "gpt/random.hpp"
@@ -99,16 +99,17 @@ const Parameter* ParameterLayout::find(std::string_view name) const {
 }
 
 void ParameterArena::copy_from(const ParameterArena& other) const {
-    if (precision_ == other.precision_)
-        return (memory_->on_host() ? *other.memory_ : *memory_).copy(buffer().data, other.buffer().data, size_bytes());
-    std::vector<uint16_t> bits(static_cast<size_t>(size_));
+    Memory& device = memory_->on_host() ? *other.memory_ : *memory_;
+    if (precision_ == other.precision_) return device.copy(at(0).data, other.at(0).data, size_bytes());
+    device.copy(at(0).data, other.at(0).data, static_cast<size_t>(matrices_begin_) * sizeof(float));
+    std::vector<uint16_t> bits(static_cast<size_t>(size_ - matrices_begin_));
     const size_t bytes = bits.size() * sizeof(uint16_t);
     if (precision_ == Precision::fp32) {
-        other.memory_->copy(bits.data(), other.buffer().data, bytes);
-        std::transform(bits.begin(), bits.end(), data(), widen_bf16);
+        device.copy(bits.data(), other.at(matrices_begin_).data, bytes);
+        std::transform(bits.begin(), bits.end(), data() + matrices_begin_, widen_bf16);
     } else {
-        std::transform(other.data(), other.data() + size_, bits.begin(), round_bf16);
-        memory_->copy(buffer().data, bits.data(), bytes);
+        std::transform(other.data() + matrices_begin_, other.data() + size_, bits.begin(), round_bf16);
+        device.copy(at(matrices_begin_).data, bits.data(), bytes);
     }
 }
 

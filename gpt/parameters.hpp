@@ -76,18 +76,31 @@ private:
     int64_t vector_elements_ = 0;
 };
 
-/// One number for each parameter, zero at first: fp32, or bf16 where half the memory is worth more than the digits.
+/// One number for each parameter, zero at first: fp32, or, where half the memory is worth more than the digits, 16 bits for those of
+/// matrices. Those of vectors are fp32 in any case.
 class ParameterArena {
 public:
     ParameterArena() = default;
     explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory(), Precision precision = Precision::fp32)
-        : arena_(static_cast<size_t>(layout.arena_elements()) * size_of(precision), memory), memory_(&memory),
-          size_(layout.arena_elements()), precision_(precision) {}
+        : arena_(bytes_of(layout, precision), memory), memory_(&memory), size_(layout.arena_elements()),
+          matrices_begin_(layout.matrices_begin()), precision_(precision) {}
 
-    Buffer buffer() const { return {arena_.at<void>(0), precision_}; }
+    static size_t bytes_of(const ParameterLayout& layout, Precision precision) {
+        const int64_t vectors = layout.matrices_begin();
+        return static_cast<size_t>(vectors) * sizeof(float) + static_cast<size_t>(layout.arena_elements() - vectors) * size_of(precision);
+    }
+
+    /// From an element on: to the end of the vectors, or of the matrices.
+    Buffer at(int64_t element) const {
+        const int64_t in_vectors = element < matrices_begin_ ? element : matrices_begin_;
+        const size_t offset = static_cast<size_t>(in_vectors) * sizeof(float) + static_cast<size_t>(element - in_vectors) * size_of(precision_);
+        return {arena_.at<void>(offset), element < matrices_begin_ ? Precision::fp32 : precision_};
+    }
+    /// Of the matrices.
     Precision precision() const { return precision_; }
     int64_t size() const { return size_; }
-    size_t size_bytes() const { return static_cast<size_t>(size_) * size_of(precision_); }
+    int64_t matrices_begin() const { return matrices_begin_; }
+    size_t size_bytes() const { return arena_.size_bytes(); }
     Memory& memory() const { return *memory_; }
 
     /// Of fp32 only.
@@ -105,7 +118,7 @@ public:
 private:
     Arena arena_;
     Memory* memory_ = &host_memory();
-    int64_t size_ = 0;
+    int64_t size_ = 0, matrices_begin_ = 0;
     Precision precision_ = Precision::fp32;
 };
 

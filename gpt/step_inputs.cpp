@@ -4,7 +4,7 @@
 #include <bit>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt {
 

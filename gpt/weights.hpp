@@ -1,5 +1,4 @@
-// A model at rest: its config, its parameter list and their values, in fp32 and, where a device computes in less, once more
-// in what it computes in.
+// A model at rest: its config, its parameter list and their values.
 #pragma once
 
 #include "gpt/config.hpp"
@@ -7,28 +6,32 @@
 
 namespace strobe::gpt {
 
+/// The masters are fp32. Where a device computes in bf16, `narrow` has what its products and look-ups read; of matrices that is the
+/// upper half of the masters (SplitFloat), and `values` has the lower one, so that the two take no more memory than the masters.
 struct Weights {
     explicit Weights(const ModelConfig& c, Memory& memory = host_memory(), Precision compute = Precision::fp32, int shards = 1)
         : config(c),
           layout(c, shards),
-          values(layout, memory),
+          values(layout, memory, compute),
           precision(compute),
           narrow(compute == Precision::fp32 ? 0 : static_cast<size_t>(layout.arena_elements()) * size_of(compute), memory) {}
 
     ModelConfig config;
     ParameterLayout layout;
-    ParameterArena values;   // the masters
+    ParameterArena values;   // the masters; with `narrow`, of matrices their lower halves
     Precision precision;     // what matrix products and look-ups read
-    Arena narrow;            // the values in that precision, at the same element offsets; none for fp32
+    Arena narrow;            // at the same element offsets; none for fp32
 
     /// As operators read it; null for index -1, a parameter that the architecture lacks.
     Buffer operator[](int index) const { return index < 0 ? Buffer() : all().offset(layout[index].offset); }
-    /// The master.
-    Buffer master(int index) const { return index < 0 ? Buffer() : Buffer(values.data() + layout[index].offset); }
+    /// A vector's master.
+    Buffer master(int index) const { return index < 0 ? Buffer() : values.at(layout[index].offset); }
     /// The whole arena as operators read it.
-    Buffer all() const {
-        return precision == Precision::fp32 ? Buffer(values.data()) : Buffer(narrow.at<void>(0), precision);
-    }
+    Buffer all() const { return precision == Precision::fp32 ? values.at(0) : Buffer(narrow.at<void>(0), precision); }
+
+    /// All masters from and to an arena of fp32 in host memory.
+    void set(const ParameterArena& masters) const;
+    void get(const ParameterArena& masters) const;
 };
 
 }  // namespace strobe::gpt

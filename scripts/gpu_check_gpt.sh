@@ -51,6 +51,7 @@ train cuda-again cuda
 killed cuda-killed cuda
 train cuda-fp32 cuda --precision fp32
 train cuda-moments cuda --moments bf16
+train cuda-narrow cuda --moments bf16 --gradients bf16 --recompute norms
 train cuda-rows cuda --across-documents
 train cpu-rows cpu --across-documents
 resume cpu cpu-to-cuda cuda
@@ -73,7 +74,8 @@ def losses(name):
 
 failed = False
 # From one start, over ten steps: later ones depend on how a fresh model's steps have amplified the roundings of the first.
-for name, other, tolerance in [("cuda-fp32", "cpu", 1e-3), ("cuda", "cpu", 1e-2), ("cuda-moments", "cpu", 1e-2), ("cuda-rows", "cpu-rows", 1e-2),
+for name, other, tolerance in [("cuda-fp32", "cpu", 1e-3), ("cuda", "cpu", 1e-2), ("cuda-moments", "cpu", 1e-2),
+                               ("cuda-narrow", "cpu", 1e-2), ("cuda-rows", "cpu-rows", 1e-2),
                                ("cpu-to-cuda", "cpu", 1e-2), ("cuda-to-cpu", "cuda", 1e-2)]:
     reference = losses(other)
     apart = [abs(loss / reference[step] - 1) for step, loss in sorted(losses(name).items())]

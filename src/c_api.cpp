@@ -1,7 +1,7 @@
 // The C ABI: exceptions become a status and a text, structs of any version become a Problem.
 #include "strobe/strobe.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <cstring>

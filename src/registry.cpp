@@ -1,6 +1,6 @@
 #include "registry.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <cstring>
 #include <vector>

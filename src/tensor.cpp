@@ -1,6 +1,6 @@
 #include "tensor.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <array>
 
@@ -42,12 +42,18 @@ int64_t footprint(const Axes& axes, int64_t period, int64_t element_bytes) {
     return bytes;
 }
 
-std::string list_text(const int64_t* values, int count) {
+std::string dims_text(const int64_t* values, int count) {
     if (count < 0 || count > STROBE_MAX_DIMS) return fmt::format("of {} dimensions", count);
-    return fmt::format("({})", fmt::join(values, values + count, ", "));
+    return list_text({values, static_cast<size_t>(count)});
 }
 
 }  // namespace
+
+std::string list_text(std::span<const int64_t> values) {
+    std::string text;
+    for (int64_t value : values) text += fmt::format("{}{}", text.empty() ? "" : ", ", value);
+    return "(" + text + ")";
+}
 
 size_t dtype_bytes(int32_t dtype) {
     switch (dtype) {
@@ -77,8 +83,8 @@ std::string device_name(const strobe_tensor& t) {
     return fmt::format("device type {}", t.device_type);
 }
 
-std::string shape_text(const strobe_tensor& t) { return list_text(t.shape, t.ndim); }
-std::string strides_text(const strobe_tensor& t) { return list_text(t.strides, t.ndim); }
+std::string shape_text(const strobe_tensor& t) { return dims_text(t.shape, t.ndim); }
+std::string strides_text(const strobe_tensor& t) { return dims_text(t.strides, t.ndim); }
 
 int64_t num_elements(const strobe_tensor& t) {
     int64_t n = t.ndim == 0 ? 0 : 1;

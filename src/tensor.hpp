@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "strobe/strobe.h"
@@ -17,6 +18,7 @@ const char* dtype_name(int32_t dtype);
 /// "cpu", "cuda:1"
 std::string device_name(const strobe_tensor& t);
 /// "(2, 128, 8, 64)"
+std::string list_text(std::span<const int64_t> values);
 std::string shape_text(const strobe_tensor& t);
 std::string strides_text(const strobe_tensor& t);
 

@@ -1,6 +1,6 @@
 #include "validate.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <array>
 #include <cmath>
@@ -45,7 +45,7 @@ private:
 
 template <class... Args>
 [[noreturn]] void refuse(const char* name, fmt::format_string<Args...> text, Args&&... args) {
-    invalid_argument(fmt::format("{}: {}", name, fmt::format(text, std::forward<Args>(args)...)));
+    invalid_argument(fmt::format("{}: {}", name, fmt::vformat(text, fmt::make_format_args(args...))));
 }
 
 // ---- one view on its own ------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ void check_geometry(const Named& n, DataPointers pointers) {
     if (pointers == DataPointers::ignored || elements == 0) return;
     if (!t.data) refuse(n.name, "data is NULL for shape {}", shape_text(t));
     if (reinterpret_cast<uintptr_t>(t.data) % bytes != 0) {
-        refuse(n.name, "data {} is not aligned to its element size of {} bytes", fmt::ptr(t.data), bytes);
+        refuse(n.name, "data {} is not aligned to its element size of {} bytes", t.data, bytes);
     }
 }
 
@@ -133,8 +133,8 @@ void check_shape(const Named& n, std::initializer_list<int64_t> expected, const 
     int i = 0;
     for (int64_t e : expected) same = same && t.shape[i++] == e;
     if (!same) {
-        refuse(n.name, "shape is {}; it must be {} = ({})", t.ndim == 0 ? "not given" : shape_text(t), axes,
-               fmt::join(expected, ", "));
+        refuse(n.name, "shape is {}; it must be {} = {}", t.ndim == 0 ? "not given" : shape_text(t), axes,
+               list_text({expected.begin(), expected.end()}));
     }
 }
 
@@ -359,8 +359,8 @@ private:
         const int64_t full[] = {size_.batch, size_.num_heads, size_.longest_q, size_.longest_k};
         for (int i = 0; i < 4; ++i) {
             if (n.tensor.shape[i] != full[i] && n.tensor.shape[i] != 1) {
-                refuse("bias", "shape is {}; it must be (B, H, Sq, Sk) = ({}), each extent possibly 1", shape_text(n.tensor),
-                       fmt::join(full, ", "));
+                refuse("bias", "shape is {}; it must be (B, H, Sq, Sk) = {}, each extent possibly 1", shape_text(n.tensor),
+                       list_text(full));
             }
         }
     }

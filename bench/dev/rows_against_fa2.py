@@ -1,119 +1,120 @@
 #!/usr/bin/env python3
-"""The sm80 rows beside FlashAttention-2 as PyTorch's scaled_dot_product_attention has it, in turn on one GPU, and the general and
-deterministic rows beside the plain ones. On Hopper the library itself would take the sm90 rows: so row_bench times them by name.
+"""The sm80 rows beside FlashAttention-2 as PyTorch's scaled_dot_product_attention has it, and the options and the deterministic mode beside
+plain calls: in one process, in turn, the device kept busy while the host launches (bench/peers/timing.py). On Hopper the library itself
+would take the sm90 rows: so calls ask for sm80 by name. Results are compared before anything is timed.
 
-rows_against_fa2.py ROW_BENCH [--commit COMMIT] [--json PATH]
+    PYTHONPATH=... python bench/dev/rows_against_fa2.py [--seconds 120] [--json PATH]
 """
+
 import argparse
+import functools
 import json
 import math
-import re
-import subprocess
-import time
+import os
+import pathlib
+import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "peers"))
+
+import cases
+import contenders
+import machine
+import measure
+import timing
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TOKENS, HIDDEN = 16384, 2048
-SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-DIMS = (64, 128, 256)
-FEATURES = ("softcap", "alibi", "dropout", "bias")
-LINE = re.compile(r"sm80 (forward|backward) bf16 d(\d+) band (\w+) (\d+x\d+, \d+ stages, \d+ warps)\s+(full|causal)\s+([\d ]+)$")
+DIRECTIONS = ("forward", "backward", "both")
+OPTIONS = {
+    "softcap": functools.partial(contenders.strobe_call, softcap=30.0),
+    "ALiBi": contenders.strobe_alibi,
+    "dropout": functools.partial(contenders.strobe_call, dropout_p=0.17, rng_state=(1, 2)),
+    "bias": contenders.strobe_bias,
+}
+sm80 = functools.partial(contenders.strobe_call, implementation="sm80")
 
 
-def rows(program, features, *arguments):
-    """{(direction, dim, mask): (tile, TFLOP/s by length)}: of rows that differ in their tile, the first is the one that is taken."""
-    wanted = f"sm80 .* bf16 d({'|'.join(map(str, DIMS))}) band {features}"
-    text = subprocess.run([program, "--filter", wanted, *arguments], capture_output=True, text=True, check=True).stdout
+def long_first(grid):
+    """Head dim 128, 16k tokens, full mask before all others: a figure of its own, taken before the card is hot."""
+    return sorted(grid, key=lambda c: (c.head_dim, c.seqlen, c.causal) != (128, 16384, False))
+
+
+def speeds(clock, case, prepared, seconds, compared=()) -> dict:
+    """TFLOP/s of the calls by name and direction; `compared` must agree with the first."""
+    x = contenders.make_inputs(case)
+    calls = {name: prepare(case, x) for name, prepare in prepared.items()}
+    outs = {name: call() for name, call in calls.items()}
+    gradients = {name: functools.partial(torch.autograd.grad, out, x.leaves, x.dout, retain_graph=True) for name, out in outs.items()}
+    first = next(iter(calls))
+    expected = (outs[first].detach(), *gradients[first]())
+    for name in compared:
+        apart = measure.differences(expected, (outs[name].detach(), *gradients[name]()))
+        if not all(difference < measure.AGREE for difference in apart.values()):
+            raise RuntimeError(f"{case.name}: {first} and {name} differ: {apart}")
+    del expected
+
+    def without_graph(call):
+        with torch.no_grad():
+            call()
+
+    forwards = {name: functools.partial(without_graph, call) for name, call in calls.items()}
+    forward, _ = timing.measure(clock, forwards, 0.3 * seconds)
+    backward, clocks = timing.measure(clock, gradients, 0.7 * seconds, machine.clocks)
+    taken = {"forward": forward, "backward": backward}
+    taken["both"] = {name: {"seconds": forward[name]["seconds"] + backward[name]["seconds"]} for name in calls}
+    result = {d: {n: round(cases.flops(case, d) / r["seconds"] * 1e-12, 1) for n, r in runs.items()} for d, runs in taken.items()}
+    result["clocks"] = clocks
+    result["waits"] = sorted({f"{n} {d}" for d in ("forward", "backward") for n, r in taken[d].items() if r.get("waits")})
+    return result
+
+
+def line(case, result, direction, base) -> str:
+    """Every contender's speed, and its ratio to `base`'s."""
+    numbers = "  ".join(f"{name} {x:.0f} ({x / result[direction][base]:.2f})" for name, x in result[direction].items())
+    return f"{case.name:32s} {direction:8s} {numbers}" + (f"   waits: {result['waits']}" if result["waits"] else "")
+
+
+def summary(cells) -> dict:
     found = {}
-    for line in text.splitlines():
-        if match := LINE.match(line.strip()):
-            direction, dim, _, tile, mask, numbers = match.groups()
-            found.setdefault((direction, int(dim), mask), (tile, [float(x) for x in numbers.split()]))
+    for direction in DIRECTIONS:
+        ratios = [c[direction]["sm80"] / c[direction]["FA2"] for c in cells]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        found[direction] = {"geometric_mean": round(mean, 3), "least": round(min(ratios), 3), "below_1": sum(r < 1 for r in ratios)}
     return found
 
 
-def median_ms(call, flush, repeats=7):
-    times = []
-    for i in range(repeats + 2):
-        flush.fill_(i)
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
-
-
-def fa2():
-    flush = torch.empty(160 << 20, dtype=torch.uint8, device="cuda")
-    attention = torch.nn.functional.scaled_dot_product_attention
-    found = {}
-    for dim in DIMS:
-        for mask in ("full", "causal"):
-            forward, backward = [], []
-            for seqlen in SEQLENS:
-                q, k, v = (torch.randn(TOKENS // seqlen, seqlen, HIDDEN // dim, dim, device="cuda", dtype=torch.bfloat16)
-                           .transpose(1, 2).requires_grad_() for _ in range(3))
-                flops = 4e-9 * TOKENS * seqlen * HIDDEN / (2 if mask == "causal" else 1)
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    with torch.no_grad():
-                        forward.append(flops / median_ms(lambda: attention(q, k, v, is_causal=mask == "causal"), flush))
-                    out = attention(q, k, v, is_causal=mask == "causal")
-                    dout = torch.randn_like(out)
-                    grads = lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-                    backward.append(2.5 * flops / median_ms(grads, flush))
-            found["forward", dim, mask], found["backward", dim, mask] = forward, backward
-    return found
+def write(record, path):
+    """Replaces the file in one step: whoever ends the process, a whole record is there."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row_bench")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--json")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of timing (default: 120)")
+    parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    plain, peer = rows(options.row_bench, "plain"), fa2()
-    record = {"record": "sm80-rows-against-fa2", "commit": options.commit, "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-              "device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": TOKENS, "hidden": HIDDEN, "dtype": "bf16",
-              "unit": "TFLOP/s", "cells": [], "options": [], "deterministic": []}
-    for direction in ("forward", "backward"):
-        ratios = []
-        for dim in DIMS:
-            for mask in ("full", "causal"):
-                key = (direction, dim, mask)
-                tile, ours = plain[key]
-                for seqlen, x, y in zip(SEQLENS, ours, peer[key]):
-                    record["cells"].append({"direction": direction, "head_dim": dim, "mask": mask, "seqlen": seqlen, "row": tile,
-                                            "strobe": x, "fa2": round(y, 1), "ratio": round(x / y, 3)})
-                    ratios.append(x / y)
-                print(f"{direction:8} {dim:3} {mask:6} " + " ".join(f"{x:.0f}/{y:.0f}" for x, y in zip(ours, peer[key])), flush=True)
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        record[direction] = {"geometric_mean": round(mean, 3), "least": round(min(ratios), 3), "cells_below_1": sum(r < 1 for r in ratios)}
-        print(f"{direction}: {record[direction]}", flush=True)
-    at_4k, long = SEQLENS.index(4096), ("--seqlens", "4096,16384", "--repeats", "5")
-    for feature in ("none", *FEATURES):
-        features = {"bias": "biased", "dropout": "dropout"}.get(feature, "general")
-        for (direction, dim, mask), (tile, (speed,)) in rows(options.row_bench, features, "--seqlens", "4096", "--masks", "causal", "--feature", feature).items():
-            ratio = speed / plain[direction, dim, mask][1][at_4k]
-            record["options"].append({"direction": direction, "head_dim": dim, "option": feature, "row": tile, "strobe": speed, "of_plain": round(ratio, 3)})
-            print(f"{feature:8} {direction:8} {dim:3} {speed:.0f} = {ratio:.2f} of plain", flush=True)
-    # The deterministic mode takes the row with the most stages: select.cpp.
-    deterministic = {}
-    for stages in (1, 2):
-        deterministic |= rows(options.row_bench, f"plain [0-9x]*, {stages} stages", *long, "--deterministic")
-    deterministic = {key: found for key, found in deterministic.items() if key[0] == "backward"}
-    for (direction, dim, mask), (tile, speeds) in deterministic.items():
-        ratios = [x / y for x, y in zip(speeds, plain[direction, dim, mask][1][at_4k::2])]
-        record["deterministic"].append({"head_dim": dim, "mask": mask, "seqlens": [4096, 16384], "row": tile, "strobe": speeds,
-                                        "of_default": [round(r, 3) for r in ratios]})
-        print(f"deterministic {dim:3} {mask:6} {speeds} = " + " ".join(f"{r:.2f}" for r in ratios) + " of the default", flush=True)
-    if options.json:
-        with open(options.json, "w") as out:
-            json.dump(record, out, indent=1)
-            out.write("\n")
+    fa2 = contenders.CONTENDERS["FA2"].prepare
+    grid, long = long_first(cases.grid()), [c for c in cases.grid() if c.seqlen in (4096, 16384)]
+    plan = [("cells", case, {"sm80": sm80, "FA2": fa2}, ("FA2",), DIRECTIONS, "FA2") for case in grid]
+    with_option = {name: functools.partial(prepare, implementation="sm80") for name, prepare in OPTIONS.items()}
+    plan += [("options", c, {"plain": sm80, **with_option}, (), DIRECTIONS[:2], "plain") for c in long if c.causal and c.seqlen == 4096]
+    repeats = {"default": sm80, "deterministic": functools.partial(sm80, deterministic=True)}
+    plan += [("deterministic", c, repeats, ("deterministic",), ("backward",), "default") for c in long]
+    weight = sum(len(prepared) for _, _, prepared, *_ in plan)
+    record = {"record": "sm80-rows-against-fa2", "machine": machine.describe(), "unit": "TFLOP/s", "cells": [], "options": [], "deterministic": []}
+    clock = timing.Clock()
+    for kind, case, prepared, compared, directions, base in plan:
+        result = speeds(clock, case, prepared, options.seconds * len(prepared) / weight, compared)
+        record[kind].append({"head_dim": case.head_dim, "mask": case.mask, "seqlen": case.seqlen, **result})
+        for direction in directions:
+            print(line(case, result, direction, base), flush=True)
+        if kind == "cells":
+            record["against_fa2"] = summary(record["cells"])
+        write(record, options.json)
+    print(json.dumps(record["against_fa2"]))
 
 
 if __name__ == "__main__":

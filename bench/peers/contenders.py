@@ -60,7 +60,7 @@ def _dense_only(case: Case) -> None:
 # ---- strobe -----------------------------------------------------------------------------------------------------------------
 
 
-def _strobe(case: Case, x: Inputs, **more):
+def strobe_call(case: Case, x: Inputs, **more):
     options = {"causal": case.causal, **more}
     if case.window is not None:
         options["window_size"] = (case.window, -1)
@@ -70,15 +70,15 @@ def _strobe(case: Case, x: Inputs, **more):
     return lambda: strobe.attention(*x.leaves, **options)
 
 
-def _strobe_alibi(case: Case, x: Inputs):
+def strobe_alibi(case: Case, x: Inputs, **more):
     slopes = torch.linspace(0.5, 0.004, case.num_heads, device=x.q.device)
-    return _strobe(case, x, alibi_slopes=slopes)
+    return strobe_call(case, x, alibi_slopes=slopes, **more)
 
 
-def _strobe_bias(case: Case, x: Inputs):
+def strobe_bias(case: Case, x: Inputs, **more):
     """A bias for each head, without its gradient."""
     bias = torch.randn(1, case.num_heads, case.seqlen, case.seqlen, device=x.q.device, dtype=x.q.dtype)
-    return _strobe(case, x, bias=bias)
+    return strobe_call(case, x, bias=bias, **more)
 
 
 # ---- torch ------------------------------------------------------------------------------------------------------------------
@@ -174,20 +174,20 @@ _CLOSE = frozenset({"grid", "gqa", "varlen", "window", "short"})
 _FAR = frozenset({"others"})
 _DETERMINISTIC, _OPTIONS, _MEMORY = frozenset({"deterministic"}), frozenset({"options"}), frozenset({"memory"})
 CONTENDERS: dict[str, Contender] = {
-    "strobe": Contender(_strobe, _CLOSE | _FAR | _DETERMINISTIC | _OPTIONS | _MEMORY),
+    "strobe": Contender(strobe_call, _CLOSE | _FAR | _DETERMINISTIC | _OPTIONS | _MEMORY),
     "FA3": Contender(_fa3, _CLOSE | _DETERMINISTIC | _MEMORY),
     "cuDNN": Contender(_cudnn, _CLOSE | _MEMORY),
     "FA2": Contender(_torch_fa2, _CLOSE | _DETERMINISTIC | _MEMORY),
     "Triton": Contender(_triton, _FAR),
     "efficient": Contender(functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _FAR),
     "math": Contender(functools.partial(_sdpa, SDPBackend.MATH), _FAR | _MEMORY),
-    "strobe deterministic": Contender(functools.partial(_strobe, deterministic=True), _DETERMINISTIC),
+    "strobe deterministic": Contender(functools.partial(strobe_call, deterministic=True), _DETERMINISTIC),
     "FA3 deterministic": Contender(functools.partial(_fa3, deterministic=True), _DETERMINISTIC),
     "FA2 deterministic": Contender(_torch_fa2, _DETERMINISTIC, deterministic=True),
-    "strobe softcap": Contender(functools.partial(_strobe, softcap=30.0), _OPTIONS),
-    "strobe ALiBi": Contender(_strobe_alibi, _OPTIONS),
-    "strobe bias": Contender(_strobe_bias, _OPTIONS),
-    "strobe dropout": Contender(functools.partial(_strobe, dropout_p=0.1, rng_state=(1, 2)), _OPTIONS),
+    "strobe softcap": Contender(functools.partial(strobe_call, softcap=30.0), _OPTIONS),
+    "strobe ALiBi": Contender(strobe_alibi, _OPTIONS),
+    "strobe bias": Contender(strobe_bias, _OPTIONS),
+    "strobe dropout": Contender(functools.partial(strobe_call, dropout_p=0.1, rng_state=(1, 2)), _OPTIONS),
 }
 # Contenders that compute something else than `strobe` does.
 OTHER_RESULTS = frozenset({"strobe softcap", "strobe ALiBi", "strobe bias", "strobe dropout"})

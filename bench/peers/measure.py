@@ -11,7 +11,7 @@ import machine
 import timing
 
 # Relative difference (norm) between two right answers in bfloat16; dQ of a long sequence is the least certain.
-_AGREE = 2e-2
+AGREE = 2e-2
 
 
 def differences(ours, theirs) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Runner:
                 expected = results
             elif name not in peers.OTHER_RESULTS:
                 apart = differences(expected, results)
-                if not all(x < _AGREE for x in apart.values()):
+                if not all(x < AGREE for x in apart.values()):
                     refused[name] = "it differs from strobe: " + ", ".join(f"{what} by {x:.2g}" for what, x in apart.items())
                     continue
             calls[name], outs[name] = call, out

@@ -33,6 +33,21 @@ def blank(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def loss_curves(curves: dict, styles: dict, unit: str, path: pathlib.Path) -> None:
+    """Losses by step; `styles` by name, in the order of the legend. A name without losses is left out."""
+    figure = blank(5.6, 3.6)
+    axes = figure.subplots()
+    for name, style in styles.items():
+        if curves.get(name):
+            axes.plot(range(1, len(curves[name]) + 1), curves[name], style, label=name, linewidth=1.2, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.legend(frameon=False)
+    axes.grid(linewidth=0.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def grid_cells(record: dict) -> dict[tuple[int, str], list[dict]]:
     """The cells of the grid by (head dim, mask), in the order of their lengths. Peers of the section `others` join them."""
     cells: dict[tuple[int, str, int], dict] = {}

@@ -1,19 +1,27 @@
 // Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
-// JSON. With "once" one step warms up and none is looked at by operator: for steps of a minute.
-//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] [pointwise|block]
-//       [processes=N]
-// ROWS are those of one process; of several, which a launcher may have started too, rank 0 prints.
+// JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for steps of a minute. SEQLEN
+// "longest": the largest multiple of 1024 for which the plan of the run's memory fits what is free.
+//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again), processes=N.
+// Sets of options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one it
+// does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there steps of all
+// together and of each by itself take turns.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
+#include <string>
+#include <vector>
 #include <nlohmann/json.hpp>
 
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/spawn.hpp"
+#include "gpt/host_view.hpp"
+#include "gpt/io/xxhash64.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
@@ -24,6 +32,7 @@ namespace strobe::gpt {
 namespace {
 
 constexpr int64_t kVocab = 50304;
+constexpr int64_t kLongest = -1;  // a seqlen that is found out
 // Bytes read and written per second by a large copy on an H100, as measured: the bound of pointwise operators.
 constexpr double kCopyBytesPerSecond = 3.02e12;
 
@@ -106,49 +115,182 @@ nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
     return out;
 }
 
+double median_of(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+void hash_device_memory(Memory& memory, const void* from, size_t bytes, XxHash64& hash) {
+    std::vector<std::byte> piece(std::min(bytes, size_t{64} << 20));
+    for (size_t at = 0; at < bytes; at += piece.size()) {
+        const std::span now(piece.data(), std::min(piece.size(), bytes - at));
+        memory.copy(now.data(), static_cast<const std::byte*>(from) + at, now.size());
+        hash.update(now);
+    }
+}
+
+/// Whether what operators read of the weights is the same on all processes, bit for bit: the narrow values, and the masters of
+/// norms and biases.
+bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights) {
+    XxHash64 hash;
+    hash_device_memory(memory, weights.all().data, static_cast<size_t>(weights.values.size()) * size_of(weights.precision), hash);
+    hash_device_memory(memory, weights.values.at(0).data, static_cast<size_t>(weights.layout.matrices_begin()) * sizeof(float), hash);
+    const std::vector<std::string> all = group.exchange(std::to_string(hash.digest()));
+    return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
+}
+
+/// What operators wait for, per step.
+nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
+    nlohmann::ordered_json out;
+    for (const auto& [part, entry] : times.parts)
+        if (std::get<0>(part) == OpKind::communication) out[std::string(std::get<1>(part))] = 1e3 * entry.seconds / steps;
+    return out;
+}
+
 struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
     bool deterministic = false, graph = true, once = false;
-    Precision moments = Precision::bf16;
+    Precision moments = Precision::bf16, gradients = Precision::bf16;
     Recompute recompute = Recompute::none;
     int processes = 1;
 };
 
-Arguments parse(int argc, char** argv) {
-    Arguments a{.model = argv[1], .seqlen = std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
-    for (int i = 5; i < argc; ++i) {
-        const std::string option = argv[i];
+Arguments parse(char** argv, const std::vector<std::string>& options) {
+    Arguments a{.model = argv[1], .seqlen = std::string_view(argv[2]) == "longest" ? kLongest : std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
+    for (const std::string& option : options) {
         if (option == "deterministic") a.deterministic = true;
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
+        else if (option == "fp32-gradients") a.gradients = Precision::fp32;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
         else a.recompute = recompute_from_string(option);
     }
     return a;
 }
 
-int run_bench(const Arguments& a) {
+ModelOptions model_options_of(const Arguments& a, int processes) {
+    return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .gradients = processes > 1 ? Precision::fp32 : a.gradients,
+            .device = Device::cuda, .precision = Precision::bf16, .moments = a.moments, .processes = processes};
+}
+
+ModelConfig config_of(const Arguments& a) {
+    const Shape shape = shape_of(a.model);
+    return gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
+}
+
+/// One set of options among others.
+class Variant {
+public:
+    Variant(const Arguments& a, const Weights& weights, Backend& backend)
+        : a_(a), weights_(weights), backend_(backend), model_(weights, backend, model_options_of(a, 1)),
+          optimizer_(weights.layout, OptimizerOptions{}, backend.memory(), a.moments), graphs_(backend),
+          batches_{random_batch(a.seqlen, a.rows, 0)} {
+        prepare();
+    }
+    void step() {
+        const auto start = std::chrono::steady_clock::now();
+        backend_.exec().deterministic = a_.deterministic;
+        model_.begin_step();
+        optimizer_.set_rates(++number_, 1e-4f);
+        const auto enqueue = [&] {
+            model_.passes();
+            optimizer_.update(backend_.exec(), weights_, model_.gradients());
+        };
+        a_.graph ? graphs_.run(model_.step_shape(), enqueue) : enqueue();
+        prepare();
+        optimizer_.gradient_norm();
+        model_.take_loss();
+        seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    void forget() { seconds_.clear(); }
+    const std::vector<double>& seconds() const { return seconds_; }
+
+private:
+    void prepare() { model_.prepare(batches_, 1.0f / static_cast<float>(batches_.front().tokens.size())); }
+
+    Arguments a_;
+    const Weights& weights_;
+    Backend& backend_;
+    Model model_;
+    Optimizer optimizer_;
+    StepGraphs graphs_;
+    std::vector<Batch> batches_;
+    int64_t number_ = 0;
+    std::vector<double> seconds_;
+};
+
+int run_variants(const std::vector<Arguments>& sets, const std::vector<std::string>& names) {
+    const Arguments& first = sets.front();
+    const ModelConfig config = config_of(first);
+    Backend backend(Device::cuda);
+    backend.exec().times = nullptr;
+    const Weights weights(config, backend.memory(), Precision::bf16);
+    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    std::vector<std::unique_ptr<Variant>> variants;
+    std::vector<size_t> bytes;
+    const auto warm = [](Variant& v) {
+        for (int i = 0; i < 3; ++i) v.step();
+        v.forget();
+    };
+    for (const Arguments& a : sets) {
+        const size_t before = backend.runtime().free_bytes();
+        variants.push_back(std::make_unique<Variant>(a, weights, backend));
+        warm(*variants.back());
+        bytes.push_back(before - backend.runtime().free_bytes());
+    }
+    // Two steps in a turn; every second round in the opposite order.
+    for (int64_t round = 0; 2 * round < first.steps; ++round)
+        for (size_t i = 0; i < sets.size(); ++i)
+            for (int twice = 0; twice < 2; ++twice) variants[round % 2 == 0 ? i : sets.size() - 1 - i]->step();
+    auto rows = nlohmann::ordered_json::array();
+    for (size_t i = 0; i < sets.size(); ++i) {
+        std::vector<double> ratios;
+        for (size_t s = 0; s < variants[i]->seconds().size(); ++s) ratios.push_back(variants[i]->seconds()[s] / variants.front()->seconds()[s]);
+        const double median = median_of(variants[i]->seconds()), tokens = static_cast<double>(first.seqlen * first.rows);
+        rows.push_back({{"options", names[i]},
+                        {"seconds_median", median},
+                        {"seconds_min", *std::ranges::min_element(variants[i]->seconds())},
+                        {"tflops_per_second", 1e-12 * flops_of_step(config, first.seqlen, static_cast<int64_t>(tokens), 1.0) / median},
+                        {"time_over_the_firsts", median_of(ratios)},
+                        {"memory_bytes", bytes[i] + weights.values.size_bytes() + weights.narrow.size_bytes()}});
+    }
+    const nlohmann::ordered_json out{{"model", first.model}, {"gpu", backend.runtime().name()}, {"seqlen", first.seqlen},
+                                     {"rows", first.rows},   {"steps", first.steps},            {"variants", rows}};
+    std::printf("%s\n", out.dump(2).c_str());
+    return 0;
+}
+
+/// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
+constexpr size_t kReserve = size_t{1} << 30;
+
+int64_t longest_row(Arguments a, size_t bytes) {
+    constexpr int64_t kStep = 1024;
+    int64_t fits = 0, over = int64_t{1} << 12;  // in steps
+    while (over - fits > 1) {
+        const int64_t middle = (fits + over) / 2;
+        a.seqlen = middle * kStep;
+        (plan_memory(config_of(a), model_options_of(a, 1)).total() + kReserve <= bytes ? fits : over) = middle;
+    }
+    if (fits == 0) throw std::runtime_error("not even a row of 1024 tokens fits");
+    return fits * kStep;
+}
+
+int run_bench(Arguments a) {
     const Launch launch = read_launch();
     if (a.processes > launch.size) return run_as_processes(a.processes);
     const std::unique_ptr<ProcessGroup> group = join_group(launch);
     if (group) cuda::choose_gpu(*group);
-    const Shape shape = shape_of(a.model);
-    const ModelConfig config = gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
     Backend backend(Device::cuda);
     Exec& exec = backend.exec();
     exec.deterministic = a.deterministic;
     const size_t free_before = backend.runtime().free_bytes();
+    if (a.seqlen == kLongest) a.seqlen = longest_row(a, free_before);
+    const ModelConfig config = config_of(a);
     const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
-    {
-        const ParameterArena fresh(weights.layout);
-        initialize(weights.layout, config, 1, fresh);
-        weights.values.copy_from(fresh);
-    }
-    narrow_values(backend, weights);
-    const ModelOptions model_options{.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .device = Device::cuda,
-                                     .precision = Precision::bf16, .moments = a.moments, .processes = launch.size};
+    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    const ModelOptions model_options = model_options_of(a, launch.size);
     Model model(weights, backend, model_options);
     std::optional<Optimizer> optimizer;
     std::unique_ptr<DataParallel> parallel;
@@ -156,6 +298,7 @@ int run_bench(const Arguments& a) {
         parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{}, a.moments);
     else
         optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
+    bool together = group != nullptr;  // the step at hand is one of all processes
     StepGraphs graphs(backend);
     const std::vector<Batch> batches{random_batch(a.seqlen, a.rows, launch.rank)};
     const int64_t tokens = launch.size * static_cast<int64_t>(batches.front().tokens.size());
@@ -164,39 +307,72 @@ int run_bench(const Arguments& a) {
     double loss = 0.0;
     const auto prepare = [&] { model.prepare(batches, 1.0f / static_cast<float>(tokens)); };
     const auto enqueue = [&] {
-        model.passes(parallel.get());
-        parallel ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
+        model.passes(together ? parallel.get() : nullptr);
+        together ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
         model.begin_step();
         ++number;
-        parallel ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
-        a.graph ? graphs.run(model.step_shape(), enqueue) : enqueue();
+        together ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
+        std::vector<int64_t> shape = model.step_shape();
+        shape.push_back(together);
+        a.graph ? graphs.run(shape, enqueue) : enqueue();
         prepare();
-        parallel ? parallel->gradient_norm() : optimizer->gradient_norm();
+        together ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
+    };
+    const auto timed_step = [&] {
+        const auto start = std::chrono::steady_clock::now();
+        step();
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
-    for (int i = 0; i < (a.once ? 1 : 3); ++i) step();
-    std::vector<double> seconds;
-    for (int64_t i = 0; i < a.steps; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        step();
-        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const int warm_up = a.once ? 0 : 3;
+    for (int i = 0; i < warm_up; ++i) step();
+    std::vector<double> seconds, seconds_alone;
+    size_t optimizer_alone = 0;  // bytes that steps of all together do without
+    if (group) {
+        optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
+        optimizer_alone = optimizer->first_moments().size_bytes() + optimizer->second_moments().size_bytes();
+        together = false;
+        for (int i = 0; i < warm_up; ++i) step();
     }
-    const size_t peak_memory = free_before - backend.runtime().free_bytes();
+    for (int64_t i = 0; i < a.steps; ++i) {
+        if (group) {
+            together = false;
+            seconds_alone.push_back(timed_step());
+            group->barrier();
+            together = true;
+        }
+        seconds.push_back(timed_step());
+    }
+    const size_t peak_memory = free_before - backend.runtime().free_bytes() - optimizer_alone;
     exec.times = times;
     const int num_profiled = a.once ? 0 : 3;
     backend.times().clear();
     for (int i = 0; i < num_profiled; ++i) step();
-    OpTimes& profiled = backend.times();
-    if (group && !group->leads()) return 0;
+    OpTimes profiled = backend.times();
 
-    std::sort(seconds.begin(), seconds.end());
-    const double median = seconds[seconds.size() / 2], peak = backend.peak(Precision::bf16);
+    const double median = median_of(seconds), peak = backend.peak(Precision::bf16);
+    nlohmann::ordered_json shared;
+    if (group) {
+        // What processes wait for one another where no backward hides it.
+        backend.times().clear();
+        for (int i = 0; i < num_profiled; ++i) parallel->update(model.loss_sum());
+        std::vector<double> alone(static_cast<size_t>(launch.size));
+        alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
+        group->sum(alone);
+        shared = {{"communication", parallel->communicator().name()},
+                  {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},
+                  {"waits_milliseconds", waits_of(profiled, num_profiled)},
+                  {"waits_milliseconds_without_passes", waits_of(backend.times(), num_profiled)},
+                  {"tokens_per_second_of_each_alone", alone},
+                  {"speedup", static_cast<double>(tokens * launch.size) / median / std::accumulate(alone.begin(), alone.end(), 0.0)}};
+        if (!group->leads()) return 0;
+    }
     const double flops = flops_of_step(config, a.seqlen, tokens, 1.0), causal = flops_of_step(config, a.seqlen, tokens, 0.5);
     const nlohmann::ordered_json out{{"model", a.model},
                                      {"gpu", backend.runtime().name()},
@@ -205,13 +381,13 @@ int run_bench(const Arguments& a) {
                                      {"seqlen", a.seqlen},
                                      {"rows", a.rows},
                                      {"processes", launch.size},
-                                     {"communication", parallel ? parallel->communicator().name() : ""},
                                      {"deterministic", a.deterministic},
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
+                                     {"gradients", to_string(model_options.gradients)},
                                      {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
-                                     {"seconds_min", seconds.front()},
+                                     {"seconds_min", *std::min_element(seconds.begin(), seconds.end())},
                                      {"tokens_per_second", static_cast<double>(tokens) / median},
                                      {"tflops_per_second", 1e-12 * flops / median},
                                      {"mfu", flops / median / (peak * launch.size)},
@@ -219,10 +395,12 @@ int run_bench(const Arguments& a) {
                                      {"peak_memory_bytes", peak_memory},
                                      {"planned_memory_bytes", plan_memory(config, model_options).total()},
                                      {"loss", loss},
+                                     {"several", shared},
                                      {"operators", operator_table(profiled, num_profiled, peak)},
                                      {"parts", part_table(profiled, num_profiled, peak)},
                                      {"products", product_table(*exec.gemm)}};
     std::printf("%s\n", out.dump(2).c_str());
+    std::fflush(stdout);
     return 0;
 }
 
@@ -232,12 +410,27 @@ int run_bench(const Arguments& a) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [once] "
-                     "[pointwise|block] [processes=N]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [once] "
+                     "[norms|pointwise|block] [processes=N] [vs OPTION...]...\n       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
     try {
-        return strobe::gpt::run_bench(strobe::gpt::parse(argc, argv));
+        std::vector<std::vector<std::string>> sets(1);
+        for (int i = 5; i < argc; ++i) {
+            if (std::string_view(argv[i]) == "vs")
+                sets.emplace_back();
+            else
+                sets.back().emplace_back(argv[i]);
+        }
+        if (sets.size() == 1) return strobe::gpt::run_bench(strobe::gpt::parse(argv, sets.front()));
+        std::vector<strobe::gpt::Arguments> variants;
+        std::vector<std::string> names;
+        for (const auto& options : sets) {
+            variants.push_back(strobe::gpt::parse(argv, options));
+            names.emplace_back();
+            for (const std::string& option : options) names.back() += (names.back().empty() ? "" : " ") + option;
+        }
+        return strobe::gpt::run_variants(variants, names);
     } catch (const std::exception& e) {
         std::fprintf(stderr, "%s\n", e.what());
         return 1;

@@ -90,8 +90,7 @@ int main(int argc, char** argv) {
         const Device device = std::strcmp(argv[7], "cuda") == 0 ? Device::cuda : Device::cpu;
         Backend backend(device, device == Device::cpu ? static_cast<int>(number(7)) : 0);
         const Weights weights(config, backend.memory(), precision_for(device, ""));
-        fill_by_host(weights.layout, weights.values, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
-        narrow_values(backend, weights);
+        fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
         nlohmann::ordered_json out{{"architecture", argv[1]},
                                    {"parameters", config.num_parameters()},
                                    {"device", backend.runtime().name()},

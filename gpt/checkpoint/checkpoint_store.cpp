@@ -7,7 +7,7 @@
 #include <charconv>
 #include <cstdio>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/checkpoint/checkpoint.hpp"
 #include "gpt/io/durable_file.hpp"

@@ -3,7 +3,8 @@
 #include <cmath>
 #include <initializer_list>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/strict_json.hpp"

@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <string_view>
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include "gpt/config.hpp"
 #include "gpt/tokenizer/vocabulary.hpp"

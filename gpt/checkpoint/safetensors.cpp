@@ -7,8 +7,8 @@
 #include <limits>
 #include <stdexcept>
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/strict_json.hpp"
@@ -126,7 +126,11 @@ private:
 
 std::string_view to_string(StoredType type) { return row_of(type).name; }
 size_t size_of(StoredType type) { return row_of(type).size; }
-std::string shape_to_string(std::span<const int64_t> shape) { return fmt::format("({})", fmt::join(shape, ", ")); }
+std::string shape_to_string(std::span<const int64_t> shape) {
+    std::string text;
+    for (int64_t extent : shape) text += fmt::format("{}{}", text.empty() ? "" : ", ", extent);
+    return "(" + text + ")";
+}
 
 void StoredTensor::read_f32(int64_t begin, std::span<float> out) const {
     if (begin < 0 || begin > num_elements() || static_cast<int64_t>(out.size()) > num_elements() - begin) {

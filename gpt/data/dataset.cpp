@@ -7,7 +7,7 @@
 #include <optional>
 #include <thread>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/data/corpus.hpp"
 #include "gpt/io/file_error.hpp"

@@ -4,7 +4,7 @@
 #include <bit>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/ops/cross_entropy.hpp"
 

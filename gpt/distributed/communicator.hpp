@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -9,6 +10,10 @@
 #include "gpt/distributed/process_group.hpp"
 
 namespace strobe::gpt {
+
+/// How much of the device a collective may take. calm: operators go on beside it for long, and keep most of the device; swift:
+/// operators wait for it.
+enum class Pace { calm, swift };
 
 /// Calls return at once. What they ask for is done in their order, begins when all that operators were asked to do before is
 /// done, and goes on beside what operators are asked to do then, up to join(). All processes make the same calls.
@@ -18,11 +23,14 @@ public:
 
     /// `data` is as many pieces of `piece` numbers as there are processes. A process's own piece becomes the sum of all
     /// processes' numbers there; the others are undefined.
-    virtual void reduce_scatter(float* data, int64_t piece) = 0;
+    virtual void reduce_scatter(float* data, int64_t piece, Pace pace) = 0;
     /// Each process's own piece comes to all the others.
     virtual void all_gather(Buffer data, int64_t piece) = 0;
     /// Each number becomes the sum over the processes, the same bits on all.
     virtual void all_reduce(double* data, int64_t count) = 0;
+
+    /// What `calls` asks of this object is started at once: many small collectives cost no more than a large one.
+    virtual void as_one(const std::function<void()>& calls) { calls(); }
 
     /// What operators are asked to do from here on begins behind everything asked of this object. Throws ConnectionError.
     virtual void join() = 0;

@@ -25,7 +25,6 @@ DataParallel::DataParallel(ProcessGroup& group, Backend& backend, const Weights&
       options_(options),
       precision_(moments),
       rank_(group.rank()),
-      size_(group.size()),
       buckets_(plan_buckets(weights.layout, group.size())),
       m_(local_elements(buckets_) * size_of(moments), backend.memory()),
       v_(local_elements(buckets_) * size_of(moments), backend.memory()),
@@ -39,15 +38,19 @@ DataParallel::DataParallel(ProcessGroup& group, Backend& backend, const Weights&
     backend.memory().copy(segments_.at<void>(0), segments, sizeof segments);
 }
 
+// There is time while the backward goes on, but for what it finishes last.
 void DataParallel::ready(int64_t from) {
-    for (; reduced_ < buckets_.size() && buckets_[reduced_].begin >= from; ++reduced_)
-        communicator_->reduce_scatter(gradients_.data() + buckets_[reduced_].begin, buckets_[reduced_].piece);
+    const Pace pace = from > 0 ? Pace::calm : Pace::swift;
+    communicator_->as_one([&] {
+        for (; reduced_ < buckets_.size() && buckets_[reduced_].begin >= from; ++reduced_)
+            communicator_->reduce_scatter(gradients_.data() + buckets_[reduced_].begin, buckets_[reduced_].piece, pace);
+    });
 }
 
 // The operators' clock sees what of the communication they have to wait for.
-void DataParallel::join() {
+void DataParallel::join(const char* what) {
     Exec& exec = backend_.exec();
-    const Work work{.part = "waiting"};
+    const Work work{.part = what};
     if (!exec.times) return communicator_->join();
     if (exec.clock) {
         exec.clock->begin();
@@ -68,25 +71,34 @@ void DataParallel::update(double* loss_sum) {
     ready(0);
     reduced_ = 0;
     communicator_->all_reduce(loss_sum, 1);
-    join();
+    join("gradients");
     Exec& exec = backend_.exec();
     auto* square = squared_norm_.at<double>(0);
     for (const Bucket& b : buckets_)
         run(exec, SquaredNorm{.size = b.piece, .values = gradients_.data() + own(b), .result = square, .add = &b != buckets_.data()});
     communicator_->all_reduce(square, 1);
-    join();
+    join("norm");
+    // New values go out in so many groups of buckets: enough for AdamW to hide all but the last, and few starts.
+    constexpr size_t kGroups = 8;
     const bool narrows = weights_.precision != Precision::fp32;
-    for (const Bucket& b : buckets_) {
-        run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + b.decay, 1}, .size = b.piece,
-                        .values = weights_.values.data() + own(b), .grads = gradients_.data() + own(b), .m = local(m_, b),
-                        .v = local(v_, b), .rates = rates_.at<AdamWRates>(0), .beta1 = options_.beta1, .beta2 = options_.beta2,
-                        .eps = options_.eps, .squared_norm = options_.clip_norm > 0.0f ? square : nullptr,
-                        .clip_norm = options_.clip_norm, .narrow = narrows ? weights_.all().offset(own(b)) : Buffer()});
-        communicator_->all_gather(weights_.all().offset(b.begin), b.piece);
-        // Norms read the masters.
-        if (narrows && !b.decay) communicator_->all_gather(weights_.values.data() + b.begin, b.piece);
+    const size_t at_once = (buckets_.size() + kGroups - 1) / kGroups;
+    for (size_t begin = 0; begin < buckets_.size(); begin += at_once) {
+        const auto group = std::span(buckets_).subspan(begin, std::min(at_once, buckets_.size() - begin));
+        for (const Bucket& b : group)
+            run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + b.decay, 1}, .size = b.piece,
+                            .values = weights_.values.at(own(b)), .grads = gradients_.data() + own(b), .m = local(m_, b),
+                            .v = local(v_, b), .rates = rates_.at<AdamWRates>(0), .beta1 = options_.beta1, .beta2 = options_.beta2,
+                            .eps = options_.eps, .squared_norm = options_.clip_norm > 0.0f ? square : nullptr,
+                            .clip_norm = options_.clip_norm, .narrow = narrows ? weights_.all().offset(own(b)) : Buffer()});
+        communicator_->as_one([&] {
+            for (const Bucket& b : group) {
+                communicator_->all_gather(weights_.all().offset(b.begin), b.piece);
+                // Norms read the masters.
+                if (narrows && !b.decay) communicator_->all_gather(weights_.values.at(b.begin), b.piece);
+            }
+        });
     }
-    join();
+    join("values");
 }
 
 double DataParallel::gradient_norm() const {
@@ -97,7 +109,9 @@ double DataParallel::gradient_norm() const {
 
 void DataParallel::gather_values() {
     if (weights_.precision == Precision::fp32) return;
-    for (const Bucket& b : buckets_) communicator_->all_gather(weights_.values.data() + b.begin, b.piece);
+    communicator_->as_one([&] {
+        for (const Bucket& b : buckets_) communicator_->all_gather(weights_.values.at(b.begin), b.piece);
+    });
     communicator_->join();
 }
 

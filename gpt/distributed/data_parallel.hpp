@@ -49,7 +49,7 @@ private:
     Buffer local(const Arena& moments, const Bucket& bucket) const {
         return Buffer(moments.at<void>(0), precision_).offset(bucket.local);
     }
-    void join();
+    void join(const char* what);
     const ParameterArena& gather(const Arena& moments);
     void scatter(const ParameterArena& whole, const Arena& moments);
 
@@ -58,7 +58,7 @@ private:
     const ParameterArena& gradients_;
     OptimizerOptions options_;
     Precision precision_;  // of the moments
-    int rank_, size_;
+    int rank_;
     std::vector<Bucket> buckets_;
     size_t reduced_ = 0;   // buckets whose sum has been asked for
     Arena m_, v_;          // of the own pieces, one behind the other

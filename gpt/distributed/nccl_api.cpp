@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt::cuda {
 
@@ -16,6 +16,8 @@ constexpr const char* kSoname = "libnccl.so.2";
 void* open_library() {
     // A process may record its step while another does one that it has recorded already: recording must not need the others.
     ::setenv("NCCL_GRAPH_REGISTER", "0", 0);
+    // Where NCCL_DEBUG asks for words they would come between ours.
+    ::setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);
     if (const char* named = std::getenv("STROBE_NCCL")) {
         if (void* handle = dlopen(named, RTLD_NOW | RTLD_LOCAL)) return handle;
         throw std::invalid_argument(fmt::format("environment: STROBE_NCCL is '{}', which cannot be loaded: {}", named, dlerror()));
@@ -34,10 +36,13 @@ NcclLibrary::NcclLibrary() : handle_(open_library()) {
     STROBE_GPT_LOAD(ncclGetVersion);
     STROBE_GPT_LOAD(ncclGetUniqueId);
     STROBE_GPT_LOAD(ncclCommInitRank);
+    STROBE_GPT_LOAD(ncclCommSplit);
     STROBE_GPT_LOAD(ncclCommDestroy);
     STROBE_GPT_LOAD(ncclCommAbort);
     STROBE_GPT_LOAD(ncclGetErrorString);
     STROBE_GPT_LOAD(ncclGetLastError);
+    STROBE_GPT_LOAD(ncclGroupStart);
+    STROBE_GPT_LOAD(ncclGroupEnd);
     STROBE_GPT_LOAD(ncclReduceScatter);
     STROBE_GPT_LOAD(ncclAllGather);
     STROBE_GPT_LOAD(ncclAllReduce);

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cuda/device.hpp"
 #include "gpt/distributed/communicator.hpp"
@@ -17,6 +17,10 @@ namespace strobe::gpt::cuda {
 namespace {
 
 using strobe::cuda::check;
+
+// Multiprocessors that collectives take beside the backward. NCCL's own choice takes many more for a shorter while, which cost
+// products more time: those that fill all multiprocessors wait for a whole round more.
+constexpr int kCalmCtas = 8;
 
 class NcclCommunicator final : public Communicator {
 public:
@@ -32,22 +36,23 @@ public:
         if (shared.size() != sizeof id.bytes) throw std::logic_error("rank 0 sent no NCCL id");
         std::memcpy(id.bytes, shared.data(), sizeof id.bytes);
         nccl_.check(nccl_.ncclCommInitRank(&comm_, group.size(), id, group.rank()), "ncclCommInitRank");
+        NcclConfig calm;
+        calm.max_ctas = kCalmCtas;
+        nccl_.check(nccl_.ncclCommSplit(comm_, 0, group.rank(), &calm_, &calm), "ncclCommSplit", comm_);
     }
     // Behind an error the others may not answer any more.
     ~NcclCommunicator() override {
-        if (std::uncaught_exceptions() > 0)
-            nccl_.ncclCommAbort(comm_);
-        else
-            nccl_.ncclCommDestroy(comm_);
+        for (const NcclComm comm : {calm_, comm_}) std::uncaught_exceptions() > 0 ? nccl_.ncclCommAbort(comm) : nccl_.ncclCommDestroy(comm);
         cudaEventDestroy(asked_);
         cudaEventDestroy(done_);
         cudaStreamDestroy(stream_);
     }
 
-    void reduce_scatter(float* data, int64_t piece) override {
+    void reduce_scatter(float* data, int64_t piece, Pace pace) override {
         follow_operators();
-        nccl_.check(nccl_.ncclReduceScatter(data, data + rank_ * piece, static_cast<size_t>(piece), NcclType::float32, NcclOp::sum, comm_, stream_),
-                    "ncclReduceScatter", comm_);
+        const NcclComm comm = pace == Pace::calm ? calm_ : comm_;
+        nccl_.check(nccl_.ncclReduceScatter(data, data + rank_ * piece, static_cast<size_t>(piece), NcclType::float32, NcclOp::sum, comm, stream_),
+                    "ncclReduceScatter", comm);
     }
     void all_gather(Buffer data, int64_t piece) override {
         follow_operators();
@@ -59,6 +64,11 @@ public:
         follow_operators();
         nccl_.check(nccl_.ncclAllReduce(data, data, static_cast<size_t>(count), NcclType::float64, NcclOp::sum, comm_, stream_),
                     "ncclAllReduce", comm_);
+    }
+    void as_one(const std::function<void()>& calls) override {
+        nccl_.check(nccl_.ncclGroupStart(), "ncclGroupStart");
+        calls();
+        nccl_.check(nccl_.ncclGroupEnd(), "ncclGroupEnd", comm_);
     }
     void join() override {
         check(cudaEventRecord(done_, stream_), "cudaEventRecord");
@@ -76,7 +86,7 @@ private:
     int rank_;
     cudaStream_t operators_, stream_ = nullptr;
     cudaEvent_t asked_ = nullptr, done_ = nullptr;
-    NcclComm comm_ = nullptr;
+    NcclComm comm_ = nullptr, calm_ = nullptr;  // of the same processes; calls of both come one after the other, in one stream
 };
 
 }  // namespace

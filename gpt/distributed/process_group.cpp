@@ -4,12 +4,13 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include <cstdio>
+#include <algorithm>
+#include <cerrno>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
+#include <system_error>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <nlohmann/json.hpp>
 
 #include "strobe/strobe.hpp"
@@ -62,6 +63,7 @@ std::string described(int rank, const std::string& name) { return fmt::format("r
 }  // namespace
 
 ProcessGroup::ProcessGroup(const Launch& launch) : launch_(launch), wake_fd_(::eventfd(0, EFD_CLOEXEC)) {
+    if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
     if (launch.rank == 0)
         meet_as_leader();
     else
@@ -90,7 +92,9 @@ bool ProcessGroup::take_in(Socket socket, Socket Peer::*channel, std::string& pr
             return true;
         }
         Peer& peer = peers_[static_cast<size_t>(rank)];
-        hosts_[static_cast<size_t>(rank)] = socket.peer_host();
+        const std::string host = socket.peer_host();
+        // Who came by the loopback is on this machine; elsewhere that address means another.
+        hosts_[static_cast<size_t>(rank)] = host.starts_with("127.") || host == "::1" ? "" : host;
         peer.name = name;
         peer.*channel = std::move(socket);
         return true;
@@ -136,7 +140,7 @@ void ProcessGroup::meet_as_leader() {
                                   ? Listener(launch_.listening_fd)
                                   : Listener(launch_.port, launch_.on_one_machine() && is_loopback(launch_.address));
     peers_.resize(static_cast<size_t>(launch_.size));
-    hosts_.assign(peers_.size(), launch_.address);
+    hosts_.resize(peers_.size());
     std::string absent = gather(listener, &Peer::control, deadline);
     if (absent.empty()) {
         greet_all(Json{{"hosts", hosts_}, {"leader", this_process()}}.dump());

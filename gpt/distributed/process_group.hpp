@@ -29,8 +29,11 @@ public:
     int size() const { return launch_.size; }
     bool leads() const { return launch_.rank == 0; }
     const Launch& launch() const { return launch_; }
-    /// The numeric address at which the others reach a process.
-    const std::string& host(int rank) const { return hosts_[static_cast<size_t>(rank)]; }
+    /// The address at which this process reaches another.
+    const std::string& host(int rank) const {
+        const std::string& host = hosts_[static_cast<size_t>(rank)];
+        return host.empty() ? launch_.address : host;
+    }
 
     // All processes call these in the same order.
 
@@ -63,7 +66,7 @@ private:
     void tell_all(std::string_view verdict, int except) noexcept;
 
     Launch launch_;
-    std::vector<std::string> hosts_;
+    std::vector<std::string> hosts_;  // numeric; empty: rank 0's machine, for which each has its own name
     std::vector<Peer> peers_;  // rank 0: of all ranks, its own empty; others: rank 0
     int wake_fd_ = -1;
     std::atomic<bool> failing_ = false;

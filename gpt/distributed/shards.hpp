@@ -14,8 +14,6 @@ struct Bucket {
     int64_t piece = 0;   // elements of one process; rank r has those from begin + r * piece
     int64_t local = 0;   // where a process keeps its piece's optimizer states
     bool decay = false;  // matrices; the vectors are one bucket
-
-    int64_t size(int ranks) const { return piece * ranks; }
 };
 
 /// Of a layout made for `ranks` shards, in the order in which the backward finishes them: from the end of the arena.

@@ -15,7 +15,7 @@
 #include <thread>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt {
 
@@ -235,7 +235,7 @@ bool is_loopback(const std::string& host) {
     const Addresses list = resolve(host, 0, nullptr);
     bool has_ipv4 = false;
     for (const addrinfo* a = list.get(); a; a = a->ai_next) {
-        if (a->ai_family == AF_INET && (ntohl(reinterpret_cast<const sockaddr_in*>(a->ai_addr)->sin_addr.s_addr) >> 24) == 127)
+        if (a->ai_family == AF_INET && ntohl(reinterpret_cast<const sockaddr_in*>(a->ai_addr)->sin_addr.s_addr) == INADDR_LOOPBACK)
             has_ipv4 = true;
         else if (a->ai_family != AF_INET6 || !IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6*>(a->ai_addr)->sin6_addr))
             return false;

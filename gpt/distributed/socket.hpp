@@ -68,7 +68,7 @@ private:
 /// Tries again until somebody listens or the deadline has passed; then throws ConnectionError with the last reason.
 Socket connect(const std::string& host, int port, Deadline deadline);
 
-/// Whether a name stands for this machine only, and by IPv4 too.
+/// Whether whoever knows a name reaches who listens at 127.0.0.1 alone, and no other machine could mean this one by it.
 bool is_loopback(const std::string& host);
 
 }  // namespace strobe::gpt

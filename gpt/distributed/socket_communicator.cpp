@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/distributed/communicator.hpp"
 
@@ -67,7 +67,7 @@ public:
             if (socket) ::shutdown(socket.fd(), SHUT_RDWR);
     }
 
-    void reduce_scatter(float* data, int64_t piece) override {
+    void reduce_scatter(float* data, int64_t piece, Pace) override {
         ask([this, data, piece] {
             const auto count = static_cast<size_t>(piece);
             received_.resize(std::max(received_.size(), count));

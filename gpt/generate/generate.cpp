@@ -5,7 +5,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/checkpoint/checkpoint.hpp"
 #include "gpt/generate/decoder.hpp"
@@ -122,8 +122,7 @@ GenerateResult generate(const GenerateOptions& options, const std::function<void
     Backend backend(options.device, options.threads);
     backend.exec().times = nullptr;
     const Weights weights(checkpoint.config(), backend.memory(), options.precision);
-    fill_by_host(weights.layout, weights.values, [&](const ParameterArena& values) { checkpoint.read_values(values); });
-    narrow_values(backend, weights);
+    fill_by_host(weights, [&](const ParameterArena& values) { checkpoint.read_values(values); });
     return generate(weights, checkpoint.tokenizer(), backend, options, stream);
 }
 

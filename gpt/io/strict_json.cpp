@@ -3,6 +3,8 @@
 #include <utility>
 #include <vector>
 
+#include <nlohmann/json.hpp>
+
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/mapped_file.hpp"
 

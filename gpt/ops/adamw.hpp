@@ -1,6 +1,7 @@
 // AdamW (Loshchilov, Hutter 2019) over a whole arena in one call, with the clip by global norm folded in.
 //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr (decay w + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
-// Moments are fp32, or bf16 with stochastic rounding: half the memory and half the traffic.
+// Moments are fp32, or bf16 with stochastic rounding: half the memory and half the traffic. Values are fp32, or two halves that
+// together are fp32 (SplitFloat), so that what products read is no copy beside them.
 #pragma once
 
 #include <cmath>
@@ -43,27 +44,20 @@ constexpr uint32_t adamw_noise(int64_t element, uint32_t noise_of_step) {
 struct AdamW {
     std::span<const AdamWSegment> segments;  // ascending, in memory that the operator can read
     int64_t size;                            // elements of the arena
-    float* values;
-    const float* grads;
+    Buffer values;                           // fp32; of bf16: the lower halves, and `narrow` has the upper ones
+    Buffer grads;
     Buffer m, v;                             // of one precision
     const AdamWRates* rates;                 // in memory that the operator can read
     float beta1, beta2, eps;
     const double* squared_norm = nullptr;    // of the gradients, for the clip; null: none
     float clip_norm = 0.0f;                  // gradients are scaled by min(1, clip_norm / norm)
-    Buffer narrow{};                         // gets the new values in its precision, or null
-};
-
-/// narrow = values, rounded.
-struct Narrow {
-    int64_t size;
-    const float* values;
-    Buffer narrow;
+    Buffer narrow{};                         // gets the new values rounded to its precision, or null
 };
 
 /// *result = sum of squares (behind `add`: more of them), in fixed blocks, so it does not depend on the number of threads.
 struct SquaredNorm {
     int64_t size;
-    const float* values;
+    Buffer values;
     double* result;
     bool add = false;  // to what is in *result
 };

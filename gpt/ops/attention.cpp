@@ -2,6 +2,7 @@
 // team has.
 #include "gpt/ops/attention.hpp"
 
+#include <algorithm>
 #include <array>
 #include <span>
 
@@ -88,7 +89,9 @@ bool by_strobe(const Exec& e, const AttentionForward& a) {
 }  // namespace
 
 size_t attention_workspace_bytes(const Exec& e, const AttentionForward& a) {
-    return by_strobe(e, a) ? plan(inputs(e, a), outputs(e, a, {})).workspace_bytes : 0;
+    const size_t by_library = by_strobe(e, a) ? plan(inputs(e, a), outputs(e, a, {})).workspace_bytes : 0;
+    const bool single = e.device == Device::cuda && a.shape.total_q == 1;
+    return single ? std::max(by_library, decode_scratch_bytes(a.shape)) : by_library;
 }
 
 size_t attention_workspace_bytes(const Exec& e, const AttentionBackward& a) {

@@ -40,6 +40,12 @@ struct AttentionBackward {
 size_t attention_workspace_bytes(const Exec& exec, const AttentionForward& attention);
 size_t attention_workspace_bytes(const Exec& exec, const AttentionBackward& attention);
 
+/// What a GPU needs for a single token, whose keys it shares out.
+inline constexpr int64_t kMostDecodeShares = 64;
+inline size_t decode_scratch_bytes(const AttentionShape& s) {
+    return static_cast<size_t>(kMostDecodeShares * s.num_heads * (s.head_dim + 2)) * sizeof(float);
+}
+
 /// The call by strobe's public interface, on any device.
 void strobe_attention_forward(Exec& exec, const AttentionForward& attention);
 void strobe_attention_backward(Exec& exec, const AttentionBackward& attention);

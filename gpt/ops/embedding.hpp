@@ -43,8 +43,8 @@ struct EmbeddingBackward {
     const int32_t* tokens;
     const int32_t* positions;
     Buffer dout;               // (rows, hidden)
-    float* dtable;             // (vocab, hidden)
-    float* dposition_table;    // (context, hidden) or null
+    Buffer dtable;             // (vocab, hidden)
+    Buffer dposition_table;    // (context, hidden) or null
     RowGroups token_groups{};     // where Ops::uses_row_groups
     RowGroups position_groups{};  // the same, beside dposition_table
 };

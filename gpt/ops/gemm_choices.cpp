@@ -8,7 +8,7 @@
 #include <sstream>
 #include <system_error>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/io/xxhash64.hpp"
 

@@ -24,7 +24,7 @@ struct LinearBackward {
     Buffer weight;  // (out, in)
     Buffer dy;      // (rows, out) at dy_stride
     Buffer dx;      // (rows, in), overwritten; null: not wanted
-    float* dweight; // (out, in), added to, or overwritten; null: not wanted
+    Buffer dweight; // (out, in), added to, or overwritten; null: not wanted
     float* dbias;   // (out), added to, or null
     int64_t dy_stride = 0;  // 0: out
     bool overwrite = false; // dweight; dbias is added to in any case

@@ -31,7 +31,6 @@ struct Ops {
     void (*loss_sum)(Exec&, const LossSum&);
     void (*adamw)(Exec&, const AdamW&);
     void (*squared_norm)(Exec&, const SquaredNorm&);
-    void (*narrow)(Exec&, const Narrow&);
     bool fuses_gelu = false;       // linear operators take gelu_input
     bool fuses_residual = false;   // linear_forward takes residual
     bool norms_again = false;      // norm_backward gives the norm's output and the sums of dx too
@@ -120,14 +119,14 @@ inline void run(Exec& e, const CrossEntropy& a) {
     detail::timed(e, OpKind::cross_entropy, work, e.ops->cross_entropy, a);
 }
 inline void run(Exec& e, const LossSum& a) { detail::timed(e, OpKind::cross_entropy, {.part = "sum"}, e.ops->loss_sum, a); }
-inline void run(Exec& e, const Narrow& a) { detail::timed(e, OpKind::optimizer, {.part = "narrow"}, e.ops->narrow, a); }
 inline void run(Exec& e, const AdamW& a) {
-    const double per_number = 3.0 * sizeof(float) + 4.0 * static_cast<double>(size_of(a.m.precision)) +
-                              (a.narrow ? static_cast<double>(size_of(a.narrow.precision)) : 0.0);
+    const bool split = a.values.precision != Precision::fp32;  // then both halves are read, too
+    const double per_number = static_cast<double>(2 * size_of(a.values.precision) + size_of(a.grads.precision) + 4 * size_of(a.m.precision) +
+                                                  (a.narrow ? (split ? 2 : 1) * size_of(a.narrow.precision) : 0));
     detail::timed(e, OpKind::optimizer, {.bytes = per_number * static_cast<double>(a.size), .part = "adamw"}, e.ops->adamw, a);
 }
 inline void run(Exec& e, const SquaredNorm& a) {
-    const Work work{.bytes = sizeof(float) * static_cast<double>(a.size), .part = "norm"};
+    const Work work{.bytes = static_cast<double>(size_of(a.values.precision)) * static_cast<double>(a.size), .part = "norm"};
     detail::timed(e, OpKind::optimizer, work, e.ops->squared_norm, a);
 }
 

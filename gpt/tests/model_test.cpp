@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "gpt/tests/numeric.hpp"
+#include "gpt/tests/random_model.hpp"
 
 namespace strobe::gpt::test {
 
@@ -20,27 +21,10 @@ ModelConfig tiny(Architecture architecture) {
     return c;
 }
 
-Batch random_batch(const ModelConfig& c, const std::vector<int32_t>& lengths, uint64_t seed) {
-    Batch batch;
-    Random random(seed);
-    batch.cu_seqlens.push_back(0);
-    for (const int32_t length : lengths) {
-        for (int32_t i = 0; i < length; ++i) {
-            batch.tokens.push_back(int32_t(random.below(uint64_t(c.vocab_size))));
-            batch.targets.push_back(i % 5 == 3 ? kIgnoreTarget : int32_t(random.below(uint64_t(c.vocab_size))));
-        }
-        batch.cu_seqlens.push_back(int32_t(batch.tokens.size()));
-    }
-    return batch;
-}
-
-// Larger than fresh weights, so that no operator stays in its linear range; biases and gains are not all alike.
+// Larger than fresh weights, so that no operator stays in its linear range.
 Weights random_weights(const ModelConfig& c) {
     Weights weights(c);
-    initialize(weights.layout, c, 7, weights.values);
-    Random random(11);
-    for (const Parameter& p : weights.layout.list())
-        for (float& x : weights.values[p]) x += static_cast<float>(0.15 * random.normal());
+    randomize(weights, 0.15);
     return weights;
 }
 
@@ -89,13 +73,14 @@ TEST_P(ModelTest, gradient_is_the_slope_of_the_loss) {
 TEST_P(ModelTest, recomputation_changes_no_bit) {
     const Batch batch = random_batch(config, {16, 3, 16}, 5);
     const std::vector<float> kept = gradients_of(weights, backend, Recompute::none, batch);
-    EXPECT_EQ(kept, gradients_of(weights, backend, Recompute::pointwise, batch));
-    EXPECT_EQ(kept, gradients_of(weights, backend, Recompute::block, batch));
+    for (const Recompute recompute : {Recompute::norms, Recompute::pointwise, Recompute::block})
+        EXPECT_EQ(kept, gradients_of(weights, backend, recompute, batch)) << to_string(recompute);
 }
 
 TEST_P(ModelTest, recomputation_needs_less_memory) {
     const auto bytes = [&](Recompute r) { return plan_memory(config, {.max_rows = 64, .recompute = r}).activations; };
-    EXPECT_LT(bytes(Recompute::pointwise), bytes(Recompute::none));
+    EXPECT_LT(bytes(Recompute::norms), bytes(Recompute::none));
+    EXPECT_LT(bytes(Recompute::pointwise), bytes(Recompute::norms));
     EXPECT_LT(bytes(Recompute::block), bytes(Recompute::pointwise));
 }
 

@@ -4,7 +4,7 @@
 #include <queue>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/tokenizer/byte_alphabet.hpp"
 

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <optional>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/tokenizer/byte_alphabet.hpp"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/tokenizer/vocabulary_files.hpp"

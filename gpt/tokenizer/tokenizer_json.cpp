@@ -1,7 +1,8 @@
 #include <unordered_map>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/strict_json.hpp"

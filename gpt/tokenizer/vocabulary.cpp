@@ -3,7 +3,7 @@
 #include <array>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/io/xxhash64.hpp"
 

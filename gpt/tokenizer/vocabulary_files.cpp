@@ -5,7 +5,8 @@
 #include <optional>
 #include <unordered_map>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/mapped_file.hpp"

@@ -5,7 +5,7 @@
 #include <numbers>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace strobe::gpt {
 
@@ -39,8 +39,7 @@ Optimizer::Optimizer(const ParameterLayout& layout, const OptimizerOptions& opti
       rates_(sizeof(AdamWRates), memory) {
     options.validate();
     const int64_t matrices = layout.matrices_begin();
-    const AdamWSegment segments[] = {{0, matrices, false}, {matrices, layout.arena_elements() - matrices, true}};
-    num_segments_ = std::size(segments);
+    const AdamWSegment segments[] = {{0, matrices, false}, {0, layout.arena_elements() - matrices, true}};
     segments_ = Arena(sizeof segments, memory);
     memory.copy(segments_.at<void>(0), segments, sizeof segments);
 }
@@ -52,12 +51,20 @@ void Optimizer::set_rates(int64_t step, float learning_rate) {
 
 void Optimizer::update(Exec& exec, const Weights& weights, const ParameterArena& gradients) {
     auto* square = squared_norm_.at<double>(0);
-    run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.data(), .result = square});
-    run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0), num_segments_}, .size = gradients.size(),
-                    .values = weights.values.data(), .grads = gradients.data(), .m = m_.buffer(), .v = v_.buffer(),
-                    .rates = rates_.at<AdamWRates>(0), .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
-                    .squared_norm = options_.clip_norm > 0.0f ? square : nullptr, .clip_norm = options_.clip_norm,
-                    .narrow = weights.precision == Precision::fp32 ? Buffer() : weights.all()});
+    const int64_t matrices = gradients.matrices_begin(), sizes[] = {matrices, gradients.size() - matrices};
+    // Vectors, which do not decay, then matrices.
+    if (gradients.precision() == Precision::fp32)
+        run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.at(0), .result = square});
+    else
+        for (const int part : {0, 1})
+            run(exec, SquaredNorm{.size = sizes[part], .values = gradients.at(part * matrices), .result = square, .add = part > 0});
+    for (const int part : {0, 1})
+        run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + part, 1}, .size = sizes[part],
+                        .values = weights.values.at(part * matrices), .grads = gradients.at(part * matrices),
+                        .m = m_.at(part * matrices), .v = v_.at(part * matrices), .rates = rates_.at<AdamWRates>(0),
+                        .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
+                        .squared_norm = options_.clip_norm > 0.0f ? square : nullptr, .clip_norm = options_.clip_norm,
+                        .narrow = weights.precision == Precision::fp32 ? Buffer() : weights.all().offset(part * matrices)});
 }
 
 double Optimizer::gradient_norm() const {

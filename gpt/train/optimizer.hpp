@@ -27,7 +27,7 @@ float learning_rate_at(const OptimizerOptions& options, int64_t step, int64_t to
 
 class Optimizer {
 public:
-    /// The state lies in `memory`; moments in bf16 are rounded stochastically.
+    /// The state lies in `memory`; moments in bf16 are those of matrices, rounded stochastically.
     Optimizer(const ParameterLayout& layout, const OptimizerOptions& options, Memory& memory = host_memory(),
               Precision moments = Precision::fp32);
 
@@ -47,8 +47,7 @@ public:
 private:
     OptimizerOptions options_;
     ParameterArena m_, v_;
-    size_t num_segments_ = 0;
-    Arena segments_;
+    Arena segments_;  // AdamW's: vectors, matrices
     Arena squared_norm_;
     Arena rates_;
 };

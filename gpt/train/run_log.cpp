@@ -3,6 +3,8 @@
 #include <fstream>
 #include <string>
 
+#include <nlohmann/json.hpp>
+
 #include "gpt/io/file_error.hpp"
 
 namespace strobe::gpt {

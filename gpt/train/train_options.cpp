@@ -2,7 +2,8 @@
 
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 namespace strobe::gpt {
 
@@ -55,6 +56,9 @@ void TrainOptions::validate() const {
     require(accumulate >= 1 && accumulate <= 1 << 20, "accumulate", accumulate, "between 1 and 1048576");
     require(steps >= 1, "steps", steps, "1 or more");
     require(device == Device::cuda || precision == Precision::fp32, "precision", to_string(precision), "fp32 on the cpu");
+    if (gradients != Precision::fp32 && (accumulate > 1 || launch.size > 1 || precision == Precision::fp32))
+        throw std::invalid_argument("gradients in bf16 are those of one pass in bf16 by one process: give --gradients fp32, or neither "
+                                    "--accumulate nor --processes nor --precision fp32");
     require(threads >= 0 && threads <= 1024, "threads", threads, "between 0 (all) and 1024");
     require(eval_every >= 0, "eval-every", eval_every, "0 (only at the end) or more");
     require(eval_rows >= 1, "eval-rows", eval_rows, "1 or more");
@@ -83,7 +87,8 @@ void from_json(const nlohmann::json& json, TrainOptions& options) {
 }
 
 void check_resumable(const TrainOptions& asked, const TrainOptions& stored) {
-    const nlohmann::ordered_json a = to_json(asked), s = to_json(stored), plain = to_json(TrainOptions{});
+    const TrainOptions defaults;
+    const nlohmann::ordered_json a = to_json(asked), s = to_json(stored), plain = to_json(defaults);
     for (const auto& [name, value] : a.items())
         if (value != plain[name] && value != s[name])
             throw std::invalid_argument(fmt::format("resume: {} is {} but the run was started with {}; leave the option out, or "

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "gpt/activations.hpp"
@@ -34,6 +34,7 @@ struct TrainOptions {
     Device device = Device::cpu;
     Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
     Precision moments = Precision::fp32;    // what AdamW's moments lie in; bf16 is rounded stochastically
+    Precision gradients = Precision::fp32;  // what those of matrices lie in; bf16: of a step of one pass
     bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
     bool graph = true;                      // cuda: steps are recorded and replayed whole
 

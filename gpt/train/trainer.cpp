@@ -8,7 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/step_rows.hpp"
@@ -65,6 +65,7 @@ Start resume_from(const TrainOptions& asked, Checkpoint checkpoint) {
     TrainOptions options = asked;
     from_json(checkpoint.state()->trainer.at("options"), options);
     check_resumable(asked, options);
+    options.validate();
     std::optional<TrainingState> state = checkpoint.state();
     Tokenizer tokenizer = checkpoint.tokenizer();
     return {std::move(options), std::move(state), std::move(checkpoint), std::move(tokenizer)};
@@ -156,6 +157,7 @@ void check_agreement(const Start& start, ProcessGroup& group) {
     mine["device"] = to_string(start.options.device);
     mine["precision"] = to_string(start.options.precision);
     mine["moments"] = to_string(start.options.moments);
+    mine["gradients"] = to_string(start.options.gradients);
     mine["eval-every"] = start.options.eval_every;
     mine["eval-rows"] = start.options.eval_rows;
     mine["save-every"] = start.options.save_every;
@@ -216,7 +218,7 @@ Run::Run(Start start, Progress& progress, ProcessGroup* group)
       rows_(data_.train, rows_of(options_, group)),
       backend_(options_.device, threads_of(options_, group)),
       weights_(options_.model, backend_.memory(), options_.precision, num_processes()),
-      model_(weights_, backend_, {.max_rows = rows_.largest_pass() * options_.row_length(), .recompute = options_.recompute}),
+      model_(weights_, backend_, {.max_rows = rows_.largest_pass() * options_.row_length(), .recompute = options_.recompute, .gradients = options_.gradients}),
       graphs_(backend_) {
     if (group)
         parallel_ = std::make_unique<DataParallel>(*group, backend_, weights_, model_.gradients(), options_.optimizer, options_.moments);
@@ -224,13 +226,12 @@ Run::Run(Start start, Progress& progress, ProcessGroup* group)
         optimizer_.emplace(weights_.layout, options_.optimizer, backend_.memory(), options_.moments);
     if (leads()) log_.emplace(options_.out / "log.jsonl", start_.state ? start_.state->step : 0);
     backend_.exec().deterministic = options_.deterministic;
-    fill_by_host(weights_.layout, weights_.values, [&](const ParameterArena& values) {
+    fill_by_host(weights_, [&](const ParameterArena& values) {
         if (start_.checkpoint)
             start_.checkpoint->read_values(weights_.layout, values);
         else
             initialize(weights_.layout, options_.model, options_.seed, values);
     });
-    narrow_values(backend_, weights_);
     if (start_.state) {
         if (parallel_) {
             const ParameterArena first(weights_.layout), second(weights_.layout);
@@ -353,8 +354,7 @@ void Run::save(int64_t number) {
         }
     }
     if (!leads()) return;
-    const HostView values(weights_.layout, weights_.values),
-        first(weights_.layout, parallel_ ? gathered[0] : optimizer_->first_moments()),
+    const HostView values(weights_), first(weights_.layout, parallel_ ? gathered[0] : optimizer_->first_moments()),
         second(weights_.layout, parallel_ ? gathered[1] : optimizer_->second_moments());
     result_.checkpoint = store_->save({.config = &weights_.config, .layout = &weights_.layout, .values = values.get(),
                                       .first_moment = first.get(), .second_moment = second.get(),
@@ -428,10 +428,10 @@ constexpr int64_t kLongestRow = int64_t{1} << 24;
 /// row, in multiples of 1024. Learned positions grow with the row.
 nlohmann::ordered_json room(const TrainOptions& o, size_t bytes) {
     nlohmann::ordered_json rows, tokens;
-    for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
+    for (const Recompute recompute : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block}) {
         const auto needs = [&](const ModelConfig& model, int64_t max_rows) {
-            return plan_memory(model, {.max_rows = max_rows, .recompute = recompute, .device = o.device, .precision = o.precision,
-                                       .moments = o.moments, .processes = o.launch.size}).total();
+            return plan_memory(model, {.max_rows = max_rows, .recompute = recompute, .gradients = o.gradients, .device = o.device,
+                                       .precision = o.precision, .moments = o.moments, .processes = o.launch.size}).total();
         };
         const std::string name(to_string(recompute));
         rows[name] = largest_that_fits(bytes, (int64_t{1} << 30) / o.row_length(), [&](int64_t n) { return needs(o.model, n * o.row_length()); });
@@ -487,12 +487,13 @@ TrainResult train(const TrainOptions& options) {
 
 nlohmann::ordered_json describe(const TrainOptions& o) {
     const int64_t rows = largest_pass(o.batch_size * o.accumulate, o.batch_size, o.launch.size);
-    const MemoryPlan memory = plan_memory(o.model, {.max_rows = rows * o.row_length(), .recompute = o.recompute, .device = o.device,
-                                                    .precision = o.precision, .moments = o.moments, .processes = o.launch.size});
+    const MemoryPlan memory = plan_memory(o.model, {.max_rows = rows * o.row_length(), .recompute = o.recompute, .gradients = o.gradients,
+                                                    .device = o.device, .precision = o.precision, .moments = o.moments, .processes = o.launch.size});
     nlohmann::ordered_json out{{"architecture", to_string(o.model.architecture)},
                                {"device", to_string(o.device)},
                                {"precision", to_string(o.precision)},
                                {"moments", to_string(o.moments)},
+                               {"gradients", to_string(o.gradients)},
                                {"processes", o.launch.size},
                                {"parameters", o.model.num_parameters()},
                                {"tokens_per_step", o.tokens_per_step()},

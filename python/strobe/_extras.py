@@ -162,7 +162,7 @@ def dropout_mask(
         rng_state: (seed, offset) as two ints or the (2) int64 tensor that the call returned.
         dropout_p: the call's.
         shape: (B, H, Sq, Sk); of a varlen call the maximal lengths.
-        device: where to compute it. Philox4x32-10 (Salmon et al., SC 2011) gives the same bits everywhere.
+        device: where to compute it. Philox4x32-7 (Salmon et al., SC 2011) gives the same bits everywhere.
 
     Raises:
         ValueError: a dropout_p outside [0, 1), or a rng_state of another shape or dtype.

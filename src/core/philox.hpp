@@ -1,5 +1,5 @@
-// Dropout's random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011), addressed by position and not by order, so that every kernel, on any device and with any tiling, forward and
+// Dropout's random bits: Philox4x32-7 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011; seven rounds are the fewest that pass BigCrush there), addressed by position and not by order, so that every kernel, on any device and with any tiling, forward and
 // backward, sees the same bit for the same element.
 #pragma once
 
@@ -13,8 +13,11 @@ struct Philox4x32 {
     uint32_t word[4];
 };
 
-STROBE_HD constexpr Philox4x32 philox4x32_10(Philox4x32 counter, uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; ++round) {
+constexpr int kPhiloxRounds = 7;
+
+template <int kRounds = kPhiloxRounds>
+STROBE_HD constexpr Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < kRounds; ++round) {
         const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
         const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
         counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(b),
@@ -25,8 +28,8 @@ STROBE_HD constexpr Philox4x32 philox4x32_10(Philox4x32 counter, uint32_t key0, 
     return counter;
 }
 
-/// Dropout of one attention call. `drop_below` is the drop probability in units of 2^-16: an element is dropped iff its
-/// 16 random bits are below it. `rescale` = 65536 / (65536 - drop_below), exact for the probability actually used.
+/// Dropout of one attention call. `drop_below` is the drop probability in units of 2^-16: an element is dropped iff the
+/// rank of its 16 random bits is below it. `rescale` = 65536 / (65536 - drop_below), exact for the probability actually used.
 struct Dropout {
     uint64_t seed = 0;
     uint64_t offset = 0;
@@ -44,7 +47,7 @@ struct Dropout {
     /// The same by group numbers: 16 rows on is row_group + 8, 16 columns on col_group + 4.
     STROBE_HD constexpr Philox4x32 group_at(uint32_t batch_head, uint32_t row_group, uint32_t col_group) const {
         const uint64_t key = seed + offset * 0x9E3779B97F4A7C15ull;
-        return philox4x32_10({{col_group, row_group, batch_head, 0u}}, static_cast<uint32_t>(key),
+        return philox4x32({{col_group, row_group, batch_head, 0u}}, static_cast<uint32_t>(key),
                              static_cast<uint32_t>(key >> 32));
     }
     STROBE_HD static constexpr uint32_t row_group(uint32_t row) { return (row >> 4 << 3) | (row & 7u); }
@@ -56,8 +59,14 @@ struct Dropout {
         return col & 1u ? word >> 16 : word & 0xFFFFu;
     }
 
+    /// The order in which the values of 16 bits are dropped as the probability grows: 0xfc00, 0xfbff, ..., 0, 0xffff, ..., 0xfc01.
+    /// Read as an IEEE half the first kHalfRanks of them are the negative numbers from minus infinity up: as long as drop_below goes no
+    /// further, one comparison of two halves, numbers or not, tells a GPU for two elements whether they stay.
+    STROBE_HD static constexpr uint32_t rank(uint32_t bits) { return (0xFC00u - bits) & 0xFFFFu; }
+    static constexpr uint32_t kHalfRanks = 0x7C00;
+
     STROBE_HD constexpr bool keep(uint32_t batch_head, uint32_t row, uint32_t col) const {
-        return bits(group(batch_head, row, col), row, col) >= drop_below;
+        return rank(bits(group(batch_head, row, col), row, col)) >= drop_below;
     }
 };
 

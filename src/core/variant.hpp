@@ -12,9 +12,15 @@ enum class MaskClass : int { full, band };       // full: only sequence ends are
 enum class Features : int {
     plain,
     general,  // softcap, ALiBi, tensors of any alignment, by warp-uniform branches
-    dropout,  // the same, and always dropout, whose integer work runs under a matrix product
-    biased,   // the same, an additive bias, and dropout by a branch
+    dropout,  // plain and dropout, whose integer work runs beside a matrix product
+    tiled,    // plain and an additive bias whose tiles can be copied 16 bytes at a time; not its gradient
+    biased,   // everything: a bias of any layout, its gradient, dropout and what general rows do, by branches
 };
+
+/// Rows that take tensors of any alignment and every score function.
+constexpr bool is_general(Features f) { return f == Features::general || f == Features::biased; }
+constexpr bool has_bias(Features f) { return f == Features::tiled || f == Features::biased; }
+constexpr bool may_drop(Features f) { return f == Features::dropout || f == Features::biased; }
 
 struct Variant {
     Arch arch;

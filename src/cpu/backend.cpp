@@ -1,5 +1,5 @@
 // The CPU kernels as a row of the registry.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cpu/cpu_backend.hpp"
 #include "cpu/plan.hpp"

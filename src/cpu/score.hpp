@@ -52,7 +52,7 @@ STROBE_CPU_INLINE const T* bias_row(const BiasRef& bias, int64_t batch, int64_t 
     return static_cast<const T*>(bias.data) + batch * bias.batch_stride + head * bias.head_stride + i * bias.row_stride;
 }
 
-/// Philox4x32-10 of core/philox.hpp, one counter per lane.
+/// The generator of core/philox.hpp, one counter per lane.
 struct PhiloxLanes {
     UVec word[4];
 };
@@ -61,7 +61,7 @@ STROBE_CPU_INLINE PhiloxLanes philox_lanes(const Dropout& dropout, UVec batch_he
     const uint64_t key = dropout.seed + dropout.offset * 0x9E3779B97F4A7C15ull;
     uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
     PhiloxLanes c{{(column >> 4 << 2) | ((column & 7u) >> 1), (row >> 4 << 3) | (row & 7u), batch_head, UVec{}}};
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
         UVec a_low, a_high, b_low, b_high;
         multiply_wide(c.word[0], 0xD2511F53u, a_low, a_high);
         multiply_wide(c.word[2], 0xCD9E8D57u, b_low, b_high);
@@ -77,8 +77,8 @@ STROBE_CPU_INLINE Vec dropout_factor(const Dropout& dropout, const PhiloxLanes& 
     const IVec row_bit = (row & 8u) != 0u, column_bit = (column & 8u) != 0u, odd = (column & 1u) != 0u;
     const UVec word = select(row_bit, select(column_bit, bits.word[3], bits.word[2]),
                              select(column_bit, bits.word[1], bits.word[0]));
-    const UVec element = select(odd, word >> 16, word & 0xFFFFu);
-    return select(reinterpret_cast<IVec>(element) < static_cast<int32_t>(dropout.drop_below), zero(),
+    const UVec rank = (0xFC00u - select(odd, word >> 16, word)) & 0xFFFFu;  // Dropout::rank
+    return select(reinterpret_cast<IVec>(rank) < static_cast<int32_t>(dropout.drop_below), zero(),
                   splat(dropout.rescale));
 }
 

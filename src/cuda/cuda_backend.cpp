@@ -1,6 +1,6 @@
 // CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table and
 // launches it on the caller's stream; nothing is allocated and nothing waits.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <array>
 #include <vector>

@@ -1,6 +1,6 @@
 #include "cuda/select.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -27,14 +27,20 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.seqlen_q = p.size.seqlen_q;
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
     r.general = p.score.softcap > 0 || p.score.alibi_slopes || !(p.score.softmax_scale > 0);
     r.dropout = p.dropout.enabled();
-    // Rows of dropout draw the bits of whole groups, which a tile holds if it starts on one.
+    // Rows of dropout draw the bits of whole groups, which a tile holds if it starts on one, and compare them as halves.
     const bool on_groups = !p.mask.has_positions || ((p.mask.q_position | p.mask.k_position) & 15) == 0;
-    r.biased = p.score.bias || (r.dropout && !on_groups);
+    r.rare = r.dropout && (!on_groups || p.dropout.drop_below > Dropout::kHalfRanks);
+    const BiasRef& bias = p.score.bias;
+    r.biased = static_cast<bool>(bias);
+    constexpr float kSmallestScale = 1e-6f;  // the bias is held in units of it
+    r.tiled = r.biased && p.bias_dtype == p.dtype && p.score.softmax_scale >= kSmallestScale && bias.col_stride == 1 &&
+              aligned_for_tma({bias.data, bias.batch_stride, bias.row_stride, bias.head_stride}, p.bias_dtype);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
     return r;
@@ -43,28 +49,37 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
 const char* name(Features features) {
-    constexpr const char* kNames[] = {"plain", "general", "dropout", "biased"};
+    constexpr const char* kNames[] = {"plain", "general", "dropout", "tiled", "biased"};
     return kNames[static_cast<int>(features)];
 }
 
 Features features_wanted(const Request& request, Arch arch) {
-    if (request.biased) return Features::biased;
-    if (request.dropout) return Features::dropout;
     // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
-    return request.general || (arch == Arch::sm80 && !request.tma_layout) ? Features::general : Features::plain;
+    const bool general = request.general || (arch == Arch::sm80 && !request.tma_layout);
+    if (request.rare || ((request.biased || request.dropout) && general) || (request.biased && request.dropout)) return Features::biased;
+    if (request.biased) return request.tiled ? Features::tiled : Features::biased;
+    if (request.dropout) return Features::dropout;
+    return general ? Features::general : Features::plain;
 }
 
-/// Of two rows that serve the same problems: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
-/// per key block and is faster once its loop is long enough; in the sm80 backward the dQ pass of the
-/// deterministic mode wants the second stage that the reduction of dQ does better without.
+bool covers(Features features, Features wanted) {
+    return features == wanted || features == Features::biased || (features == Features::general && wanted == Features::plain);
+}
+
+/// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
+/// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
+/// costs more than the mask code of a lower one. In the sm80 backward the dQ pass of the deterministic mode wants the second
+/// stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
     if (served(v) != served(best)) return false;
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     if (v.arch == Arch::sm90) {
-        return v.direction == Direction::forward && v.mask == best.mask &&
-               (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
+        if (v.direction != Direction::forward || v.mask < best.mask) return false;
+        if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
+        if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
+        return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
     }
     return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
 }
@@ -76,6 +91,7 @@ Request request_of(const ForwardParams& p) { return shared_request(p, Direction:
 Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
     r.deterministic = p.deterministic;
+    r.tiled = r.tiled && !p.dbias && !p.deterministic;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
     return r;
@@ -111,7 +127,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
     for (const Variant& v : rows) {
         const bool serves = v.arch == arch && v.direction == request.direction && v.dtype == request.dtype &&
                             v.head_dim >= request.head_dim && (v.mask == MaskClass::band || !request.band) &&
-                            v.features >= features && smem_bytes(v) <= device.smem_per_cta;
+                            covers(v.features, features) && smem_bytes(v) <= device.smem_per_cta;
         if (serves && (!best || rank(v) < rank(*best))) best = &v;
     }
     for (const Variant& v : rows) {
@@ -121,7 +137,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
                               request.head_dim, request.band ? "band" : "full",
-                              request.biased ? ", bias" : request.dropout ? ", dropout" : request.general ? ", softcap / ALiBi" : "", device.smem_per_cta);
+                              request.biased ? ", bias" : request.rare ? ", rare dropout" : request.dropout ? ", dropout" : request.general ? ", softcap / ALiBi" : "", device.smem_per_cta);
     }
     return best;
 }

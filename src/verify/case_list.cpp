@@ -1,5 +1,5 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, and the shapes on which published test suites of attention libraries agree.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, and rows in plenty that see no key.
 #include <array>
 #include <iterator>
 #include <set>
@@ -215,6 +215,21 @@ void add_many_heads(List& list) {
     }
 }
 
+/// So many causal rows that see no key that every worker of a large GPU gets a run of such tiles behind one with keys: dense, and in
+/// a varlen batch that uses a part of its rows. Few cases: they are the largest of the list.
+void add_rows_without_keys(List& list) {
+    Case c{.dtype = DType::bf16, .batch = 40, .num_heads = 4, .num_heads_k = 1, .seqlen_q = 799, .seqlen_k = 3, .head_dim = 72};
+    c.window_right = 0;
+    list.add(c);
+    c.head_dim = 136;
+    list.add(c);
+    c.dtype = DType::f16;
+    c.batch = 80;
+    c.seqlen_k = 40;
+    c.varlen_q = c.varlen_k = c.seqused_q = c.seqused_k = true;
+    list.add(c);
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -225,6 +240,7 @@ std::vector<Case> verify_cases() {
     add_edges(list);
     add_published_shapes(list);
     add_many_heads(list);
+    add_rows_without_keys(list);
     return list.take();
 }
 

@@ -5,7 +5,7 @@
 #include <fstream>
 #include <iterator>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "fuzz_file.hpp"
 #include "gpt/checkpoint/hf_config.hpp"

@@ -1,5 +1,5 @@
 // The case list through the public interface, the fences around its buffers, and the same list under compute-sanitizer.
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <sys/wait.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Merging by log-sum-exp and dropout masks on the device, against the same functions on the CPU.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <cmath>

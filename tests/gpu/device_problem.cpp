@@ -1,5 +1,7 @@
 #include "device_problem.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -27,6 +29,8 @@ std::vector<DeviceBuffer> upload(const verify::CaseData& data) {
         buffers.emplace_back(image.size());
         check(cudaMemcpy(buffers.back().data(), image.data(), image.size(), cudaMemcpyHostToDevice), "copy to the device");
     }
+    // A copy from pageable memory may return before it has landed, and streams that do not block are not ordered behind it.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "copy to the device");
     return buffers;
 }
 
@@ -89,7 +93,14 @@ DeviceProblem::Snapshot DeviceProblem::snapshot(cudaStream_t stream) const {
 std::string difference(const DeviceProblem::Snapshot& a, const DeviceProblem::Snapshot& b) {
     std::string names;
     for (size_t n = 0; n < a.outputs.size(); ++n) {
-        if (a.outputs[n].second != b.outputs[n].second) names += (names.empty() ? "" : ", ") + a.outputs[n].first;
+        const auto& [name, before] = a.outputs[n];
+        const std::vector<std::byte>& now = b.outputs[n].second;
+        size_t different = 0, first = 0;
+        for (size_t i = before.size(); i-- > 0;) {
+            if (before[i] != now[i]) ++different, first = i;
+        }
+        if (different == 0) continue;
+        names += fmt::format("{}{} ({} of {} bytes, the first is {})", names.empty() ? "" : ", ", name, different, before.size(), first);
     }
     return names;
 }

@@ -72,7 +72,7 @@ private:
     DeviceBuffer forward_workspace_, backward_workspace_;
 };
 
-/// "" or which outputs differ.
+/// "" or which outputs differ, and where.
 std::string difference(const DeviceProblem::Snapshot& a, const DeviceProblem::Snapshot& b);
 
 }  // namespace strobe::gpu_tests

@@ -1,12 +1,12 @@
 // Everything that is claimed about the CUDA kernels' correctness, in one run on a machine with a GPU; writes its findings as JSON.
 // `strobe verify --device cuda` runs the case list alone.
-#include <fmt/chrono.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <fstream>
 #include <thread>
 
@@ -22,6 +22,12 @@ void Finding::fail(const std::string& what) {
 }
 
 namespace {
+
+std::string utc_now() {
+    const std::time_t now = std::time(nullptr);
+    char text[sizeof "2000-01-01T00:00:00Z"];
+    return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now))};
+}
 
 struct Part {
     const char* name;
@@ -49,7 +55,7 @@ int run(const Options& options, const std::string& commit, const std::string& pa
                 {"program", "gpu_check"},
                 {"version", version()},
                 {"commit", commit},
-                {"utc", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)))},
+                {"utc", utc_now()},
                 {"device", {{"name", device.name},
                             {"compute_capability", device.compute_capability},
                             {"multiprocessors", device.num_sms},

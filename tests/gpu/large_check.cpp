@@ -1,5 +1,5 @@
 // A sequence of 64k tokens, forward and backward: right on sampled rows, and with memory linear in its length.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <cmath>

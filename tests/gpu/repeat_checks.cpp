@@ -1,5 +1,5 @@
 // The same call again and again: alone, in a graph, beside others.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <atomic>
 #include <memory>

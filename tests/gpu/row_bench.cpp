@@ -1,6 +1,6 @@
 // Times every compiled kernel row by itself, whichever the planner would pick: the tool for choosing the rows of
 // src/variants.def. TFLOP/s by the FlashAttention papers' formula on their grid: 16k tokens, hidden size 2048.
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -144,7 +144,7 @@ double median_ms(const Options& options, const Tensors& t, Launch launch) {
 /// The kernel features that --feature asks of a row.
 Features features_for(const std::string& feature) {
     if (feature == "none") return Features::plain;
-    return feature == "bias" ? Features::biased : feature == "dropout" ? Features::dropout : Features::general;
+    return feature == "bias" ? Features::tiled : feature == "dropout" ? Features::dropout : Features::general;
 }
 
 const VariantRow* forward_for(const Variant& v, Features features) {
@@ -180,7 +180,8 @@ int run(const Options& options) {
             if (v.arch == Arch::sm80 && cuda::smem_bytes(v) > cuda::device_limits(0).smem_per_cta) continue;
             const bool adds_dq = v.arch != Arch::sm80 || v.direction == Direction::forward || sm80::BackwardConfig(v).adds_dq;
             if (!adds_dq && !options.deterministic) continue;  // a row for the deterministic mode alone
-            if (options.feature != "none" && v.features != features_for(options.feature)) continue;
+            const bool serves = v.features == features_for(options.feature) || (options.feature == "bias" && v.features == Features::biased);
+            if (options.feature != "none" && !serves) continue;
             if (!tensors) tensors = std::make_unique<Tensors>(dtype, options.feature == "bias");
             for (bool causal : {false, true}) {
                 if (options.masks.find(causal ? "causal" : "full") == std::string::npos) continue;

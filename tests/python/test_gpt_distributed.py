@@ -177,6 +177,34 @@ def test_a_killed_rank_ends_all_with_a_message(text, tmp_path, victim):
     subprocess.run([STROBE, "checkpoint", "show", sorted(out.glob("step-*"))[-1]], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_and_resumed_by_two_as_if_left_alone(text, tmp_path, victim):
+    options = ["--steps", "300", "--save-every", "100", "--eval-every", "0"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(text, whole, "--processes", "2", *options)
+    processes = ranks(text, out, 2, *options)
+    while not (out / "step-00000100").exists():
+        assert all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.002)
+    processes[victim].send_signal(signal.SIGKILL)
+    assert ends(processes)[1 - victim][0] == 1
+    assert not (out / "step-00000300").exists()
+    train(text, out, "--resume", "--processes", "2", *options)
+    assert log(out) == log(whole) and len(log(out)) == 300
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (out / "step-00000300" / name).read_bytes() == (whole / "step-00000300" / name).read_bytes(), name
+
+
+def test_rows_that_do_not_divide_evenly(text, tmp_path):
+    """9 rows, one in a pass, and 15 rows, 3 at most in a pass: of the latter 3 rows are one pass, 4 are two."""
+    for batch, accumulate in (("1", "9"), ("3", "5")):
+        options = ["--batch", batch, "--accumulate", accumulate, "--steps", "4"]
+        one, four = tmp_path / f"one-{batch}", tmp_path / f"four-{batch}"
+        train(text, one, *options)
+        train(text, four, "--processes", "4", *options)
+        assert log(four) == pytest.approx(log(one), rel=2e-4)
+
+
 def test_a_rank_that_fails_by_itself_ends_all(text, tmp_path):
     """Rank 0 cannot write its checkpoint: the others hear why."""
     out = tmp_path / "run"

@@ -104,7 +104,7 @@ def test_same_seed_same_bits_and_other_seed_other_bits(text, finished, tmp_path)
     assert weights(tmp_path / "other") != weights(finished[0])
 
 
-@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+@pytest.mark.parametrize("recompute", ["norms", "pointwise", "block"])
 def test_recomputation_changes_no_bit(text, finished, tmp_path, recompute):
     train(text, tmp_path / "run", "--recompute", recompute)
     assert weights(tmp_path / "run") == weights(finished[0])
@@ -191,6 +191,9 @@ def test_refuses_what_would_destroy_or_mislead(text, finished, tmp_path):
 
     assert "--resume" in refusal()
     assert "learning_rate" in refusal("--resume", "--lr", "0.1")
+    assert "gradients" in refusal("--resume", "--gradients", "bf16")
+    assert "gradients" in refusal("--overwrite", "--gradients", "bf16")
+    assert weights(finished[0])
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, " * 400)
     done = subprocess.run([STROBE, "train", "--resume", "--data", other, "--out", finished[0]], capture_output=True, text=True,

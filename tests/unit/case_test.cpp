@@ -1,4 +1,5 @@
 // The case list: that it covers what it promises, that names are names, and that a case's data lies where its views say.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -40,6 +41,20 @@ TEST(CaseList, CoversEveryAxis) {
     }
     EXPECT_EQ(options.size(), 33u);
     for (const auto& [option, count] : options) EXPECT_GE(count, 90) << option;
+}
+
+/// Workers of a GPU, some 130, that take tiles of 128 rows: several in a row without keys for each.
+TEST(CaseList, HasRunsOfRowsWithoutKeys) {
+    for (int head_dim : {72, 136}) {
+        int64_t most = 0;
+        for (const Case& c : filtered(verify_cases(), fmt::format("-d{}-*causal", head_dim))) {
+            int64_t unseen = 0;
+            const std::vector<int64_t> rows = c.used_q(), keys = c.used_k();
+            for (size_t b = 0; b < rows.size(); ++b) unseen += std::max<int64_t>(rows[b] - keys[b], 0) / 128 * c.num_heads;
+            most = std::max(most, unseen);
+        }
+        EXPECT_GE(most, 6 * 132) << head_dim;
+    }
 }
 
 TEST(CaseList, TheBenchmarkListHasItsCells) {

@@ -5,6 +5,7 @@
 #include <set>
 #include <tuple>
 
+#include "cuda/common/kernel_variant.hpp"
 #include "cuda/select.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/schedule.hpp"
@@ -23,14 +24,13 @@ const Variant kRows[] = {
 // Bytes a CTA may opt in to.
 constexpr int kSm80Bytes = 163 << 10, kSm86Bytes = 99 << 10, kSm90Bytes = 227 << 10;
 
-bool served(Direction direction, DType dtype, int head_dim, Features features, int smem) {
-    for (const Variant& v : kRows) {
-        if (v.arch == Arch::sm80 && v.direction == direction && v.dtype == dtype && v.head_dim >= head_dim &&
-            v.features >= features && smem_bytes(v) <= smem) {
-            return true;
-        }
-    }
-    return false;
+/// A problem that asks for these features and nothing else.
+cuda::Request request_for(Features features) {
+    return {.general = features == Features::general,
+            .dropout = features == Features::dropout,
+            .biased = has_bias(features),
+            .tiled = features == Features::tiled,
+            .tma_layout = true};
 }
 
 TEST(Sm80Plan, EveryRowFitsHopper) {
@@ -44,14 +44,24 @@ TEST(Sm80Plan, EveryDeviceIsServed) {
     for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
         for (Direction direction : {Direction::forward, Direction::backward}) {
             for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-                for (Features features : {Features::plain, Features::general, Features::dropout, Features::biased}) {
+                for (Features features : {Features::plain, Features::general, Features::dropout, Features::tiled, Features::biased}) {
                     for (int head_dim = 1; head_dim <= 256; ++head_dim) {
-                        EXPECT_TRUE(served(direction, dtype, head_dim, features, smem)) << head_dim << " in " << smem;
+                        cuda::Request request = request_for(features);
+                        request.direction = direction;
+                        request.dtype = dtype;
+                        request.head_dim = head_dim;
+                        std::string refusal;
+                        EXPECT_NE(cuda::select(kRows, Arch::sm80, request, {80, 108, smem}, refusal), nullptr)
+                            << head_dim << " in " << smem << ": " << refusal;
                     }
                 }
             }
         }
     }
+}
+
+TEST(Sm80Plan, KernelsAreNamedByTheirWholeRow) {
+    for (const Variant& v : kRows) EXPECT_EQ(cuda::decode_variant(cuda::encode_variant(v)), v);
 }
 
 TEST(Sm80Plan, WarpsCoverTheTiles) {
@@ -91,14 +101,28 @@ TEST(Sm80Plan, TheSmallestBucketThatServes) {
     row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
     ASSERT_NE(row, nullptr) << refusal;
     EXPECT_EQ(row->features, Features::general);
-    request.dropout = true;
-    row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
-    ASSERT_NE(row, nullptr) << refusal;
-    EXPECT_EQ(row->features, Features::dropout);
-    request.biased = true;
-    row = cuda::select(kRows, Arch::sm80, request, {86, 80, kSm86Bytes}, refusal);
-    ASSERT_NE(row, nullptr) << refusal;
-    EXPECT_EQ(row->features, Features::biased);
+}
+
+TEST(Sm80Plan, RowsOfOneOptionServeNothingElse) {
+    const auto features = [](cuda::Request request) {
+        request.dtype = DType::bf16;
+        request.head_dim = 64;
+        std::string refusal;
+        const Variant* row = cuda::select(kRows, Arch::sm80, request, {90, 132, kSm90Bytes}, refusal);
+        EXPECT_NE(row, nullptr) << refusal;
+        return row ? row->features : Features::plain;
+    };
+    EXPECT_EQ(features({.tma_layout = true}), Features::plain);
+    EXPECT_EQ(features({.general = true, .tma_layout = true}), Features::general);
+    EXPECT_EQ(features({.dropout = true, .tma_layout = true}), Features::dropout);
+    EXPECT_EQ(features({.biased = true, .tiled = true, .tma_layout = true}), Features::tiled);
+    EXPECT_EQ(features({.biased = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.general = true, .dropout = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.dropout = true}), Features::biased);
+    EXPECT_EQ(features({.dropout = true, .rare = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.dropout = true, .biased = true, .tiled = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.general = true, .biased = true, .tiled = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.biased = true, .tiled = true}), Features::biased);
 }
 
 TEST(Sm80Plan, WarpsOfTheForwardCoverTheTiles) {
@@ -118,7 +142,7 @@ TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
     const auto area = [](const Variant& v) { return v.block_m * v.block_n; };
     for (const Variant& v : kRows) {
         if (v.arch != Arch::sm90 || v.direction != Direction::forward) continue;
-        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .band = v.mask == MaskClass::band, .tma_layout = true};
+        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .seqlen_q = 300, .band = v.mask == MaskClass::band, .tma_layout = true};
         std::string refusal;
         for (const int64_t seqlen_k : {1, 2047, 2048, 1 << 20}) {
             request.seqlen_k = seqlen_k;
@@ -128,6 +152,24 @@ TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
             EXPECT_EQ(row->mask, v.mask);
             if (seqlen_k < 2048) EXPECT_LE(area(*row), area(v));
             else EXPECT_GE(area(*row), area(v));
+        }
+    }
+}
+
+TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        for (bool band : {false, true}) {
+            for (const int64_t seqlen_k : {128, 4096}) {
+                for (const int64_t seqlen_q : {1, 64, 128, 129, 256, 2048}) {
+                    const cuda::Request request{.dtype = dtype, .head_dim = 64, .seqlen_q = seqlen_q, .seqlen_k = seqlen_k, .band = band,
+                                                .tma_layout = true};
+                    std::string refusal;
+                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                    ASSERT_NE(row, nullptr) << refusal;
+                    if (seqlen_q <= 128) EXPECT_LT(row->block_m, 256) << seqlen_q << " x " << seqlen_k;
+                    else EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full) << seqlen_q << " x " << seqlen_k;
+                }
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <vector>
@@ -14,21 +15,53 @@ TEST(Philox, KnownAnswers) {  // the test vectors of the Random123 library
     struct Vector {
         Philox4x32 counter;
         uint32_t key[2];
-        uint32_t expected[4];
+        uint32_t seven_rounds[4];
+        uint32_t ten_rounds[4];
     };
     const Vector vectors[] = {
-        {{{0, 0, 0, 0}}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+        {{{0, 0, 0, 0}},
+         {0, 0},
+         {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48},
+         {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
         {{{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}},
          {0xffffffff, 0xffffffff},
+         {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662},
          {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
         {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
          {0xa4093822, 0x299f31d0},
+         {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a},
          {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
     };
     for (const Vector& v : vectors) {
-        const Philox4x32 r = philox4x32_10(v.counter, v.key[0], v.key[1]);
-        for (int n = 0; n < 4; ++n) EXPECT_EQ(r.word[n], v.expected[n]) << n;
+        const Philox4x32 seven = philox4x32<7>(v.counter, v.key[0], v.key[1]), ten = philox4x32<10>(v.counter, v.key[0], v.key[1]);
+        for (int n = 0; n < 4; ++n) {
+            EXPECT_EQ(seven.word[n], v.seven_rounds[n]) << n;
+            EXPECT_EQ(ten.word[n], v.ten_rounds[n]) << n;
+        }
     }
+}
+
+/// 16 bits as an IEEE half: the number itself, exactly, or NaN.
+float half_of(uint32_t bits) {
+    const int exponent = static_cast<int>(bits >> 10 & 31u), fraction = static_cast<int>(bits & 1023u);
+    if (exponent == 31 && fraction != 0) return std::nanf("");
+    const float size = exponent == 31 ? INFINITY : exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+    return bits >> 15 ? -size : size;
+}
+
+TEST(Dropout, OneComparisonOfHalvesTellsTheRank) {
+    for (uint32_t drop_below : {1u, 2u, 1000u, 1024u, 11141u, 30000u, Dropout::kHalfRanks - 1, Dropout::kHalfRanks}) {
+        const float limit = half_of(0xFC00u - drop_below);
+        for (uint32_t bits = 0; bits < 65536; ++bits) {
+            ASSERT_EQ(half_of(bits) < limit, Dropout::rank(bits) < drop_below) << bits << " " << drop_below;
+        }
+    }
+}
+
+TEST(Dropout, RanksAreAnOrderOfAllValues) {
+    std::vector<int> seen(65536);
+    for (uint32_t bits = 0; bits < 65536; ++bits) ++seen[Dropout::rank(bits)];
+    EXPECT_EQ(std::count(seen.begin(), seen.end(), 1), 65536);
 }
 
 /// The 64 bits of two words as one number: which group an element belongs to.

@@ -45,6 +45,14 @@ void update_narrow(float* __restrict w, const float* __restrict g, uint16_t* __r
     }
 }
 
+// Compiled once: two copies may add in two orders, and the sum must not depend on which one a thread runs.
+[[gnu::noinline]] float sum_of_squares(const float* x, int64_t n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+    return sum;
+}
+
 }  // namespace
 
 void adamw(Exec& e, const AdamW& a) {
@@ -53,6 +61,8 @@ void adamw(Exec& e, const AdamW& a) {
         const double norm = std::sqrt(*a.squared_norm);
         if (norm > static_cast<double>(a.clip_norm)) grad_scale = static_cast<float>(static_cast<double>(a.clip_norm) / (norm + 1e-6));
     }
+    float* values = a.values.f32();
+    const float* grads = a.grads.f32();
     const Rates rates{a.beta1, a.beta2, a.eps, grad_scale, 1.0f, a.rates->step_size, a.rates->inv_sqrt_bias2, a.rates->noise};
     e.team->ranges(a.size, kGrain, [&](int64_t begin, int64_t end, int) {
         Rates mine = rates;
@@ -61,9 +71,9 @@ void adamw(Exec& e, const AdamW& a) {
             if (from >= to) continue;
             mine.keep = s.decay ? a.rates->keep : 1.0f;
             if (a.m.precision == Precision::fp32)
-                update(a.values + from, a.grads + from, a.m.f32() + from, a.v.f32() + from, to - from, mine);
+                update(values + from, grads + from, a.m.f32() + from, a.v.f32() + from, to - from, mine);
             else
-                update_narrow(a.values + from, a.grads + from, static_cast<uint16_t*>(a.m.data) + from,
+                update_narrow(values + from, grads + from, static_cast<uint16_t*>(a.m.data) + from,
                               static_cast<uint16_t*>(a.v.data) + from, to - from, from, mine);
         }
     });
@@ -73,6 +83,7 @@ void squared_norm(Exec& e, const SquaredNorm& a) {
     // At most this many blocks, each summed by one thread; the sums are added in order.
     constexpr int64_t kMaxBlocks = 16;
     double sums[kMaxBlocks] = {};
+    const float* values = a.values.f32();
     const int64_t block = (a.size + kMaxBlocks - 1) / kMaxBlocks;
     e.team->ranges(kMaxBlocks, 1, [&](int64_t first, int64_t last, int) {
         for (int64_t b = first; b < last; ++b) {
@@ -80,10 +91,7 @@ void squared_norm(Exec& e, const SquaredNorm& a) {
             double total = 0.0;
             for (int64_t i = b * block; i < end; i += kGrain) {
                 const int64_t stop = std::min(end, i + kGrain);
-                float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t j = i; j < stop; ++j) sum += a.values[j] * a.values[j];
-                total += static_cast<double>(sum);
+                total += static_cast<double>(sum_of_squares(values + i, stop - i));
             }
             sums[b] = total;
         }

@@ -22,13 +22,15 @@ void embedding_forward(Exec& e, const EmbeddingForward& a) {
 
 void embedding_backward(Exec& e, const EmbeddingBackward& a) {
     const float* dout = a.dout.f32();
+    float* dtable = a.dtable.f32();
+    float* dposition_table = a.dposition_table.f32();
     e.team->ranges(a.hidden, 16, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = 0; r < a.rows; ++r) {
             const float* dy = dout + r * a.hidden;
-            float* dtoken = a.dtable + a.tokens[r] * a.hidden;
+            float* dtoken = dtable + a.tokens[r] * a.hidden;
             for (int64_t c = begin; c < end; ++c) dtoken[c] += dy[c];
-            if (!a.dposition_table) continue;
-            float* dposition = a.dposition_table + a.positions[r] * a.hidden;
+            if (!dposition_table) continue;
+            float* dposition = dposition_table + a.positions[r] * a.hidden;
             for (int64_t c = begin; c < end; ++c) dposition[c] += dy[c];
         }
     });

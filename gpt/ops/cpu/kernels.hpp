@@ -29,7 +29,6 @@ void linear_forward(Exec&, const LinearForward&);
 void linear_backward(Exec&, const LinearBackward&);
 void cache_append(Exec&, const CacheAppend&);
 void loss_sum(Exec&, const LossSum&);
-void narrow(Exec&, const Narrow&);
 
 /// The best for this machine.
 const Ops& table();

@@ -70,9 +70,10 @@ void linear_backward(Exec& e, const LinearBackward& a) {
     }
     if (!a.dweight) return;
     const float* x = a.x.f32();
+    float* dweight = a.dweight.f32();
     e.team->ranges(a.out, kRowGrain, [&](int64_t begin, int64_t end, int) {
         cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.rows), 1.0f,
-                    dy + begin, as_int(dy_stride), x, as_int(a.in), a.overwrite ? 0.0f : 1.0f, a.dweight + begin * a.in, as_int(a.in));
+                    dy + begin, as_int(dy_stride), x, as_int(a.in), a.overwrite ? 0.0f : 1.0f, dweight + begin * a.in, as_int(a.in));
     });
     if (a.dbias) sum_rows(e, dy, a.rows, a.out, dy_stride, a.dbias);
 }

@@ -18,7 +18,7 @@ namespace {
         .activation_backward = cpu::isa::activation_backward, .rope = cpu::isa::rope,                            \
         .attention_forward = strobe_attention_forward, .attention_backward = strobe_attention_backward,          \
         .cache_append = cpu::cache_append, .cross_entropy = cpu::isa::cross_entropy, .loss_sum = cpu::loss_sum,  \
-        .adamw = cpu::isa::adamw, .squared_norm = cpu::isa::squared_norm, .narrow = cpu::narrow,                 \
+        .adamw = cpu::isa::adamw, .squared_norm = cpu::isa::squared_norm,                 \
     }
 
 const Ops& best_cpu_table() {
@@ -51,7 +51,6 @@ void loss_sum(Exec&, const LossSum& a) {
     *a.sum = sum;
 }
 
-void narrow(Exec&, const Narrow&) { throw std::invalid_argument("the cpu computes in fp32 only"); }
 
 }  // namespace cpu
 

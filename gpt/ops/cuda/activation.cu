@@ -75,40 +75,36 @@ __global__ void swiglu_backward_kernel(int64_t rows, int64_t ffn, const T* x, co
     dup.store(dx + gate + ffn);
 }
 
+/// Calls launch(type, width, blocks): a thread takes a vector where rows are made of whole ones, else a number.
+template <class Fn>
+void by_width(Precision precision, int64_t rows, int64_t ffn, Fn&& launch) {
+    by_precision(precision, [&](auto* type) {
+        const auto with = [&](auto width) { launch(type, width, blocks_for(rows * ffn, kThreads * width)); };
+        constexpr int kWide = kVectorSize<std::remove_pointer_t<decltype(type)>>;
+        ffn % kWide == 0 ? with(std::integral_constant<int, kWide>()) : with(std::integral_constant<int, 1>());
+    });
+}
+
 }  // namespace
 
 void activation_forward(Exec& e, const ActivationForward& a) {
-    by_precision(a.x.precision, [&](auto* type) {
+    by_width(a.x.precision, a.rows, a.ffn, [&](auto* type, auto width, unsigned blocks) {
         using T = std::remove_pointer_t<decltype(type)>;
-        constexpr int kWide = kVectorSize<T>;
-        const int64_t count = a.rows * a.ffn;
-        const bool wide = a.ffn % kWide == 0;
-        const unsigned grid = blocks_for(count, kThreads * (wide ? kWide : 1));
-        if (a.kind == ActivationKind::gelu) {
-            const auto kernel = wide ? gelu_forward_kernel<T, kWide> : gelu_forward_kernel<T, 1>;
-            kernel<<<grid, kThreads, 0, stream_of(e)>>>(count, as<T>(a.x), as<T>(a.y));
-        } else {
-            const auto kernel = wide ? swiglu_forward_kernel<T, kWide> : swiglu_forward_kernel<T, 1>;
-            kernel<<<grid, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.y));
-        }
+        if (a.kind == ActivationKind::gelu)
+            gelu_forward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.y));
+        else
+            swiglu_forward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.y));
     });
     check_launch("activation_forward");
 }
 
 void activation_backward(Exec& e, const ActivationBackward& a) {
-    by_precision(a.x.precision, [&](auto* type) {
+    by_width(a.x.precision, a.rows, a.ffn, [&](auto* type, auto width, unsigned blocks) {
         using T = std::remove_pointer_t<decltype(type)>;
-        constexpr int kWide = kVectorSize<T>;
-        const int64_t count = a.rows * a.ffn;
-        const bool wide = a.ffn % kWide == 0;
-        const unsigned grid = blocks_for(count, kThreads * (wide ? kWide : 1));
-        if (a.kind == ActivationKind::gelu) {
-            const auto kernel = wide ? gelu_backward_kernel<T, kWide> : gelu_backward_kernel<T, 1>;
-            kernel<<<grid, kThreads, 0, stream_of(e)>>>(count, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
-        } else {
-            const auto kernel = wide ? swiglu_backward_kernel<T, kWide> : swiglu_backward_kernel<T, 1>;
-            kernel<<<grid, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
-        }
+        if (a.kind == ActivationKind::gelu)
+            gelu_backward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
+        else
+            swiglu_backward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
     });
     check_launch("activation_backward");
 }

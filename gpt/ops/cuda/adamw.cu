@@ -24,13 +24,13 @@ __device__ bool decays(const AdamWSegment* segments, int count, int64_t element)
     return segments[low].decay;
 }
 
-/// The moments of a thread's elements.
+/// A thread's elements of one of the arenas.
 template <class T>
-struct Moments {
+struct Share {
     Vector<T, kVectorSize<T>> part[kElements / kVectorSize<T>];
 
-    __device__ static Moments load(const T* p) {
-        Moments x;
+    __device__ static Share load(const T* p) {
+        Share x;
 #pragma unroll
         for (int i = 0; i < kElements / kVectorSize<T>; ++i) x.part[i] = Vector<T, kVectorSize<T>>::load(p + i * kVectorSize<T>);
         return x;
@@ -53,18 +53,60 @@ struct Moments {
     }
 };
 
+/// The values of a thread's elements: fp32, or the halves that split_float makes, of which the upper ones lie in `narrow`.
+template <class T>
+struct Values;
+
+template <>
+struct Values<float> {
+    Share<float> whole;
+
+    __device__ static Values load(const float* values, const bf16*, int64_t first) { return {Share<float>::load(values + first)}; }
+    __device__ float operator[](int i) const { return whole[i]; }
+    __device__ void set(int i, float x) { whole.set(i, x, 0u); }
+    __device__ void store(float* values, bf16* narrow, int64_t first) const {
+        whole.store(values + first);
+        if (!narrow) return;
+        Vector<bf16, kElements> rounded;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) rounded.set(i, whole[i]);
+        rounded.store(narrow + first);
+    }
+};
+
+template <>
+struct Values<bf16> {
+    Vector<bf16, kElements> low, high;
+
+    __device__ static Values load(const bf16* values, const bf16* narrow, int64_t first) {
+        return {Vector<bf16, kElements>::load(values + first), Vector<bf16, kElements>::load(narrow + first)};
+    }
+    __device__ float operator[](int i) const {
+        const int below = static_cast<short>(__bfloat16_as_ushort(low.x[i]));
+        return __uint_as_float((static_cast<unsigned>(__bfloat16_as_ushort(high.x[i])) << 16) + static_cast<unsigned>(below));
+    }
+    __device__ void set(int i, float x) {
+        const unsigned bits = __float_as_uint(x), nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        high.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? bits >> 16 | 0x40u : (bits + 0x8000u) >> 16));
+        low.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? 0u : bits));
+    }
+    __device__ void store(bf16* values, bf16* narrow, int64_t first) const {
+        low.store(values + first);
+        high.store(narrow + first);
+    }
+};
+
 // Segments begin at multiples of an arena's alignment, so all elements of a thread decay alike. The loads come first: the
 // search for the segment takes as long as they do.
-template <class T>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const AdamWSegment* segments, int num_segments, float* values,
-                                                         const float* grads, T* m, T* v, const double* squared_norm,
+template <class W, class G, class T>
+__global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const AdamWSegment* segments, int num_segments, W* values,
+                                                         const G* grads, T* m, T* v, const double* squared_norm,
                                                          const AdamWRates* rates, Constants k, bf16* narrow) {
-    using Floats = Moments<float>;
     const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kElements;
     if (first >= size) return;
-    Floats w = Floats::load(values + first);
-    const Floats g = Floats::load(grads + first);
-    Moments<T> mean = Moments<T>::load(m + first), square = Moments<T>::load(v + first);
+    Values<W> w = Values<W>::load(values, narrow, first);
+    const Share<G> g = Share<G>::load(grads + first);
+    Share<T> mean = Share<T>::load(m + first), square = Share<T>::load(v + first);
     const AdamWRates r = *rates;
     float scale = 1.0f;
     if (squared_norm) {
@@ -72,7 +114,6 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const Ada
         if (norm > k.clip_norm) scale = k.clip_norm / (norm + 1e-6f);
     }
     const float keep = decays(segments, num_segments, first) ? r.keep : 1.0f;
-    Vector<bf16, kElements> rounded;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
         const float gradient = g[i] * scale;
@@ -81,18 +122,11 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const Ada
         const uint32_t noise = std::is_same_v<T, float> ? 0u : adamw_noise(first + i, r.noise);
         mean.set(i, new_mean, noise);
         square.set(i, new_square, noise >> 16);
-        w.set(i, keep * w[i] - r.step_size * new_mean / (sqrtf(new_square) * r.inv_sqrt_bias2 + k.eps), 0u);
-        rounded.set(i, w[i]);
+        w.set(i, keep * w[i] - r.step_size * new_mean / (sqrtf(new_square) * r.inv_sqrt_bias2 + k.eps));
     }
-    w.store(values + first);
+    w.store(values, narrow, first);
     mean.store(m + first);
     square.store(v + first);
-    if (narrow) rounded.store(narrow + first);
-}
-
-__global__ void narrow_kernel(int64_t size, const float* values, bf16* out) {
-    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i < size) out[i] = __float2bfloat16(values[i]);
 }
 
 }  // namespace
@@ -100,18 +134,20 @@ __global__ void narrow_kernel(int64_t size, const float* values, bf16* out) {
 void adamw(Exec& e, const AdamW& a) {
     if (a.size % kElements != 0) throw std::invalid_argument("adamw: an arena holds a multiple of 8 numbers");
     const Constants constants{a.beta1, a.beta2, a.eps, a.clip_norm};
-    by_precision(a.m.precision, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        adamw_kernel<T><<<blocks_for(a.size / kElements, kThreads), kThreads, 0, stream_of(e)>>>(
-            a.size, a.segments.data(), static_cast<int>(a.segments.size()), a.values, a.grads, as<T>(a.m), as<T>(a.v),
-            a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
+    if (a.values.precision != Precision::fp32 && !a.narrow) throw std::invalid_argument("adamw: lower halves without the upper ones");
+    by_precision(a.values.precision, [&](auto* value_type) {
+        by_precision(a.grads.precision, [&](auto* gradient_type) {
+            by_precision(a.m.precision, [&](auto* moment_type) {
+                using W = std::remove_pointer_t<decltype(value_type)>;
+                using G = std::remove_pointer_t<decltype(gradient_type)>;
+                using T = std::remove_pointer_t<decltype(moment_type)>;
+                adamw_kernel<W, G, T><<<blocks_for(a.size / kElements, kThreads), kThreads, 0, stream_of(e)>>>(
+                    a.size, a.segments.data(), static_cast<int>(a.segments.size()), as<W>(a.values), as<G>(a.grads), as<T>(a.m),
+                    as<T>(a.v), a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
+            });
+        });
     });
     check_launch("adamw");
-}
-
-void narrow(Exec& e, const Narrow& a) {
-    narrow_kernel<<<blocks_for(a.size, kThreads), kThreads, 0, stream_of(e)>>>(a.size, a.values, as<bf16>(a.narrow));
-    check_launch("narrow");
 }
 
 }  // namespace strobe::gpt::cuda

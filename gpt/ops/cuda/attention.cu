@@ -186,6 +186,7 @@ void plain_attention_backward(Exec& e, const AttentionBackward& a) {
 }
 
 void attention_forward(Exec& e, const AttentionForward& a) {
+    if (decodes(a)) return decode_attention(e, a);
     a.q.precision == Precision::fp32 ? plain_attention_forward(e, a) : strobe_attention_forward(e, a);
 }
 

@@ -26,9 +26,15 @@ __global__ void forward_kernel(int64_t hidden, const int32_t* tokens, const int3
     }
 }
 
+template <class G, int N>
+__device__ void add(G* to, const float (&sum)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) to[j] = from_float<G>(to_float(to[j]) + sum[j]);
+}
+
 // A block per piece and stretch of columns: the rows of a piece in order.
-template <class T, int N>
-__global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, float* dtable, float* partial) {
+template <class T, class G, int N>
+__global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, G* dtable, float* partial) {
     using V = Vector<T, N>;
     if (static_cast<int>(blockIdx.x) >= groups.counts->pieces) return;
     const RowGroups::Piece piece = groups.pieces[blockIdx.x];
@@ -41,30 +47,34 @@ __global__ void pieces_kernel(int64_t hidden, RowGroups groups, const T* dout, f
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] += dy[j];
     }
-    const bool final = piece.target >= 0;
-    float* out = final ? dtable + piece.target * hidden + c : partial + ~piece.target * hidden + c;
+    if (piece.target >= 0) {
+        add(dtable + piece.target * hidden + c, sum);
+        return;
+    }
+    float* out = partial + ~piece.target * hidden + c;
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = final ? out[j] + sum[j] : sum[j];
+    for (int j = 0; j < N; ++j) out[j] = sum[j];
 }
 
 // A block per row of the table that has several pieces, and stretch of columns.
-__global__ void merges_kernel(int64_t hidden, RowGroups groups, const float* partial, float* dtable) {
+template <class G>
+__global__ void merges_kernel(int64_t hidden, RowGroups groups, const float* partial, G* dtable) {
     if (static_cast<int>(blockIdx.x) >= groups.counts->merges) return;
     const RowGroups::Merge merge = groups.merges[blockIdx.x];
     const int64_t c = int64_t(blockIdx.y) * kThreads + threadIdx.x;
     if (c >= hidden) return;
-    float sum = 0.0f;
-    for (int32_t slot = merge.begin; slot < merge.end; ++slot) sum += partial[slot * hidden + c];
-    dtable[merge.target * hidden + c] += sum;
+    float sum[1] = {0.0f};
+    for (int32_t slot = merge.begin; slot < merge.end; ++slot) sum[0] += partial[slot * hidden + c];
+    add(dtable + merge.target * hidden + c, sum);
 }
 
-template <class T, int N>
-void add_groups(Exec& e, int64_t hidden, const RowGroups& groups, const T* dout, float* dtable) {
+template <class T, class G, int N>
+void add_groups(Exec& e, int64_t hidden, const RowGroups& groups, const T* dout, G* dtable) {
     auto* partial = static_cast<float*>(e.scratch);
     const dim3 grid(static_cast<unsigned>(groups.max_pieces), blocks_for(hidden, kThreads * N));
-    pieces_kernel<T, N><<<grid, kThreads, 0, stream_of(e)>>>(hidden, groups, dout, dtable, partial);
+    pieces_kernel<T, G, N><<<grid, kThreads, 0, stream_of(e)>>>(hidden, groups, dout, dtable, partial);
     const dim3 merge_grid(static_cast<unsigned>(groups.max_merges), blocks_for(hidden, kThreads));
-    merges_kernel<<<merge_grid, kThreads, 0, stream_of(e)>>>(hidden, groups, partial, dtable);
+    merges_kernel<G><<<merge_grid, kThreads, 0, stream_of(e)>>>(hidden, groups, partial, dtable);
     check_launch("embedding_backward");
 }
 
@@ -85,9 +95,12 @@ void embedding_forward(Exec& e, const EmbeddingForward& a) {
 void embedding_backward(Exec& e, const EmbeddingBackward& a) {
     by_precision(a.dout.precision, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto add = [&](const RowGroups& groups, float* dtable) {
-            a.hidden % kVectorSize<T> == 0 ? add_groups<T, kVectorSize<T>>(e, a.hidden, groups, as<T>(a.dout), dtable)
-                                           : add_groups<T, 1>(e, a.hidden, groups, as<T>(a.dout), dtable);
+        const auto add = [&](const RowGroups& groups, Buffer dtable) {
+            by_precision(dtable.precision, [&](auto* gradient_type) {
+                using G = std::remove_pointer_t<decltype(gradient_type)>;
+                a.hidden % kVectorSize<T> == 0 ? add_groups<T, G, kVectorSize<T>>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable))
+                                               : add_groups<T, G, 1>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable));
+            });
         };
         add(a.token_groups, a.dtable);
         if (a.dposition_table) add(a.position_groups, a.dposition_table);

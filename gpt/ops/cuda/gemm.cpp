@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "gpt/data/dataset.hpp"
 #include "gpt/ops/cuda/noise.hpp"

@@ -21,16 +21,26 @@ void cross_entropy(Exec&, const CrossEntropy&);
 void loss_sum(Exec&, const LossSum&);
 void adamw(Exec&, const AdamW&);
 void squared_norm(Exec&, const SquaredNorm&);
-void narrow(Exec&, const Narrow&);
 
 // fp32 attention, plain: a warp per row, no tiles. For checking the rest against the CPU, not for speed.
 void plain_attention_forward(Exec&, const AttentionForward&);
 void plain_attention_backward(Exec&, const AttentionBackward&);
 
+// Single tokens in bf16: attention over a cache, whose length lies in device memory, and products with one row.
+bool decodes(const AttentionForward&);
+void decode_attention(Exec&, const AttentionForward&);
+bool is_row_product(const LinearForward&);
+void row_product(Exec&, const LinearForward&);
+
 // Sums over rows, each in a fixed order: within a part, then over the parts.
 void add_column_sums(Exec&, Buffer x, int64_t rows, int64_t columns, int64_t stride, float* sums);
-/// out[c] += the sum over parts of partial[part * stride + c].
-void add_parts(Exec&, const float* partial, int64_t parts, int64_t columns, int64_t stride, float* out);
+/// Where up to three sums of as many columns go, which lie behind one another in each part; null: not wanted.
+struct PartSums {
+    static constexpr int kMost = 3;
+    float* to[kMost] = {};
+};
+/// out.to[s][c] += the sum over parts of partial[part * stride + s * columns + c].
+void add_parts(Exec&, const float* partial, int64_t parts, int64_t columns, int64_t stride, const PartSums& out);
 
 const Ops& table();
 

@@ -28,14 +28,15 @@ double bytes_of(double passes, int64_t rows, int64_t columns, Buffer b) {
 /// dweight, and dbias beside it.
 void weight_gradient(Exec& e, const LinearBackward& a, int64_t dy_stride) {
     const GemmCall call{.transpose_b = true, .m = a.in, .n = a.out, .k = a.rows, .lda = a.in, .ldb = dy_stride, .ldd = a.in,
-                        .a = a.x, .b = a.dy, .d = Buffer(a.dweight), .accumulate = !a.overwrite};
+                        .a = a.x, .b = a.dy, .d = a.dweight, .accumulate = !a.overwrite};
     if (!a.dbias) return e.gemm->run(call);
     GemmCall both = call;
     both.epilogue = Epilogue::sum_b;
     both.bias = e.scratch;
-    if (fusion_pays(e, call, both, bytes_of(1, a.rows, a.out, a.dy))) {
+    // The sums come in dweight's precision, and they are fp32.
+    if (a.dweight.precision == Precision::fp32 && fusion_pays(e, call, both, bytes_of(1, a.rows, a.out, a.dy))) {
         e.gemm->run(both);
-        return add_parts(e, static_cast<const float*>(e.scratch), 1, a.out, a.out, a.dbias);
+        return add_parts(e, static_cast<const float*>(e.scratch), 1, a.out, a.out, {{a.dbias}});
     }
     e.gemm->run(call);
     add_column_sums(e, a.dy, a.rows, a.out, dy_stride, a.dbias);
@@ -44,6 +45,7 @@ void weight_gradient(Exec& e, const LinearBackward& a, int64_t dy_stride) {
 }  // namespace
 
 void linear_forward(Exec& e, const LinearForward& a) {
+    if (is_row_product(a)) return row_product(e, a);
     GemmCall call{.transpose_a = true, .m = a.out, .n = a.rows, .k = a.in, .lda = a.in, .ldb = a.in,
                   .ldd = a.y_stride > 0 ? a.y_stride : a.out, .a = a.weight, .b = a.x, .d = a.y};
     if (a.bias) {

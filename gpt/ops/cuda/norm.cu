@@ -119,46 +119,46 @@ __global__ void __launch_bounds__(kThreads, K <= 2 ? 2 : 1) backward_kernel(Norm
     __shared__ float slots[2][kWarps][2];
     extern __shared__ float shares[];  // (kRows, kColumns), one of dweight, dbias and dsum after the other
     const int lane = threadIdx.x % (32 * W), group = threadIdx.x / (32 * W);
-    const int64_t n = a.hidden;
+    const int n = static_cast<int>(a.hidden);
     const float* weight = static_cast<const float*>(a.weight.data);
     const float* bias = static_cast<const float*>(a.bias.data);
     const float inv_n = 1.0f / static_cast<float>(n);
-    const auto column = [&](int k) { return (int64_t(k) * 32 * W + lane) * N; };
+    const auto column = [&](int k) { return (k * 32 * W + lane) * N; };
 
     float dweight[K][N] = {}, dbias[K][N] = {}, dsum[K][N] = {};
     V next_x[K], next_dy[K];
     const auto fetch = [&](int64_t row) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = column(k);
+            const int c = column(k);
             if (row < a.rows && c < n) {
-                next_x[k] = V::load(x + row * n + c);
-                next_dy[k] = V::load(dout + row * n + c);
+                const int64_t at = row * n + c;
+                next_x[k] = V::load(x + at);
+                next_dy[k] = V::load(dout + at);
             }
         }
     };
     int turn = 0;
-    const int64_t step = int64_t(gridDim.x) * kRows;
-    int64_t row = int64_t(blockIdx.x) * kRows + group;
-    fetch(row);
+    fetch(int64_t(blockIdx.x) * kRows + group);
     // All rows of the block go round together: row_sums is a barrier of the whole block.
-    for (int64_t first = int64_t(blockIdx.x) * kRows; first < a.rows; first += step, row += step) {
+    for (int64_t first = int64_t(blockIdx.x) * kRows; first < a.rows; first += int64_t(gridDim.x) * kRows) {
+        const int64_t row = first + group;
         const bool live = row < a.rows;
         V in[K], dy[K], old[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = column(k);
+            const int c = column(k);
             in[k] = next_x[k];
             dy[k] = next_dy[k];
             if (live && c < n) old[k] = V::load(dx + row * n + c);
         }
         const float mean = kind == NormKind::layernorm && live ? a.mean[row] : 0.0f;
         const float rstd = live ? a.rstd[row] : 0.0f;
-        fetch(row + step);
+        fetch(row + int64_t(gridDim.x) * kRows);
         float sums[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = column(k);
+            const int c = column(k);
             if (!live || c >= n) continue;
             float w[N];
             load_floats(weight + c, w);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, K <= 2 ? 2 : 1) backward_kernel(Norm
         const float mean_g = kind == NormKind::layernorm ? sums[0] * inv_n : 0.0f, mean_gx = sums[1] * inv_n;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64_t c = column(k);
+            const int c = column(k);
             if (!live || c >= n) continue;
             float w[N];
             load_floats(weight + c, w);
@@ -340,9 +340,7 @@ void backward(Exec& e, const NormBackward& a) {
     });
     if (!done) backward_loop_kernel<T, kind><<<static_cast<unsigned>(parts), kThreads, 0, stream_of(e)>>>(a, x, dout, dx, out, partial);
     check_launch("norm_backward");
-    add_parts(e, partial, parts, a.hidden, 3 * a.hidden, a.dweight);
-    if (a.dbias) add_parts(e, partial + a.hidden, parts, a.hidden, 3 * a.hidden, a.dbias);
-    if (a.dsum) add_parts(e, partial + 2 * a.hidden, parts, a.hidden, 3 * a.hidden, a.dsum);
+    add_parts(e, partial, parts, a.hidden, 3 * a.hidden, {{a.dweight, a.dbias, a.dsum}});
 }
 
 template <class Fn>

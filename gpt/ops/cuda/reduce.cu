@@ -43,23 +43,24 @@ __global__ void __launch_bounds__(kMaxThreads) column_sums_kernel(const T* x, in
     for (int i = 0; i < N; ++i) partial[blockIdx.y * columns + c + i] = sum[i];
 }
 
-// A block: 32 columns; a warp takes every kWarps-th part.
-__global__ void parts_kernel(const float* partial, int64_t parts, int64_t columns, int64_t stride, float* out) {
+// A block: 32 columns; a warp takes every kWarps-th part. Behind the columns of one sum lie those of the next.
+__global__ void parts_kernel(const float* partial, int64_t parts, int64_t columns, int64_t stride, PartSums out) {
     __shared__ float sums[kWarps][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+    const int64_t c = int64_t(blockIdx.x) * 32 + lane, which = c / columns;
+    float* to = which < PartSums::kMost ? out.to[which] : nullptr;
     float sum = 0.0f;
-    if (c < columns) {
+    if (to) {
 #pragma unroll 8
         for (int64_t p = warp; p < parts; p += kWarps) sum += partial[p * stride + c];
     }
     sums[warp][lane] = sum;
     __syncthreads();
-    if (warp > 0 || c >= columns) return;
+    if (warp > 0 || !to) return;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-    out[c] += total;
+    to[c - which * columns] += total;
 }
 
 __global__ void loss_sum_kernel(const float* losses, int64_t rows, double* sum, bool add) {
@@ -70,19 +71,24 @@ __global__ void loss_sum_kernel(const float* losses, int64_t rows, double* sum, 
     if (threadIdx.x == 0) *sum = add ? *sum + total : total;
 }
 
-// Block b: a contiguous share, summed in fp32 by eights and in fp64 beyond.
-__global__ void squares_kernel(const float* values, int64_t size, double* partial) {
+// Block b: a contiguous share, summed in fp32 within a vector and in fp64 beyond.
+template <class T>
+__global__ void squares_kernel(const T* values, int64_t size, double* partial) {
+    constexpr int N = kVectorSize<T>;
     __shared__ double slots[32];
-    const int64_t vectors = size / 4;
+    const int64_t vectors = size / N;
     const int64_t begin = vectors * blockIdx.x / gridDim.x, end = vectors * (blockIdx.x + 1) / gridDim.x;
     double mine = 0.0;
 #pragma unroll 4
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        const float4 v = reinterpret_cast<const float4*>(values)[i];
-        mine += static_cast<double>((v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w));
+        const auto v = Vector<T, N>::load(values + i * N);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum += v[j] * v[j];
+        mine += static_cast<double>(sum);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0)
-        for (int64_t i = 4 * vectors; i < size; ++i) mine += static_cast<double>(values[i]) * values[i];
+        for (int64_t i = N * vectors; i < size; ++i) mine += static_cast<double>(to_float(values[i])) * to_float(values[i]);
     const double total = block_sum(mine, slots);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -97,8 +103,10 @@ __global__ void sum_doubles_kernel(const double* partial, int count, double* res
 
 }  // namespace
 
-void add_parts(Exec& e, const float* partial, int64_t parts, int64_t columns, int64_t stride, float* out) {
-    parts_kernel<<<blocks_for(columns, 32), kThreads, 0, stream_of(e)>>>(partial, parts, columns, stride, out);
+void add_parts(Exec& e, const float* partial, int64_t parts, int64_t columns, int64_t stride, const PartSums& out) {
+    int64_t sums = PartSums::kMost;
+    while (sums > 1 && !out.to[sums - 1]) --sums;
+    parts_kernel<<<blocks_for(sums * columns, 32), kThreads, 0, stream_of(e)>>>(partial, parts, columns, stride, out);
     check_launch("add_parts");
 }
 
@@ -121,7 +129,7 @@ void add_column_sums(Exec& e, Buffer x, int64_t rows, int64_t columns, int64_t s
             launch(column_sums_kernel<T, 1>, 1);
     });
     check_launch("column_sums");
-    add_parts(e, partial, parts, columns, columns, sums);
+    add_parts(e, partial, parts, columns, columns, {{sums}});
 }
 
 void loss_sum(Exec& e, const LossSum& a) {
@@ -131,7 +139,10 @@ void loss_sum(Exec& e, const LossSum& a) {
 
 void squared_norm(Exec& e, const SquaredNorm& a) {
     auto* partial = static_cast<double*>(e.scratch);
-    squares_kernel<<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(a.values, a.size, partial);
+    by_precision(a.values.precision, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        squares_kernel<T><<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(static_cast<const T*>(as<T>(a.values)), a.size, partial);
+    });
     sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result, a.add);
     check_launch("squared_norm");
 }

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
@@ -214,7 +214,7 @@ const Ops& table() {
         .norm_backward = norm_backward, .linear_forward = linear_forward, .linear_backward = linear_backward,
         .activation_forward = activation_forward, .activation_backward = activation_backward, .rope = rope,
         .attention_forward = attention_forward, .attention_backward = attention_backward, .cache_append = cache_append,
-        .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm, .narrow = narrow,
+        .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm,
         .fuses_gelu = true, .fuses_residual = true, .norms_again = true,
         .uses_row_groups = true,
     };

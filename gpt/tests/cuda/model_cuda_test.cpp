@@ -1,13 +1,14 @@
 // Whole passes, steps and decoding on the GPU against the CPU's from the same weights.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "gpt/generate/decoder.hpp"
 #include "gpt/host_view.hpp"
 #include "gpt/model.hpp"
-#include "gpt/random.hpp"
 #include "gpt/step_graphs.hpp"
+#include "gpt/tests/random_model.hpp"
 #include "gpt/train/optimizer.hpp"
 
 namespace strobe::gpt::test {
@@ -27,20 +28,6 @@ ModelConfig small(Architecture architecture) {
     return c;
 }
 
-Batch random_batch(const ModelConfig& c, const std::vector<int32_t>& lengths, uint64_t seed) {
-    Batch batch;
-    Random random(seed);
-    batch.cu_seqlens.push_back(0);
-    for (const int32_t length : lengths) {
-        for (int32_t i = 0; i < length; ++i) {
-            batch.tokens.push_back(int32_t(random.below(uint64_t(c.vocab_size))));
-            batch.targets.push_back(i % 7 == 3 ? kIgnoreTarget : int32_t(random.below(uint64_t(c.vocab_size))));
-        }
-        batch.cu_seqlens.push_back(int32_t(batch.tokens.size()));
-    }
-    return batch;
-}
-
 double norm_of(std::span<const float> x) {
     double sum = 0.0;
     for (const float v : x) sum += double(v) * v;
@@ -57,12 +44,8 @@ double distance(std::span<const float> a, std::span<const float> b) {
 class CudaModel : public testing::TestWithParam<Setting> {
 protected:
     CudaModel() : there(config, gpu.memory(), GetParam().precision) {
-        initialize(here.layout, config, 7, here.values);
-        Random random(11);
-        for (const Parameter& p : here.layout.list())
-            for (float& x : here.values[p]) x += static_cast<float>(0.02 * random.normal());
-        there.values.copy_from(here.values);
-        narrow_values(gpu, there);
+        randomize(here, 0.02);
+        there.set(here.values);
     }
     bool exact() const { return GetParam().precision == Precision::fp32; }
 
@@ -76,7 +59,7 @@ protected:
 TEST_P(CudaModel, loss_and_gradients) {
     for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{160, 160}, std::vector<int32_t>{160, 3, 77, 100}}) {
         const Batch batch = random_batch(config, lengths, 5);
-        for (const Recompute recompute : {Recompute::none, Recompute::pointwise, Recompute::block}) {
+        for (const Recompute recompute : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block}) {
             SCOPED_TRACE(to_string(recompute));
             Model a(here, cpu, {.max_rows = 400}), b(there, gpu, {.max_rows = 400, .recompute = recompute});
             const double expected = a.forward_backward(batch, 0.01f), actual = b.forward_backward(batch, 0.01f);
@@ -88,6 +71,32 @@ TEST_P(CudaModel, loss_and_gradients) {
             }
         }
     }
+}
+
+// Gradients of matrices in bf16, with the logits in their memory: the same but for a rounding.
+TEST_P(CudaModel, narrow_gradients) {
+    if (exact()) GTEST_SKIP() << "of bf16 alone";
+    for (const Recompute recompute : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block}) {
+        SCOPED_TRACE(to_string(recompute));
+        Model plain(there, gpu, {.max_rows = 400, .recompute = recompute});
+        Model narrow(there, gpu, {.max_rows = 400, .recompute = recompute, .gradients = Precision::bf16});
+        for (const uint64_t seed : {3, 4, 5}) {
+            const Batch batch = random_batch(config, {160, 3, 77, 100}, seed);
+            const double expected = (plain.clear_gradients(), plain.forward_backward(batch, 0.01f));
+            EXPECT_EQ((narrow.clear_gradients(), narrow.forward_backward(batch, 0.01f)), expected);
+            const HostView a(there.layout, plain.gradients()), b(there.layout, narrow.gradients());
+            for (const Parameter& p : there.layout.list()) {
+                const double error = distance((*b.get())[p], (*a.get())[p]);
+                EXPECT_LE(error, p.decay ? 3e-3 : 1e-5) << p.name;
+            }
+        }
+        EXPECT_THROW(narrow.accumulate(random_batch(config, {160}, 6), 0.01f), std::logic_error);
+    }
+}
+
+TEST_P(CudaModel, masters_come_back_from_their_halves) {
+    const HostView values(there);
+    EXPECT_TRUE(std::ranges::equal(values.get()->all(), here.values.all()));
 }
 
 TEST_P(CudaModel, a_step_repeats_bit_for_bit) {
@@ -129,7 +138,7 @@ TEST_P(CudaModel, twenty_steps) {
         EXPECT_NEAR(on_gpu.apply(gpu.exec(), there, b.gradients(), step, 1e-3f), norm, (exact() ? 1e-3 : 3e-2) * norm) << step;
         EXPECT_NEAR(b.take_loss(), expected, (exact() ? 1e-4 : 1e-2) * expected) << step;
     }
-    const HostView values(there.layout, there.values);
+    const HostView values(there);
     EXPECT_LT(distance(values.get()->all(), here.values.all()), exact() ? 1e-3 : 3e-2);
 }
 
@@ -140,8 +149,7 @@ TEST_P(CudaModel, recorded_steps_are_the_same_steps) {
     std::vector<double> expected_losses;
     for (const bool recorded : {false, true}) {
         Weights weights(config, gpu.memory(), GetParam().precision);
-        weights.values.copy_from(here.values);
-        narrow_values(gpu, weights);
+        weights.set(here.values);
         Model model(weights, gpu, {.max_rows = 320});
         Optimizer optimizer(weights.layout, {.warmup_steps = 0}, gpu.memory(), GetParam().precision);
         StepGraphs graphs(gpu);
@@ -161,7 +169,7 @@ TEST_P(CudaModel, recorded_steps_are_the_same_steps) {
             losses.push_back(model.take_loss());
             losses.push_back(optimizer.gradient_norm());
         }
-        const HostView values(weights.layout, weights.values);
+        const HostView values(weights);
         const std::span<const float> all = values.get()->all();
         if (!recorded) {
             expected_losses = losses;

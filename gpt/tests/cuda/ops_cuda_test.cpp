@@ -23,6 +23,7 @@ protected:
     void gelu_in_products(int64_t rows, int64_t in, int64_t out);
     void activation(ActivationKind kind, int64_t rows, int64_t ffn);
     void attention(const std::vector<int32_t>& lengths, int64_t heads, int64_t heads_k, int64_t head_dim);
+    void decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim);
     void cross_entropy(int64_t rows, int64_t vocab, int64_t stride);
 };
 
@@ -104,6 +105,18 @@ void CudaOps::linear(int64_t rows, int64_t in, int64_t out, int64_t stride, bool
     twins.expect_same(dx, "dx");
     twins.expect_same(dweight, "dweight", 1e-4);
     if (biased) twins.expect_same(dbias, "dbias", 1e-4);
+
+    // Overwritten, in the precision under test.
+    Twin narrow = twins.filled(size_t(out * in), -7.0f);
+    LinearBackward overwriting = backward(here);
+    overwriting.overwrite = true;
+    run(host, overwriting);
+    narrow.host = dweight.host;
+    overwriting = backward(there);
+    overwriting.overwrite = true, overwriting.dweight = narrow.device;
+    run(device, overwriting);
+    twins.expect_same(narrow, "dweight, overwritten", GetParam() == Precision::fp32 ? 1e-4 : 4e-3);
+    if (biased) twins.expect_same(dbias, "dbias beside it", 1e-4);
 
     // With a residual: elsewhere, then in the place of y.
     Twin residual = twins.normal(size_t(rows * stride), 8), sum = twins.filled(size_t(rows * stride), 0.0f);
@@ -189,6 +202,24 @@ void CudaOps::attention(const std::vector<int32_t>& lengths, int64_t heads, int6
     twins.expect_same(dqkv, "dqkv");
 }
 
+// A single query over a cache of more rows than it has keys; the GPU is told the cache's rows.
+void CudaOps::decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim) {
+    SCOPED_TRACE(testing::Message() << keys << " keys, " << heads << "/" << heads_k << " heads of " << head_dim);
+    const std::vector<int32_t> borders{0, 1, 0, keys};
+    const int64_t q = heads * head_dim, kv = heads_k * head_dim, capacity = keys + 37;
+    Twin query = twins.normal(size_t(q + 8), 1), k = twins.normal(size_t(capacity * kv), 2), v = twins.normal(size_t(capacity * kv), 3);
+    Twin out = twins.filled(size_t(q), -7.0f);
+    const auto forward = [&](auto at, const int32_t* cu, int64_t told) {
+        return AttentionForward{.shape = {.batch = 1, .num_heads = heads, .num_heads_k = heads_k, .head_dim = head_dim, .total_q = 1, .total_k = told,
+                                          .max_seqlen_q = 1, .max_seqlen_k = told, .cu_seqlens_q = cu, .cu_seqlens_k = cu + 2},
+                                .q_stride = q + 8, .k_stride = kv, .v_stride = kv, .out_stride = q, .q = at(query), .k = at(k), .v = at(v),
+                                .out = at(out), .lse = nullptr};
+    };
+    run(host, forward([](Twin& t) { return Buffer(t.host.data()); }, borders.data(), keys));
+    run(device, forward([](Twin& t) { return t.device; }, twins.upload(borders), capacity));
+    twins.expect_same(out, "out");
+}
+
 void CudaOps::cross_entropy(int64_t rows, int64_t vocab, int64_t stride) {
     SCOPED_TRACE(testing::Message() << "vocabulary of " << vocab << " at " << stride);
     Twin logits = twins.normal(size_t(rows * stride), 1, 4.0), losses = twins.filled_f32(size_t(rows), -7.0f);
@@ -231,6 +262,8 @@ TEST_P(CudaOps, norms) {
 TEST_P(CudaOps, products) {
     linear(19, 24, 40, 40, true);
     linear(1, 64, 192, 192, true);
+    linear(1, 2056, 77, 77, false);
+    linear(1, 4096, 520, 520, true);
     linear(300, 256, 768, 768, true);
     linear(257, 128, 257, 320, false);
     linear(640, 384, 1152, 1152, true);
@@ -254,6 +287,15 @@ TEST_P(CudaOps, attention) {
     attention({65, 129}, 6, 2, 64);
     attention({256, 256}, 2, 2, 128);
     attention({33, 100}, 3, 1, 32);
+}
+
+TEST_P(CudaOps, decoding) {
+    for (const int32_t keys : {1, 2, 63, 64, 1000, 5003}) {
+        decoding_attention(keys, 4, 4, 64);
+        decoding_attention(keys, 6, 2, 128);
+    }
+    decoding_attention(300, 3, 1, 40);
+    decoding_attention(700, 2, 2, 256);
 }
 
 TEST_P(CudaOps, cross_entropy) {
@@ -295,6 +337,15 @@ TEST_P(CudaOps, embedding) {
                                       .token_groups = inputs.token_groups(), .position_groups = inputs.position_groups()});
         twins.expect_same(dtable, "dtable", 1e-4);
         twins.expect_same(dpositions, "dpositions", 1e-4);
+        // Into a table of the precision under test: one rounding more, relative to each entry.
+        Twin narrow = twins.normal(size_t(50 * hidden), 4);
+        std::copy_n(narrow.host.begin(), narrow.host.size(), dtable.host.begin());
+        run(host, EmbeddingBackward{.rows = 1000, .hidden = hidden, .tokens = batch.tokens.data(), .positions = positions.data(),
+                                    .dout = dout.host.data(), .dtable = dtable.host.data(), .dposition_table = {}});
+        run(device, EmbeddingBackward{.rows = 1000, .hidden = hidden, .tokens = inputs.tokens(), .positions = inputs.positions(),
+                                      .dout = dout.device, .dtable = narrow.device, .dposition_table = {}, .token_groups = inputs.token_groups()});
+        narrow.host = dtable.host;
+        twins.expect_same(narrow, "dtable in the same precision", GetParam() == Precision::fp32 ? 1e-4 : 4e-3);
     }
 }
 
@@ -358,6 +409,47 @@ TEST_P(CudaOps, adamw_and_norm) {
     if (GetParam() != Precision::bf16) return;
     const Floats masters = twins.fetch(w), narrowed = twins.fetch(narrow);
     for (size_t i = 0; i < masters.size(); ++i) ASSERT_EQ(narrowed[i], to_bf16(masters[i])) << i;
+}
+
+// Values in halves are the same values, and gradients in bf16 are fp32 numbers that fit.
+TEST_P(CudaOps, adamw_of_halves) {
+    if (GetParam() != Precision::bf16) GTEST_SKIP() << "one precision is enough";
+    constexpr int64_t kSize = 65536 + 64;
+    const std::vector<AdamWSegment> segments{{0, kSize, true}};
+    const AdamWSegment* segments_there = twins.upload(segments);
+    Twin whole = twins.normal_f32(kSize, 1), m = twins.filled_f32(kSize, 0.0f), v = twins.filled_f32(kSize, 0.0f);
+    Twin m_of_halves = twins.filled_f32(kSize, 0.0f), v_of_halves = twins.filled_f32(kSize, 0.0f);
+    Twin high = twins.filled(kSize, 0.0f), low = twins.filled(kSize, 0.0f), square = twins.filled_f32(2, 0.0f);
+    std::vector<uint16_t> high_bits, low_bits;
+    for (const float x : whole.host) {
+        const SplitFloat halves = split_float(x);
+        high_bits.push_back(halves.high), low_bits.push_back(halves.low);
+        ASSERT_EQ(join_float(halves), x);
+    }
+    const size_t bytes = kSize * sizeof(uint16_t);
+    gpu.memory().copy(high.device.data, high_bits.data(), bytes);
+    gpu.memory().copy(low.device.data, low_bits.data(), bytes);
+    auto* square_there = static_cast<double*>(square.device.data);
+    for (int step = 1; step <= 3; ++step) {
+        Twin g = twins.normal(kSize, 10 + uint64_t(step)), g_whole = twins.filled_f32(kSize, 0.0f);
+        gpu.memory().copy(g_whole.device.data, g.host.data(), kSize * sizeof(float));
+        double sum = 0.0, expected = 0.0;
+        for (const float x : g.host) expected += double(x) * x;
+        run(device, SquaredNorm{.size = kSize, .values = g.device, .result = square_there});
+        gpu.memory().copy(&sum, square_there, sizeof sum);
+        EXPECT_NEAR(sum, expected, 1e-6 * expected);
+        const AdamWRates* rates = twins.upload(std::vector<AdamWRates>{adamw_rates(0.01f, 0.9f, 0.95f, 0.1f, step)});
+        AdamW args{.segments = {segments_there, 1}, .size = kSize, .values = whole.device, .grads = g_whole.device, .m = m.device,
+                   .v = v.device, .rates = rates, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f};
+        run(device, args);
+        args.values = low.device, args.narrow = high.device, args.grads = g.device;
+        args.m = m_of_halves.device, args.v = v_of_halves.device;
+        run(device, args);
+    }
+    gpu.memory().copy(high_bits.data(), high.device.data, bytes);
+    gpu.memory().copy(low_bits.data(), low.device.data, bytes);
+    const Floats expected = twins.fetch(whole);
+    for (size_t i = 0; i < expected.size(); ++i) ASSERT_EQ(join_float({high_bits[i], low_bits[i]}), expected[i]) << i;
 }
 
 // The same random bits on both devices: all but a few numbers, whose fp32 value differed by its last digit, are rounded alike.

@@ -35,7 +35,7 @@ TEST(SocketCommunicator, reduce_scatter_sums_the_own_piece) {
                 data.emplace_back(static_cast<size_t>(pieces[call] * size));
                 for (size_t i = 0; i < data.back().size(); ++i) data.back()[i] = value_of(group.rank(), call, static_cast<int64_t>(i));
             }
-            for (int call = 0; call < 4; ++call) communicator->reduce_scatter(data[static_cast<size_t>(call)].data(), pieces[call]);
+            for (int call = 0; call < 4; ++call) communicator->reduce_scatter(data[static_cast<size_t>(call)].data(), pieces[call], call % 2 == 0 ? Pace::calm : Pace::swift);
             communicator->join();
             for (int call = 0; call < 4; ++call) {
                 const int64_t begin = group.rank() * pieces[call];
@@ -92,7 +92,7 @@ TEST(SocketCommunicator, an_error_ends_nobodys_destructor) {
         auto communicator = make_socket_communicator(group);
         // Rank 1 never makes the call.
         if (group.rank() == 0) {
-            communicator->reduce_scatter(data.data(), 1000);
+            communicator->reduce_scatter(data.data(), 1000, Pace::swift);
             communicator.reset();
         }
         group.barrier();

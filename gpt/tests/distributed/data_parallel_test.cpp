@@ -101,6 +101,27 @@ TEST(StepRows, are_the_same_whatever_the_number_of_processes) {
     EXPECT_THROW(StepRows(stream, options_of(2, 2, 0, 3)), std::invalid_argument);
 }
 
+// The process with the fewest rows may have the largest pass: 15 rows by 4 processes, 3 at most in a pass, are 3 in one pass and 4
+// in two.
+TEST(StepRows, no_pass_is_larger_than_is_said) {
+    const TemporaryFolder folder;
+    const TokenStream stream = stream_of(folder / "s.tok", true);
+    std::vector<Batch> passes;
+    for (int64_t rows = 1; rows <= 25; ++rows) {
+        for (int64_t pass = 1; pass <= 6; ++pass) {
+            for (int size = 1; size <= std::min<int64_t>(rows, 6); ++size) {
+                size_t largest = 0;
+                for (int rank = 0; rank < size; ++rank) {
+                    StepRows(stream, options_of(rows, pass, rank, size)).next(passes);
+                    for (const Batch& batch : passes) largest = std::max(largest, batch.tokens.size() / 16);
+                }
+                EXPECT_EQ(static_cast<int64_t>(largest), largest_pass(rows, pass, size)) << rows << " rows, " << pass << " in a pass, " << size << " processes";
+                EXPECT_LE(static_cast<int64_t>(largest), pass);
+            }
+        }
+    }
+}
+
 TEST(Shards, tile_the_arena_from_its_end) {
     for (const Architecture architecture : {Architecture::gpt2, Architecture::llama}) {
         for (const int size : {1, 2, 3, 7}) {
@@ -109,7 +130,7 @@ TEST(Shards, tile_the_arena_from_its_end) {
             EXPECT_GE(buckets.size(), size == 7 ? 3u : 5u);
             int64_t end = layout.arena_elements(), local = 0;
             for (const Bucket& b : buckets) {
-                EXPECT_EQ(b.begin + b.size(size), end);
+                EXPECT_EQ(b.begin + b.piece * size, end);
                 EXPECT_EQ(b.piece % 64, 0);
                 EXPECT_GT(b.piece, 0);
                 EXPECT_EQ(b.local, local);

@@ -1,4 +1,5 @@
 // Processes that meet, and those that cannot.
+#include "gpt/distributed/communicator.hpp"
 #include "gpt/tests/distributed/ranks.hpp"
 
 namespace strobe::gpt::test {
@@ -47,6 +48,37 @@ TEST(ProcessGroup, strangers_are_passed_over) {
         EXPECT_EQ(group.exchange(std::to_string(group.rank())).back(), "1");
     });
     EXPECT_EQ(errors, (std::vector<std::string>{"", ""}));
+}
+
+// Debian gives a machine's own name 127.0.1.1, where nobody hears who listens at 127.0.0.1 alone. And rank 0 may know itself by
+// another name than the others know it by.
+TEST(ProcessGroup, meets_at_any_address_of_rank_0) {
+    struct Names {
+        const char *leader, *others;
+        bool one_machine;
+    };
+    for (const auto [leader, others, one_machine] : {Names{"127.0.0.1", "localhost", true}, Names{"127.0.1.1", "127.0.1.1", true},
+                                                     Names{"localhost", "127.0.1.1", false}}) {
+        std::vector<Launch> all = launches(3, 5.0);
+        ::close(all[0].listening_fd);
+        for (Launch& launch : all) {
+            launch.address = launch.rank == 0 ? leader : others;
+            launch.listening_fd = -1;
+            if (!one_machine) launch.local_rank = 0, launch.local_size = 1;
+        }
+        const std::vector<std::string> errors = in_threads(all, [&](const Launch& launch) {
+            ProcessGroup group(launch);
+            // Who came by the loopback is where rank 0 is, and is reached by the same name.
+            for (int rank = 0; rank < 3; ++rank) EXPECT_EQ(group.host(rank), launch.address);
+            std::vector<float> data(6, static_cast<float>(group.rank()));
+            const auto communicator = make_socket_communicator(group);
+            communicator->reduce_scatter(data.data(), 2, Pace::swift);
+            communicator->join();
+            EXPECT_EQ(data[static_cast<size_t>(2 * group.rank())], 3.0f);
+            group.barrier();
+        });
+        EXPECT_EQ(errors, (std::vector<std::string>{"", "", ""})) << leader << ", " << others;
+    }
 }
 
 TEST(ProcessGroup, contradictions_are_named) {

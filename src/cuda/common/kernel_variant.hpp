@@ -16,7 +16,7 @@ STROBE_HD constexpr uint64_t encode_variant(const Variant& v) {
     put(static_cast<int>(v.dtype), 2);
     put(v.head_dim, 11);
     put(static_cast<int>(v.mask), 1);
-    put(static_cast<int>(v.features), 2);
+    put(static_cast<int>(v.features), 3);
     put(v.block_m, 10);
     put(v.block_n, 10);
     put(v.stages, 4);
@@ -35,7 +35,7 @@ STROBE_HD constexpr Variant decode_variant(uint64_t code) {
     v.stages = take(4);
     v.block_n = take(10);
     v.block_m = take(10);
-    v.features = static_cast<Features>(take(2));
+    v.features = static_cast<Features>(take(3));
     v.mask = static_cast<MaskClass>(take(1));
     v.head_dim = take(11);
     v.dtype = static_cast<DType>(take(2));

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr BackwardConfig kConfig(V);
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages, kThreads = kConfig.threads;
-    constexpr bool kGeneral = V.features != Features::plain, kBiased = V.features == Features::biased;
+    constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features);
     constexpr int kScoreKeys = kN / kConfig.score_warps_n, kScoreQueries = kConfig.step_m / kConfig.score_warps_m;
     constexpr int kScoreM = kScoreKeys / 16, kScoreN = kScoreQueries / 8;
     constexpr int kOutRows = kN / kConfig.out_warps_n;
@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const float* from = (thread < kM / 4 ? ws.lse_log2 : ws.delta) + stat + thread % (kM / 4) * 4;
             cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from);
         }
-        if constexpr (kBiased) {
+        if constexpr (kHasBias) {
             const Bias bias(p, seq, batch, head);
-            if (bias.staged()) {
+            if (V.features == Features::tiled || bias.staged()) {
                 bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, static_cast<int64_t>(tile) * kM, k_begin, thread);
             }
         }
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b),
                                                                gradient.template beside_scores<kD / 16>(bits));
             const bool masked = !band.all_visible(q0, kScoreQueries, k0, kScoreKeys);
-            if constexpr (kBiased) {
+            if constexpr (kHasBias) {
                 const auto bias = FragmentAddress<kN>::chunks_first(bias_smem, lane, score_query, score_key);
                 gradient.scores(s, score, band, origin, masked, bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
             } else {
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
                               warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
             // In halves where all of it beside dK and dV would not fit in registers.
-            constexpr int kParts = kD == 256 && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
+            constexpr int kParts = (kD == 256 || (kD == 128 && !kVectorReductions)) && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
 #pragma unroll 1
             for (int part = 0; part < kParts; ++part) {
                 float dq[kDqM][kPartN][4];
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 
     // Read again rather than kept in registers over the loop.
     const Sequence keys = sequence_of(p, batch);
-    const float dv_scale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f, dk_scale = p.score.softmax_scale * dv_scale;
+    const float dv_scale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f, dk_scale = p.score.softmax_scale * dv_scale;
 #pragma unroll
     for (int i = 0; i < kOutM; ++i)
 #pragma unroll

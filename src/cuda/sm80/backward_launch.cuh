@@ -19,7 +19,9 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     constexpr BiasGradientConfig kBias(V);
     const cudaStream_t stream = context.stream;
     const BackwardWorkspace ws = BackwardWorkspace::make(p, V);
-    if (!kConfig.adds_dq && ws.dq) return cudaErrorInvalidValue;  // a row for the deterministic mode alone
+    // A row for the deterministic mode alone, or one that has none.
+    constexpr bool kHasQueryPass = V.features != Features::tiled;
+    if (ws.dq ? !kConfig.adds_dq : !kHasQueryPass) return cudaErrorInvalidValue;
     const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads;
     const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
     const int64_t head_y = heads < 32768 ? heads : 32768;
@@ -44,12 +46,14 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     if (has_queries && ws.dq) {
         backward_convert_dq<kCode><<<row_grid, kConfig.threads, 0, stream>>>(p, ws);
     } else if (has_queries) {
-        const int64_t head_bytes = 2 * p.size.seqlen_k * V.head_dim * 2 * p.size.num_heads_k / p.size.num_heads;
-        const TileOrder order =
-            TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, p.mask.is_band(), true);
-        const auto kernel = backward_query_gradient<kCode>;
-        if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kDq.smem_bytes); e != cudaSuccess) return e;
-        kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
+        if constexpr (kHasQueryPass) {
+            const int64_t head_bytes = 2 * p.size.seqlen_k * V.head_dim * 2 * p.size.num_heads_k / p.size.num_heads;
+            const TileOrder order =
+                TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, p.mask.is_band(), true);
+            const auto kernel = backward_query_gradient<kCode>;
+            if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kDq.smem_bytes); e != cudaSuccess) return e;
+            kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
+        }
     }
 
     if constexpr (V.features == Features::biased) {

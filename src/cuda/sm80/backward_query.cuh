@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     constexpr int kD = V.head_dim, kM = kConfig.block_m, kN = kConfig.block_n, kRows = kConfig.rows;
     constexpr int kThreads = QueryGradientConfig::kWarps * kWarpSize, kStages = kConfig.stages;
     constexpr int kMAtoms = kRows / 16, kNAtoms = kN / 8, kDAtoms = kD / 8;
-    constexpr bool kGeneral = V.features != Features::plain;
+    constexpr bool kGeneral = is_general(V.features);
     extern __shared__ __align__(128) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     }
 
     const ScoreFunctionOf<V.features> score(p, seq, batch, head);
-    const float scale = p.score.softmax_scale * (kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f);
+    const float scale = p.score.softmax_scale * (may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f);
     const uint32_t batch_head = static_cast<uint32_t>(index.head);
     const auto q_operand = FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows);
     const auto do_operand = FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows);

@@ -16,7 +16,7 @@ template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
-    constexpr bool kGeneral = V.features != Features::plain;
+    constexpr bool kGeneral = is_general(V.features);
     constexpr int kLanes = V.head_dim <= 32 ? 4 : V.head_dim <= 64 ? 8 : V.head_dim <= 128 ? 16 : 32;  // of one row
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     constexpr int kPasses = (V.block_m + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const int thread = threadIdx.x, col = thread % kLanes * 8;
     const bool aligned = !kGeneral || (dout.aligned(cols) && out.aligned(cols));
     // delta without dropout's factor 1 / (1 - p), as dS: see score_gradient.cuh.
-    const float keep = kGeneral && p.dropout.enabled() ? 1.0f / p.dropout.rescale : 1.0f;
+    const float keep = may_drop(V.features) && p.dropout.enabled() ? 1.0f / p.dropout.rescale : 1.0f;
 
     const auto read = [&](const uint16_t* row) -> uint4 {
         if (col >= cols) return {0, 0, 0, 0};
@@ -86,14 +86,16 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kVectorReductions = true;
+#else
+constexpr bool kVectorReductions = false;
+#endif
+
 /// Fragment order of the dQ accumulator: group f of a warp's tile holds four elements of every lane. One vector reduction
 /// per lane where the device has it (sm_90), else four coalesced scalar ones.
 __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return (f * 32 + lane) * 4 + e;
-#else
-    return (f * 4 + e) * 32 + lane;
-#endif
+    return kVectorReductions ? (f * 32 + lane) * 4 + e : (f * 4 + e) * 32 + lane;
 }
 
 /// Adds four elements of a lane; `to` is the lane's first one.
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                         warp * (kRows * kPairs * 16);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
     constexpr int kMAtoms = kRows / 16;
-    const bool drops = V.features != Features::plain && p.dropout.enabled();
+    const bool drops = may_drop(V.features) && p.dropout.enabled();
     const float scale = p.score.softmax_scale * (drops ? p.dropout.rescale : 1.0f);
     float acc[kMAtoms][2 * kPairs][4];
 #pragma unroll
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     __shared__ __align__(128) unsigned char smem[V.block_m * V.head_dim * 2];
     fragments_to_tile<V.dtype, V.head_dim, kConfig.dq_warps_d>(acc, smem_address(smem), warp_row, warp_block * 16, lane);
     __syncthreads();
-    tile_to_global<V.head_dim, V.block_m, V.features == Features::plain>(smem_address(smem), dq, rows_left, p.size.head_dim,
+    tile_to_global<V.head_dim, V.block_m, !is_general(V.features)>(smem_address(smem), dq, rows_left, p.size.head_dim,
                                                                         threadIdx.x, kConfig.threads);
 }
 

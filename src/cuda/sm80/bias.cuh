@@ -69,9 +69,9 @@ struct Bias {
         if (!staged()) {
             add(s, origin, inverse, NoBias());
         } else if (dtype == DType::bf16) {
-            add_staged<DType::bf16, kTransposed>(s, inverse, staged_at);
+            add_tile<DType::bf16, kTransposed>(s, inverse, staged_at);
         } else {
-            add_staged<DType::f16, kTransposed>(s, inverse, staged_at);
+            add_tile<DType::f16, kTransposed>(s, inverse, staged_at);
         }
     }
     template <bool kTransposed, int kMAtoms, int kNAtoms>
@@ -87,24 +87,9 @@ struct Bias {
         }
     }
 
-private:
-    /// How elements of one type are read, one at a time and two at a time.
-    struct FloatElements {
-        using One = float;
-        using Two = float2;
-        __device__ static float one(float x) { return x; }
-        __device__ static float2 two(float2 x) { return x; }
-    };
-    template <DType kType>
-    struct HalfElements {
-        using One = uint16_t;
-        using Two = uint32_t;
-        __device__ static float one(uint16_t x) { return unpack<kType>(x); }
-        __device__ static float2 two(uint32_t x) { return unpack2<kType>(x); }
-    };
-
+    /// The same of a tile of kType in shared memory.
     template <DType kType, bool kTransposed, int kMAtoms, int kNAtoms, int kCols>
-    __device__ __forceinline__ static void add_staged(float (&s)[kMAtoms][kNAtoms][4], float inverse,
+    __device__ __forceinline__ static void add_tile(float (&s)[kMAtoms][kNAtoms][4], float inverse,
                                                       const FragmentAddress<kCols>& at) {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
@@ -125,6 +110,22 @@ private:
                 }
             }
     }
+
+private:
+    /// How elements of one type are read, one at a time and two at a time.
+    struct FloatElements {
+        using One = float;
+        using Two = float2;
+        __device__ static float one(float x) { return x; }
+        __device__ static float2 two(float2 x) { return x; }
+    };
+    template <DType kType>
+    struct HalfElements {
+        using One = uint16_t;
+        using Two = uint32_t;
+        __device__ static float one(uint16_t x) { return unpack<kType>(x); }
+        __device__ static float2 two(uint32_t x) { return unpack2<kType>(x); }
+    };
 
     /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
     /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is addressed

@@ -44,9 +44,12 @@ struct BiasGradientGrid {
     template <class F>
     __device__ __forceinline__ void for_each_item(F&& f) const {
         for (int b = 0; b < sum_batch; ++b) {
-            for (int item = 0; item < sum_heads * sum_q_tiles * sum_k_tiles; ++item) {
-                f(static_cast<int>(blockIdx.z) + b, static_cast<int>(blockIdx.y) + item / sum_k_tiles / sum_q_tiles,
-                  my_q_tile() + item / sum_k_tiles % sum_q_tiles, my_k_tile() + item % sum_k_tiles);
+            for (int h = 0; h < sum_heads; ++h) {  // a loop for each axis: their product may be beyond 32 bits
+                for (int q = 0; q < sum_q_tiles; ++q) {
+                    for (int k = 0; k < sum_k_tiles; ++k) {
+                        f(static_cast<int>(blockIdx.z) + b, static_cast<int>(blockIdx.y) + h, my_q_tile() + q, my_k_tile() + k);
+                    }
+                }
             }
         }
     }

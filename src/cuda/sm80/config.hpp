@@ -14,6 +14,12 @@ STROBE_HD constexpr int ctas_for_registers(int threads, int registers_per_thread
     return ctas < 1 ? 1 : ctas;
 }
 
+/// No registers are spared for CTAs that even the largest shared memory has no room for.
+STROBE_HD constexpr int ctas_for_smem(int ctas, int smem_bytes) {
+    constexpr int kLargest = 227 << 10;
+    return ctas * smem_bytes <= kLargest ? ctas : kLargest / smem_bytes;
+}
+
 /// Forward: every warp owns `rows` query rows and sees all keys of a tile, or two warps share them: each then has the scores of half
 /// the keys and half the columns of O, which takes less shared memory traffic where 32 whole rows of O do not fit a warp's registers.
 /// K and V are streamed through `stages` buffers, and so are the tiles of a bias.
@@ -31,13 +37,14 @@ struct ForwardConfig {
           d_atoms(v.head_dim / 8 / warps_of_rows),
           q_bytes(v.block_m * v.head_dim * 2),
           kv_bytes(v.block_n * v.head_dim * 2),
-          bias_bytes(v.features == Features::biased ? v.block_m * v.block_n * 2 : 0),
+          bias_bytes(has_bias(v.features) ? v.block_m * v.block_n * 2 : 0),
           shared_rows_bytes(warps_of_rows > 1 ? v.block_m * (v.block_n * 2 + 2 * 4) : 0),  // P, and two floats a row
           smem_bytes(q_bytes + v.stages * (2 * kv_bytes + bias_bytes) + shared_rows_bytes),
           // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
           // kernels address bias and dropout bits besides.
-          ctas_per_sm(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
-                                                      (v.features == Features::plain ? 40 : 72))) {}
+          ctas_per_sm(ctas_for_smem(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
+                                                                    (is_general(v.features) || may_drop(v.features) ? 72 : 40)),
+                                    smem_bytes)) {}
 };
 
 /// Backward, one CTA per key tile. Scores are computed transposed (keys x queries). When a warp's keys meet all queries
@@ -69,7 +76,7 @@ struct BackwardConfig {
           q_bytes(v.block_m * v.head_dim * 2),
           score_bytes(v.block_n * v.block_m * 2),
           stat_bytes(v.block_m * 4),
-          bias_bytes(v.features == Features::biased ? score_bytes : 0),
+          bias_bytes(has_bias(v.features) ? score_bytes : 0),
           smem_bytes(0),
           ctas_per_sm(1) {
         if (p_in_registers) {

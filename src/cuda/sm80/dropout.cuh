@@ -7,14 +7,25 @@
 
 namespace strobe::sm80 {
 
-/// 0xffff in each half of `bits` that is not below the same half of `limits`.
-__device__ __forceinline__ uint32_t halves_not_below(uint32_t bits, uint32_t limits) {
-    const uint32_t low = (bits | 0x80008000u) - (limits & 0x7fff7fffu);  // its top bits: the lower 15 bits are not below
-    const uint32_t top = (bits & ~limits) | (~(bits ^ limits) & low);
-    uint32_t mask;
-    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(top));  // the top bit of each half, 16 times
-    return mask;
-}
+/// What decides which of two elements stay: 0xffff in the halves of `kept(bits)` whose rank is not below drop_below.
+struct HalvesKept {  // drop_below <= Dropout::kHalfRanks: Dropout::rank says why
+    uint32_t limits;
+
+    __device__ explicit HalvesKept(uint32_t drop_below) : limits((0xFC00u - drop_below) * 0x10001u) {}
+    __device__ uint32_t operator()(uint32_t bits) const {
+        uint32_t mask;
+        asm("set.geu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(bits), "r"(limits));
+        return mask;
+    }
+};
+struct AnyHalvesKept {
+    uint32_t drop_below;
+
+    __device__ explicit AnyHalvesKept(uint32_t drop_below) : drop_below(drop_below) {}
+    __device__ uint32_t operator()(uint32_t bits) const {
+        return (Dropout::rank(bits & 0xffffu) < drop_below ? 0u : 0xffffu) | (Dropout::rank(bits >> 16) < drop_below ? 0u : 0xffff0000u);
+    }
+};
 
 /// x where the low (high) half of a mask is set, else 0.
 template <bool kHigh>
@@ -34,23 +45,13 @@ struct DropoutMask {
     uint32_t kept[kMAtoms][kNAtoms][2];
 
     __device__ __forceinline__ void apply(uint32_t (&packed)[kMAtoms][kNAtoms][2]) const {
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) packed[i][j][h] &= kept[i][j][h];
+        for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) { packed[i][j][h] &= kept[i][j][h]; });
     }
     __device__ __forceinline__ void apply(float (&x)[kMAtoms][kNAtoms][4]) const {
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    x[i][j][2 * h] = kept_or_zero<false>(x[i][j][2 * h], kept[i][j][h]);
-                    x[i][j][2 * h + 1] = kept_or_zero<true>(x[i][j][2 * h + 1], kept[i][j][h]);
-                }
+        for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
+            x[i][j][2 * h] = kept_or_zero<false>(x[i][j][2 * h], kept[i][j][h]);
+            x[i][j][2 * h + 1] = kept_or_zero<true>(x[i][j][2 * h + 1], kept[i][j][h]);
+        });
     }
 };
 
@@ -69,18 +70,18 @@ struct DropoutBits {
           query0(origin.query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u)),
           key0(origin.key + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u)) {}
 
-    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16. One Philox call gives eight neighbours' bits. A thread of
+    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask make_anywhere). One Philox call gives eight neighbours' bits. A thread of
     /// an untransposed tile holds all eight of a group. In a transposed tile two threads, four lanes apart, hold half of the same
     /// two groups: each makes one of them and sends the other's half.
-    template <int kMAtoms, int kNAtoms>
+    template <typename Kept, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
-        const uint32_t limits = dropout.drop_below * 0x10001u;
+        const Kept kept(dropout.drop_below);
         if constexpr (!kTransposed) {
             const Philox4x32 bits =
                 dropout.group_at(batch_head, Dropout::row_group(query0) + 8 * i, Dropout::col_group(key0) + 2 * j);
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
-                mask.kept[i][j + (word & 1)][word >> 1] = halves_not_below(bits.word[word], limits);
+                mask.kept[i][j + (word & 1)][word >> 1] = kept(bits.word[word]);
             }
         } else {
             const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
@@ -93,19 +94,19 @@ struct DropoutBits {
                 const uint32_t low = made.word[2 * col_high], high = made.word[2 * col_high + 1];
                 const uint32_t mine = __byte_perm(low, high, own);
                 const uint32_t theirs = __shfl_xor_sync(0xffffffffu, __byte_perm(low, high, others), 4);
-                mask.kept[i][j + col_high][0] = halves_not_below(__byte_perm(mine, theirs, first), limits);
-                mask.kept[i][j + col_high][1] = halves_not_below(__byte_perm(mine, theirs, second), limits);
+                mask.kept[i][j + col_high][0] = kept(__byte_perm(mine, theirs, first));
+                mask.kept[i][j + col_high][1] = kept(__byte_perm(mine, theirs, second));
             }
         }
     }
 
     /// Part n of kParts of the whole tile.
-    template <int kParts, int kMAtoms, int kNAtoms>
+    template <int kParts, typename Kept = HalvesKept, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make_part(DropoutMask<kMAtoms, kNAtoms>& mask, int n) const {
         constexpr int kPairs = kNAtoms / 2, kCalls = kMAtoms * kPairs;
 #pragma unroll
         for (int call = 0; call < kCalls; ++call) {
-            if (call * kParts / kCalls == n) make(mask, call / kPairs, call % kPairs * 2);
+            if (call * kParts / kCalls == n) make<Kept>(mask, call / kPairs, call % kPairs * 2);
         }
     }
 
@@ -113,7 +114,7 @@ struct DropoutBits {
     template <int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make_anywhere(DropoutMask<kMAtoms, kNAtoms>& mask, const MaskParams& place) const {
         if (!(place.has_positions && ((place.q_position | place.k_position) & 15) != 0)) {
-            make_part<1>(mask, 0);
+            make_part<1, AnyHalvesKept>(mask, 0);
             return;
         }
         // The tile straddles the groups of eight: one Philox call for every element.

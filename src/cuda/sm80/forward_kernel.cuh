@@ -23,10 +23,10 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages;
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows, kPair = kConfig.warps_of_rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
-    constexpr bool kGeneral = V.features != Features::plain, kBiased = V.features == Features::biased;
+    constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features), kBiased = V.features == Features::biased;
     // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
     // no registers for it.)
-    constexpr bool kSpreads = kStages == 1 && kD == 256 && !kGeneral;
+    constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
     extern __shared__ __align__(256) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         load_tile<kN, kD, kThreads, !kGeneral>(v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN),
                                                v_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim_v,
                                                v_in.aligned(p.size.head_dim_v), thread);
-        if constexpr (kBiased) {
-            if (score.bias.staged()) {
+        if constexpr (kHasBias) {
+            if (!kBiased || score.bias.staged()) {
                 score.bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, q_begin, tile * kN, thread);
             }
         }
@@ -165,8 +165,13 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             cp_async_commit();
         }
         if (works) {
-            if constexpr (kBiased) {
-                score.apply(s, origin, FragmentAddress<kN>::rows_first(bias_smem + stage * kConfig.bias_bytes, lane, row0));
+            if constexpr (kHasBias) {
+                const auto bias = FragmentAddress<kN>::rows_first(bias_smem + stage * kConfig.bias_bytes, lane, row0);
+                if constexpr (kBiased) {
+                    score.apply(s, origin, bias);
+                } else {
+                    score.bias.template add_tile<V.dtype, false>(s, score.inverse, bias);
+                }
             } else if constexpr (kGeneral) {
                 score.apply(s, origin, NoBias());
             }
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     }
     // Where registers are short, read again rather than kept in them over the loop.
     const Sequence rows = kPair == 1 && kD % 64 == 0 ? seq : sequence_of(p, made_anew(batch));
-    const float rescale = kGeneral && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
+    const float rescale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll

@@ -136,7 +136,7 @@ struct WarpPair {
         float row_max[kMAtoms][2], total[kMAtoms][2];
         const auto store = [&] {
             float x[kMAtoms][kNAtoms][4];
-            for_each(x, [&](float& to, int i, int j, int e) { to = s[i][j][e]; });
+            for_each(x, [&](float& copy, int i, int j, int e) { copy = s[i][j][e]; });
             for_each_row([&](int i, int h) { total[i][h] = 0.0f; });
             softmax.exponentiate(x, total);
             uint32_t probability[kMAtoms][kNAtoms][2];

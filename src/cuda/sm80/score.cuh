@@ -59,6 +59,16 @@ struct NoScoreFunction {
     __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
 };
 
+/// softmax_scale * q.k and a bias whose tiles lie in shared memory, in the kernel's type.
+struct TiledBias {
+    Bias bias;
+    float inverse;
+
+    __device__ TiledBias(const AttentionParams& p, const Sequence& seq, int batch, int head)
+        : bias(p, seq, batch, head), inverse(1.0f / p.score.softmax_scale) {}
+    __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
+};
+
 /// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the exponentials keep
 /// busy. The powers of 1 / cap are in the coefficients.
 struct SmallSoftcap {
@@ -114,11 +124,17 @@ struct ScoreFunction {
                 const SmallSoftcap small(inner);
                 for_each(s, [&](float& x, int, int, int) { x = small(x); });
             } else {
-                for_each(s, [&](float& x, int, int, int) { x = cap * tanh_fast(x * inner); });
+                for_each(s, [&](float& x, int, int, int) { x = capped(x); });
             }
         }
         bias.add(s, origin, inverse, staged);
         add_slope(s, origin);
+    }
+
+    /// The softcap alone. Each element decides for itself by which formula, lest a result depend on its neighbours.
+    __device__ float capped(float x) const {
+        const float inner = 1.0f / cap;
+        return fabsf(x) <= cap && SmallSoftcap::serves(cap) ? SmallSoftcap(inner)(x) : cap * tanh_fast(x * inner);
     }
 
     /// The same, and slope_of_cap = d score / d (softmax_scale * q.k) in the kernel's 16-bit type, two columns a word.
@@ -132,7 +148,7 @@ struct ScoreFunction {
             if (all_small(s)) {
                 cap_with_gradient<kType>(s, slope_of_cap, inner, SmallSoftcap(inner));
             } else {
-                cap_with_gradient<kType>(s, slope_of_cap, inner, [&](float x) { return cap * tanh_fast(x * inner); });
+                cap_with_gradient<kType>(s, slope_of_cap, inner, [&](float x) { return capped(x); });
             }
         }
         bias.add(s, origin, inverse, staged);
@@ -159,17 +175,12 @@ private:
                                                              uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2], float inner,
                                                              Cap capped) {
         const float square = -inner * inner;
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float x = capped(s[i][j][2 * h]), y = capped(s[i][j][2 * h + 1]);
-                    s[i][j][2 * h] = x;
-                    s[i][j][2 * h + 1] = y;
-                    slope_of_cap[i][j][h] = pack<kType>(fmaf(x * square, x, 1.0f), fmaf(y * square, y, 1.0f));
-                }
+        for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
+            const float x = capped(s[i][j][2 * h]), y = capped(s[i][j][2 * h + 1]);
+            s[i][j][2 * h] = x;
+            s[i][j][2 * h + 1] = y;
+            slope_of_cap[i][j][h] = pack<kType>(fmaf(x * square, x, 1.0f), fmaf(y * square, y, 1.0f));
+        });
     }
 
     template <bool kTransposed, int kMAtoms, int kNAtoms>
@@ -191,6 +202,14 @@ struct ScoreFunctionChoice {
 template <>
 struct ScoreFunctionChoice<Features::plain> {
     using Type = NoScoreFunction;
+};
+template <>
+struct ScoreFunctionChoice<Features::dropout> {
+    using Type = NoScoreFunction;
+};
+template <>
+struct ScoreFunctionChoice<Features::tiled> {
+    using Type = TiledBias;
 };
 template <Features kFeatures>
 using ScoreFunctionOf = typename ScoreFunctionChoice<kFeatures>::Type;

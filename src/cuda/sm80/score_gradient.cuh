@@ -10,9 +10,10 @@ namespace strobe::sm80 {
 /// factor of each result.
 template <DType kType, bool kTransposed, Features kFeatures, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
 struct ScoreGradient {
-    static constexpr bool kGeneral = kFeatures != Features::plain;
+    static constexpr bool kGeneral = is_general(kFeatures);
     uint32_t probability[kMAtoms][kNAtoms][2];  // as multiplied with v in the forward: dropped elements are zero
     uint32_t slope_of_cap[kMAtoms][kNAtoms][2];
+    bool capped;  // slope_of_cap says something
     DropoutMask<kMAtoms, kNAtoms> dropped;
 
     /// What `multiply` does beside the product s = q.k, in kSteps steps of k: the dropout mask.
@@ -29,7 +30,12 @@ struct ScoreGradient {
     __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const ScoreFunctionOf<kFeatures>& score,
                                            const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked,
                                            const Staged& staged) {
-        if constexpr (kGeneral) score.template apply_with_gradient<kType>(s, slope_of_cap, origin, staged);
+        if constexpr (kGeneral) {
+            score.template apply_with_gradient<kType>(s, slope_of_cap, origin, staged);
+            capped = score.cap > 0.0f;
+        } else if constexpr (kFeatures == Features::tiled) {
+            score.bias.template add_tile<kType, kTransposed>(s, score.inverse, staged);
+        }
         if (masked) apply_mask(s, band, origin, -INFINITY);
     }
 
@@ -38,17 +44,12 @@ struct ScoreGradient {
     template <typename Lse>
     __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
                                                   float scale_log2, const DropoutBits<kTransposed>& bits, Lse lse) {
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float2 l = lse(i, j, h);
-                    s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
-                    s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
-                    probability[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]);
-                }
+        for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
+            const float2 l = lse(i, j, h);
+            s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
+            s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
+            probability[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]);
+        });
         if constexpr (kFeatures == Features::dropout) {
             dropped.apply(probability);
         } else if constexpr (kFeatures == Features::biased) {
@@ -58,17 +59,12 @@ struct ScoreGradient {
             }
         }
         if constexpr (kGeneral && kThroughSoftcap) {
-            if (p.score.softcap > 0.0f) {
-#pragma unroll
-                for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-                    for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const float2 slope = unpack2<kType>(slope_of_cap[i][j][h]);
-                            s[i][j][2 * h] *= slope.x;
-                            s[i][j][2 * h + 1] *= slope.y;
-                        }
+            if (capped) {
+                for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
+                    const float2 slope = unpack2<kType>(slope_of_cap[i][j][h]);
+                    s[i][j][2 * h] *= slope.x;
+                    s[i][j][2 * h + 1] *= slope.y;
+                });
             }
         }
     }
@@ -78,16 +74,11 @@ struct ScoreGradient {
     __device__ __forceinline__ void finish(float (&dp)[kMAtoms][kNAtoms][4], const float (&s)[kMAtoms][kNAtoms][4],
                                            const Dropout& dropout, Delta delta) const {
         if (kFeatures == Features::dropout || (kFeatures == Features::biased && dropout.enabled())) dropped.apply(dp);
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int j = 0; j < kNAtoms; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float2 d = delta(i, j, h);
-#pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; ++e) dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - (e & 1 ? d.y : d.x));
-                }
+        for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
+            const float2 d = delta(i, j, h);
+            dp[i][j][2 * h] = s[i][j][2 * h] * (dp[i][j][2 * h] - d.x);
+            dp[i][j][2 * h + 1] = s[i][j][2 * h + 1] * (dp[i][j][2 * h + 1] - d.y);
+        });
     }
 };
 

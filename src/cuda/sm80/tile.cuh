@@ -239,17 +239,23 @@ __device__ __forceinline__ void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
             for (int e = 0; e < 4; ++e) f(s[i][j][e], i, j, e);
 }
 
+/// f(i, j, h) for the pairs of a warp's tile: elements 2h and 2h + 1 of atom (i, j), side by side in a row, one word when packed.
+template <int kMAtoms, int kNAtoms, typename F>
+__device__ __forceinline__ void for_each_pair(F f) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) f(i, j, h);
+}
+
 /// Accumulators as the packed A operand of the next product.
 template <DType kType, int kMAtoms, int kNAtoms>
 __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAtoms][2],
                                                const float (&s)[kMAtoms][kNAtoms][4]) {
-#pragma unroll
-    for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-        for (int j = 0; j < kNAtoms; ++j) {
-            packed[i][j][0] = pack<kType>(s[i][j][0], s[i][j][1]);
-            packed[i][j][1] = pack<kType>(s[i][j][2], s[i][j][3]);
-        }
+    for_each_pair<kMAtoms, kNAtoms>(
+        [&](int i, int j, int h) { packed[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]); });
 }
 
 /// Packed accumulators into a tile of shared memory, whence other warps read them as operands; `to`: FragmentAddress::accumulator.

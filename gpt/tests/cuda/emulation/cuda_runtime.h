@@ -36,6 +36,7 @@ inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
