@@ -92,12 +92,27 @@ def test_without_the_registry(heads_first, device):
     F.scaled_dot_product_attention(*heads_first)
 
 
-def test_two_handles(heads_first, device):
-    first, second = _sdpa.Handle(), _sdpa.Handle()
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_second_handle(device, monkeypatch, refused):
+    """Some versions of torch refuse it. It then leaves nothing behind, and the first stays in force."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    first, second = _sdpa.Handle(), None
+    if refused:
+
+        def refuse(self, *arguments):
+            raise RuntimeError("already a kernel registered from python")
+
+        monkeypatch.setattr(torch.library.Library, "impl", refuse)
+    try:
+        second = _sdpa.Handle()
+    except RuntimeError as e:
+        assert "already a kernel registered from python" in str(e)
+    assert runs_on_strobe(device) and not (refused and second)
     first.remove()
-    assert runs_on_strobe(device)
-    second.remove()
-    assert not runs_on_strobe(device)
+    if second is not None:
+        assert runs_on_strobe(device)
+        second.remove()
+    assert not runs_on_strobe(device) and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
 
 
 def test_import_changes_nothing():
