@@ -1,5 +1,6 @@
 // Every vocabulary format there and back, and what its reader refuses.
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include <nlohmann/json.hpp>
 
