@@ -1,6 +1,5 @@
 // Every vocabulary format there and back, and what its reader refuses.
 #include <algorithm>
-#include <nlohmann/json.hpp>
 
 #include <nlohmann/json.hpp>
 
