@@ -1,6 +1,8 @@
 // Any bytes as config.json: refused with a FileError, or a config whose sizes are usable and that survives being written.
 #include <string_view>
 
+#include <nlohmann/json.hpp>
+
 #include "gpt/checkpoint/hf_config.hpp"
 #include "gpt/io/file_error.hpp"
 #include "gpt/parameters.hpp"

@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include <fmt/core.h>
+#include <nlohmann/json.hpp>
 
 #include "fuzz_file.hpp"
 #include "gpt/checkpoint/hf_config.hpp"

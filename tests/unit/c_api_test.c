@@ -17,9 +17,22 @@ static int failures = 0;
 
 enum { B = 2, SQ = 5, SK = 7, H = 4, HK = 2, D = 8 };
 
+static void *owned[64];
+static size_t num_owned;
+
+/* Lives until the program ends, which frees it. */
+static void *allocate(size_t bytes) {
+    void *p = malloc(bytes);
+    if (!p || num_owned == sizeof owned / sizeof *owned) abort();
+    return owned[num_owned++] = p;
+}
+
+static void free_all(void) {
+    while (num_owned > 0) free(owned[--num_owned]);
+}
+
 static float *values(size_t count) {
-    float *x = malloc(count * sizeof *x);
-    if (!x) abort();
+    float *x = allocate(count * sizeof *x);
     for (size_t n = 0; n < count; ++n) x[n] = (float)((double)(n * 2654435761u % 1000u) / 500.0 - 1.0);
     return x;
 }
@@ -57,6 +70,7 @@ static double row_error(const strobe_attention *a, const strobe_forward *f, int 
 }
 
 int main(void) {
+    atexit(free_all);
     const int64_t q_shape[] = {B, SQ, H, D}, k_shape[] = {B, SK, HK, D}, lse_shape[] = {B, H, SQ}, mask_shape[] = {B, H, SQ, SK};
     strobe_attention attention;
     strobe_forward forward;
@@ -79,7 +93,7 @@ int main(void) {
     CHECK(plan.implementation[0] != '\0');
     CHECK(plan.explanation[0] != '\0');
     forward.workspace_bytes = plan.workspace_bytes;
-    forward.workspace = malloc(plan.workspace_bytes + 1);
+    forward.workspace = allocate(plan.workspace_bytes + 1);
     CHECK(strobe_attention_forward(&attention, &forward, NULL) == STROBE_OK);
     for (int b = 0; b < B; ++b) {
         for (int h = 0; h < H; ++h) {
@@ -95,7 +109,7 @@ int main(void) {
     backward.dv = tensor(4, k_shape);
     CHECK(strobe_attention_backward_plan(&attention, &backward, &plan) == STROBE_OK);
     backward.workspace_bytes = plan.workspace_bytes;
-    backward.workspace = malloc(plan.workspace_bytes + 1);
+    backward.workspace = allocate(plan.workspace_bytes + 1);
     CHECK(strobe_attention_backward(&attention, &backward, NULL) == STROBE_OK);
     {
         /* Softmax sums to one: over all keys of a key head, dv adds up to dout over the queries that share it. */

@@ -1,5 +1,5 @@
 // The case list: that it covers what it promises, that names are names, and that a case's data lies where its views say.
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>

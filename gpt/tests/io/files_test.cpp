@@ -4,6 +4,8 @@
 
 #include <csignal>
 
+#include <nlohmann/json.hpp>
+
 #include "gpt/io/durable_file.hpp"
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/mapped_file.hpp"

@@ -1,6 +1,8 @@
 // Every vocabulary format there and back, and what its reader refuses.
 #include <algorithm>
 
+#include <nlohmann/json.hpp>
+
 #include "gpt/io/file_error.hpp"
 #include "gpt/io/strict_json.hpp"
 #include "gpt/tokenizer/base64.hpp"
