@@ -52,8 +52,8 @@ FourAxes by_stride(const Tensor& tensor) {
     return order;
 }
 
-/// A new tensor with the strides that torch.empty_like gives, which its compiler counts on; but row-major where those of the last
-/// axis would not be 1.
+/// A new tensor with the strides that torch.empty_like gives, which its compiler counts on; but row-major where those of the
+/// last axis would not be 1.
 Tensor empty_like(const Tensor& tensor) {
     const auto shape = tensor.shape(), strides = tensor.strides();
     if (shape.size() != 4) throw std::invalid_argument("query, key, value: must be (B, H, S, D)");
@@ -109,7 +109,8 @@ void sdpa_forward(StableIValue* stack, uint64_t, uint64_t) {
     const bool return_debug_mask = arguments.boolean();
     options.softmax_scale = arguments.optional_real();
     if (return_debug_mask) {
-        throw std::runtime_error("return_debug_mask: strobe does not write the attention matrix; strobe.dropout_mask gives the mask");
+        throw std::runtime_error("return_debug_mask: strobe does not write the attention matrix; "
+                                 "strobe.dropout_mask gives the mask");
     }
     if (options.dropout_p != 0) options.rng_state = new_rng_state();
 
@@ -209,8 +210,8 @@ using namespace strobe::torch_ops;
 
 extern "C" {
 
-/// Puts strobe's kernels in place of those that torch has for CUDA, until the handle is removed; null if torch refuses. `flag` tells
-/// whether torch is in its deterministic mode, for which the stable ABI has no function; of several the last one given is asked.
+/// Puts strobe's kernels in place of those that torch has for CUDA, until the handle is removed; null if torch refuses. `flag`
+/// tells whether torch is in its deterministic mode, for which the stable ABI has no function; the last one given is asked.
 __attribute__((visibility("default"))) TorchLibraryHandle strobe_torch_override_sdpa(strobe_torch_flag flag) {
     is_deterministic = flag;
     TorchLibraryHandle library = nullptr;

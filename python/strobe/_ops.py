@@ -23,7 +23,7 @@ dropout_mask_into = torch.ops.strobe.dropout_mask_into.default
 
 _library = torch.library.Library("strobe", "FRAGMENT")
 
-# call(operator._handle, ...) is operator(...) without __torch_function__, which takes longer to look for than the kernel to launch.
+# call(operator._handle, ...) is operator(...) without __torch_function__, which costs as much again to look for.
 call = torch._C._dispatch_call_boxed
 
 _INDEX = {argument.name: i for i, argument in enumerate(attention._schema.arguments)}

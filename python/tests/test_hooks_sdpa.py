@@ -92,12 +92,27 @@ def test_without_the_registry(heads_first, device):
     F.scaled_dot_product_attention(*heads_first)
 
 
-def test_two_handles(heads_first, device):
-    first, second = _sdpa.Handle(), _sdpa.Handle()
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_second_handle(device, monkeypatch, refused):
+    """Some versions of torch refuse it. It then leaves nothing behind, and the first stays in force."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    first, second = _sdpa.Handle(), None
+    if refused:
+
+        def refuse(self, *arguments):
+            raise RuntimeError("already a kernel registered from python")
+
+        monkeypatch.setattr(torch.library.Library, "impl", refuse)
+    try:
+        second = _sdpa.Handle()
+    except RuntimeError as e:
+        assert "already a kernel registered from python" in str(e)
+    assert runs_on_strobe(device) and not (refused and second)
     first.remove()
-    assert runs_on_strobe(device)
-    second.remove()
-    assert not runs_on_strobe(device)
+    if second is not None:
+        assert runs_on_strobe(device)
+        second.remove()
+    assert not runs_on_strobe(device) and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
 
 
 def test_import_changes_nothing():
@@ -186,6 +201,7 @@ LAYOUTS = {
     "head dimension outside": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "one head expanded": lambda x: x[:, :1].expand(x.shape),
     "one batch entry expanded": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[:1].expand(x.shape),
+    "rows outside, one head expanded": lambda x: x[:, :1].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).expand(x.shape),
     "every second row": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
 }
 
@@ -200,12 +216,14 @@ def test_layouts_of_the_cuda_operators(layout, shape):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3)
     expected_grads = torch.autograd.grad(expected, leaves, dout)
-    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = torch.ops.strobe.sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
+    results = torch.ops.strobe.sdpa_forward(q, k, v, 0.0, True, False, scale=0.3)
+    out, lse, cu_q, cu_k, max_q, max_k, state, unused, mask = results
     assert (cu_q, cu_k, max_q, max_k) == (None, None, shape[2], shape[2]) and state.dtype == unused.dtype == torch.uint64
     assert state.shape == (2,) and unused.shape == () and mask.shape == (0,) and mask.dtype == q.dtype
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert out.stride() == dense_strides(q)
-    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, out, lse, None, None, max_q, max_k, 0.0, True, state, unused, scale=0.3)
+    saved = (out, lse, None, None, max_q, max_k, 0.0, True, state, unused)
+    grads = torch.ops.strobe.sdpa_backward(dout, q, k, v, *saved, scale=0.3)
     for ours, theirs, x in zip(grads, expected_grads, (q, k, v)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert ours.stride() == dense_strides(x)

@@ -177,16 +177,27 @@ def _library_in_c() -> ctypes.CDLL:
 class Handle:
     """The overrides, in force until ``remove()`` or the end of the ``with`` block.
 
-    Where torch would rather take cuDNN than its flash kernel (Hopper), cuDNN is off for as long.
+    RuntimeError where another handle is in force and torch (2.11) takes one override from Python at a time.
+    Where torch would rather take cuDNN than its flash kernel (Hopper), cuDNN is off as long as any handle is in force.
     """
+
+    _in_force = 0
+    _prefers_cudnn = True  # as it was before the first of those in force
 
     def __init__(self):
         self._native = None
-        self._prefers_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        cuda = torch.library.Library("aten", "IMPL", "CUDA")
-        cpu = torch.library.Library("aten", "IMPL", "CPU")
-        self._libraries = [cuda, cpu]
+        if Handle._in_force == 0:
+            Handle._prefers_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        Handle._in_force += 1
+        self._libraries = [torch.library.Library("aten", "IMPL", key) for key in ("CUDA", "CPU")]
+        try:
+            self._override(*self._libraries)
+        except RuntimeError:
+            self.remove()
+            raise
+
+    def _override(self, cuda: torch.library.Library, cpu: torch.library.Library) -> None:
         with warnings.catch_warnings():
             # torch says once that a built-in kernel is overridden, which is what was asked for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
@@ -196,7 +207,6 @@ class Handle:
             cpu.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _with_native("_backward", _cpu_backward))
         self._native = _library_in_c().strobe_torch_override_sdpa(_is_deterministic)
         if self._native is None:
-            self.remove()
             raise RuntimeError("strobe: torch refused another kernel for aten::_scaled_dot_product_flash_attention")
 
     def remove(self) -> None:
@@ -208,7 +218,9 @@ class Handle:
         self._libraries = []
         if self._native is not None:
             _library_in_c().strobe_torch_restore_sdpa(self._native)
-        torch.backends.cuda.enable_cudnn_sdp(self._prefers_cudnn)
+        Handle._in_force -= 1
+        if Handle._in_force == 0:
+            torch.backends.cuda.enable_cudnn_sdp(Handle._prefers_cudnn)
 
     def __enter__(self) -> "Handle":
         return self
