@@ -1,6 +1,6 @@
 // Development driver of the forward kernels: checks every registered kernel against an fp64 reference on the GPU, then
 // prints TFLOP/s on the grid of the FlashAttention papers beside the recorded numbers of FlashAttention-3.
-//   forward_dev [verify] [bench] [only=SUBSTRING] [rounds=N] [seqlens=512,1024,...]
+//   forward_dev [verify] [bench] [only=PIECE,...] [rounds=N] [seqlens=512,1024,...] [heads=64,8: grouped queries]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -283,6 +283,13 @@ bool verify(const dev::Kernel& kernel, const Case& c, const cuda::LaunchContext&
     return ok;
 }
 
+/// Lengths of which every eighth is not 0.
+std::vector<int> eighth_of(int count, int length) {
+    std::vector<int> lengths(count, 0);
+    for (int i = 0; i < count; i += 8) lengths[i] = length;
+    return lengths;
+}
+
 std::vector<Case> cases(int head_dim, MaskClass mask) {
     const int d = head_dim;
     std::vector<Case> all;
@@ -301,6 +308,7 @@ std::vector<Case> cases(int head_dim, MaskClass mask) {
         all.push_back({"full varlen", 5, 2, 2, 400, 500, d, -1, -1, {1, 0, 400, 129, 70}, {64, 300, 0, 500, 1}});
         all.push_back({"full varlen used nan", 4, 4, 2, 333, 500, d, -1, -1, {100, 333, 20, 128}, {64, 300, 500, 128},
                        {100, 200, 0, 1}, {33, 300, 177, 0}, 0, false, false, true});
+        all.push_back({"full, most without keys", 300, 4, 4, 130, 64, d, -1, -1, {}, {}, {}, eighth_of(300, 64)});
         all.push_back({"full seqused nan", 3, 2, 2, 333, 500, d, -1, -1, {}, {}, {100, 333, 0}, {33, 500, 177}, 0, false, false, true});
     } else {
         all.push_back({"causal 512", 2, 2, 2, 512, 512, d, -1, 0});
@@ -316,6 +324,9 @@ std::vector<Case> cases(int head_dim, MaskClass mask) {
         all.push_back({"window 3, 5 narrow dim", 2, 2, 2, 300, 300, d - 8, 3, 5});
         all.push_back({"causal positions", 2, 2, 2, 300, 300, d, -1, 0, {}, {}, {}, {}, 0, false, true, false, 150});
         all.push_back({"causal positions unseen", 2, 2, 2, 300, 300, d, -1, 0, {}, {}, {}, {}, 0, false, false, false, -200});
+        all.push_back({"causal 799 x 3, most unseen", 60, 4, 4, 799, 3, d, -1, 0});
+        all.push_back({"causal 5000 x 16, most unseen", 1, 24, 24, 5000, 16, d, -1, 0});
+        all.push_back({"causal, most without keys", 300, 4, 4, 130, 64, d, -1, 0, {}, {}, {}, eighth_of(300, 64)});
         all.push_back({"causal varlen", 5, 2, 2, 400, 500, d, -1, 0, {1, 0, 400, 129, 70}, {64, 300, 0, 500, 1}});
         all.push_back({"causal varlen used nan", 4, 4, 2, 333, 500, d, -1, 0, {100, 333, 20, 128}, {64, 300, 500, 128},
                        {100, 200, 0, 1}, {33, 300, 177, 0}, 0, false, false, true});
@@ -333,10 +344,17 @@ const std::map<std::pair<int, bool>, std::vector<double>> kFlashAttention3 = {
     {{256, false}, {395, 613, 632, 692, 711, 706}}, {{256, true}, {232, 451, 565, 598, 669, 691}},
 };
 
-void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seqlens, int rounds, const cuda::LaunchContext& context) {
-    constexpr int kTokens = 16384, kHidden = 2048;
-    const int64_t elements = int64_t{kTokens} * kHidden;
-    Buffer q(elements * 2 + (1 << 20)), k(elements * 2 + (1 << 20)), v(elements * 2 + (1 << 20)), out(elements * 2 + (1 << 20)), lse(int64_t{kTokens} * 64 * 4), flush(128 << 20), workspace(16);
+struct Heads {
+    int q = 0, k = 0;  // 0: hidden size 2048
+};
+
+void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seqlens, Heads grouped, int rounds,
+           const cuda::LaunchContext& context) {
+    constexpr int kTokens = 16384, kHidden = 2048, kLargestDim = 256;
+    const int64_t elements = int64_t{kTokens} * std::max(kHidden, grouped.q * kLargestDim);
+    constexpr int64_t kRoom = 1 << 20;
+    Buffer q(elements * 2 + kRoom), k(elements * 2 + kRoom), v(elements * 2 + kRoom), out(elements * 2 + kRoom);
+    Buffer lse(int64_t{kTokens} * 64 * 4), flush(128 << 20), workspace(16);
     cudaEvent_t start, stop;
     CHECK(cudaEventCreate(&start));
     CHECK(cudaEventCreate(&stop));
@@ -347,7 +365,7 @@ void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seql
     }
     for (const auto& [head_dim, mask, dtype] : groups) {
         const bool causal = mask == MaskClass::band;
-        const int heads = kHidden / head_dim;
+        const int heads = grouped.q ? grouped.q : kHidden / head_dim, heads_k = grouped.k ? grouped.k : heads;
         const double hidden = heads * head_dim;
         std::vector<const dev::Kernel*> rows;
         for (const auto& kernel : kernels) {
@@ -365,14 +383,14 @@ void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seql
                         v.fill(rows[i]->variant.dtype, 3);
                     }
                     ForwardParams p;
-                    p.size = {batch, heads, heads, head_dim, head_dim, seqlen, seqlen, kTokens, kTokens};
+                    p.size = {batch, heads, heads_k, head_dim, head_dim, seqlen, seqlen, kTokens, kTokens};
                     p.mask.window_right = causal ? 0 : -1;
                     p.score.softmax_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
                     p.workspace = workspace.data;
                     p.dtype = p.out_dtype = rows[i]->variant.dtype;
                     p.q = view(q.data, seqlen, heads, head_dim, false, false);
-                    p.k = view(k.data, seqlen, heads, head_dim, false, false);
-                    p.v = view(v.data, seqlen, heads, head_dim, false, false);
+                    p.k = view(k.data, seqlen, heads_k, head_dim, false, false);
+                    p.v = view(v.data, seqlen, heads_k, head_dim, false, false);
                     p.out = view(out.data, seqlen, heads, head_dim, false, false);
                     p.lse.data = static_cast<float*>(lse.data);
                     p.lse.batch_stride = int64_t{heads} * seqlen;
@@ -395,9 +413,11 @@ void bench(const std::vector<dev::Kernel>& kernels, const std::vector<int>& seql
         }
         std::printf("\nhd%d %s %s, TFLOP/s %9s", head_dim, causal ? "causal" : "full", dtype == DType::bf16 ? "bf16" : "f16", "");
         for (int seqlen : seqlens) std::printf("%7d", seqlen);
-        if (const auto peer = kFlashAttention3.find({head_dim, causal}); peer != kFlashAttention3.end()) {
+        if (const auto peer = kFlashAttention3.find({head_dim, causal}); peer != kFlashAttention3.end() && !grouped.q) {
             std::printf("\n%-36s", "  FlashAttention-3 (recorded)");
-            for (int seqlen : seqlens) std::printf("%7.0f", peer->second[static_cast<size_t>(std::log2(seqlen / 512))]);
+            for (int seqlen : seqlens) {
+                std::printf("%7.0f", seqlen < 512 ? NAN : peer->second[static_cast<size_t>(std::log2(seqlen / 512))]);
+            }
         }
         for (size_t i = 0; i < rows.size(); ++i) {
             std::printf("\n%-36s", rows[i]->name.c_str());
@@ -413,6 +433,7 @@ int main(int argc, char** argv) {
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
     bool want_verify = false, want_bench = false, verbose = false;
     int rounds = 15;
+    Heads grouped;
     std::string only;
     std::vector<int> seqlens = {512, 1024, 2048, 4096, 8192, 16384};
     for (int i = 1; i < argc; ++i) {
@@ -422,7 +443,9 @@ int main(int argc, char** argv) {
         else if (arg == "verbose") verbose = true;
         else if (arg.rfind("only=", 0) == 0) only = arg.substr(5);
         else if (arg.rfind("rounds=", 0) == 0) rounds = std::stoi(arg.substr(7));
-        else if (arg.rfind("seqlens=", 0) == 0) {
+        else if (arg.rfind("heads=", 0) == 0) {
+            if (std::sscanf(arg.c_str(), "heads=%d,%d", &grouped.q, &grouped.k) != 2) return 2;
+        } else if (arg.rfind("seqlens=", 0) == 0) {
             seqlens.clear();
             std::stringstream list(arg.substr(8));
             for (std::string item; std::getline(list, item, ',');) seqlens.push_back(std::stoi(item));
@@ -436,7 +459,10 @@ int main(int argc, char** argv) {
     CHECK(cudaDeviceGetAttribute(&context.num_sms, cudaDevAttrMultiProcessorCount, context.device));
     std::vector<dev::Kernel> selected;
     for (const auto& kernel : dev::kernels()) {
-        if (kernel.name.find(only) != std::string::npos) selected.push_back(kernel);
+        std::stringstream list(only);
+        bool wanted = only.empty();
+        for (std::string piece; std::getline(list, piece, ',');) wanted = wanted || kernel.name.find(piece) != std::string::npos;
+        if (wanted) selected.push_back(kernel);
     }
     std::sort(selected.begin(), selected.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
     int failures = 0, checks = 0;
@@ -453,6 +479,6 @@ int main(int argc, char** argv) {
         }
         std::printf("%d checks, %d failures\n", checks, failures);
     }
-    if (want_bench) bench(selected, seqlens, rounds, context);
+    if (want_bench) bench(selected, seqlens, grouped, rounds, context);
     return failures ? 1 : 0;
 }

@@ -27,6 +27,7 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.seqlen_q = p.size.seqlen_q;
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
@@ -54,17 +55,20 @@ Features features_wanted(const Request& request, Arch arch) {
     return request.general || (arch == Arch::sm80 && !request.tma_layout) ? Features::general : Features::plain;
 }
 
-/// Of two rows that serve the same problems: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
-/// per key block and is faster once its loop is long enough; in the sm80 backward the dQ pass of the
-/// deterministic mode wants the second stage that the reduction of dQ does better without.
+/// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
+/// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
+/// costs more than the mask code of a lower one. In the sm80 backward the dQ pass of the deterministic mode wants the second
+/// stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
     if (served(v) != served(best)) return false;
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     if (v.arch == Arch::sm90) {
-        return v.direction == Direction::forward && v.mask == best.mask &&
-               (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
+        if (v.direction != Direction::forward || v.mask < best.mask) return false;
+        if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
+        if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
+        return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
     }
     return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
 }

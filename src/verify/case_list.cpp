@@ -1,5 +1,5 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, and the shapes on which published test suites of attention libraries agree.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, and rows in plenty that see no key.
 #include <array>
 #include <iterator>
 #include <set>
@@ -215,6 +215,23 @@ void add_many_heads(List& list) {
     }
 }
 
+/// Enough causal rows that see no key, most of them ahead of one that does, to give every worker of a GPU many tiles of such rows in a
+/// row, behind a tile with keys: dense, and in a varlen batch that uses a part of its rows.
+void add_rows_without_keys(List& list) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        for (int head_dim : {72, 136}) {
+            Case dense{.dtype = dtype, .batch = 48, .num_heads = 4, .num_heads_k = 1, .seqlen_q = 799, .seqlen_k = 3, .head_dim = head_dim};
+            dense.window_right = 0;
+            list.add(dense);
+            Case padded = dense;
+            padded.batch = 100;
+            padded.seqlen_k = 40;
+            padded.varlen_q = padded.varlen_k = padded.seqused_q = padded.seqused_k = true;
+            list.add(padded);
+        }
+    }
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -225,6 +242,7 @@ std::vector<Case> verify_cases() {
     add_edges(list);
     add_published_shapes(list);
     add_many_heads(list);
+    add_rows_without_keys(list);
     return list.take();
 }
 

@@ -118,7 +118,7 @@ TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
     const auto area = [](const Variant& v) { return v.block_m * v.block_n; };
     for (const Variant& v : kRows) {
         if (v.arch != Arch::sm90 || v.direction != Direction::forward) continue;
-        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .band = v.mask == MaskClass::band, .tma_layout = true};
+        cuda::Request request{.dtype = v.dtype, .head_dim = v.head_dim, .seqlen_q = 300, .band = v.mask == MaskClass::band, .tma_layout = true};
         std::string refusal;
         for (const int64_t seqlen_k : {1, 2047, 2048, 1 << 20}) {
             request.seqlen_k = seqlen_k;
@@ -128,6 +128,24 @@ TEST(Sm90Plan, TheLargerForwardTileFrom2048KeysOn) {
             EXPECT_EQ(row->mask, v.mask);
             if (seqlen_k < 2048) EXPECT_LE(area(*row), area(v));
             else EXPECT_GE(area(*row), area(v));
+        }
+    }
+}
+
+TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        for (bool band : {false, true}) {
+            for (const int64_t seqlen_k : {128, 4096}) {
+                for (const int64_t seqlen_q : {1, 64, 128, 129, 256, 2048}) {
+                    const cuda::Request request{.dtype = dtype, .head_dim = 64, .seqlen_q = seqlen_q, .seqlen_k = seqlen_k, .band = band,
+                                                .tma_layout = true};
+                    std::string refusal;
+                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                    ASSERT_NE(row, nullptr) << refusal;
+                    if (seqlen_q <= 128) EXPECT_LT(row->block_m, 256) << seqlen_q << " x " << seqlen_k;
+                    else EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full) << seqlen_q << " x " << seqlen_k;
+                }
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-// Instructions that only the backward pass needs: ragged and bulk copies, vector reductions, dependent launches.
+// Instructions that only the backward pass needs: ragged and bulk copies, vector reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -91,11 +91,6 @@ __device__ __forceinline__ int load_acquire(const int32_t* global) {
 __device__ __forceinline__ void add_release(int32_t* global, int x) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
 }
-
-/// Waits until the kernels this one was launched behind have finished and their writes are visible.
-__device__ __forceinline__ void wait_for_upstream_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-/// Lets the kernel behind this one start as soon as there is room.
-__device__ __forceinline__ void release_downstream_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 /// Two fp32 values as a pair of 16-bit ones, `lo` in the low half.
 template <DType kType>

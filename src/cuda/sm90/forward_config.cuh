@@ -70,7 +70,6 @@ struct ForwardSmem {
     Barrier v_tail;  // a ragged value block has arrived and waits for its tail to be zeroed
     Barrier tile_full[kTileSlots], tile_empty[kTileSlots];
     ForwardTile tiles[kTileSlots];
-    ForwardTile kept[Config::kSequential ? 1 : Config::kConsumers * 4];  // a consumer warp's own copy of the tile that it finishes
 };
 
 /// Where item number `count` of a stream lives in a ring of kSize buffers, and the phase bit of its `full` barrier.

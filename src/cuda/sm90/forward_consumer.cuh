@@ -88,37 +88,33 @@ protected:
         return smem_address(smem_.q) + ring_slot<Config::kQStages>(count) * static_cast<uint32_t>(sizeof(smem_.q[0])) +
                group_ * static_cast<uint32_t>(sizeof(smem_.q[0][0]));
     }
-    __device__ __forceinline__ const ForwardTile& tile() const { return smem_.tiles[ring_slot<kTileSlots>(tile_)]; }
+    __device__ __forceinline__ const ForwardTile& tile(uint32_t count) const { return smem_.tiles[ring_slot<kTileSlots>(count)]; }
+    __device__ __forceinline__ const ForwardTile& tile() const { return tile(tile_); }
 
     __device__ int group_row() const { return tile().row + 64 * group_; }
     /// This thread's first row within its group's 64; the second is 8 further.
     __device__ static int thread_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-    /// Moves to the next tile that has keys; answers those that have none on the way. They may be many: whoever comes here
-    /// holds no other slot, or the producer would wait for that one.
-    __device__ __forceinline__ bool next_tile() {
-        for (;;) {
-            ++tile_;
+    /// Goes on to a tile that has keys; answers those that have none on the way. They may be many, and the producers pass
+    /// through all their slots meanwhile: whoever comes here holds neither a slot nor a buffer that a producer waits for.
+    __device__ __forceinline__ bool find_tile() {
+        for (;; ++tile_) {
             wait_full(smem_.tile_full, tile_);
             if (tile().is_end()) return false;
             if (tile().has_keys()) return true;
             store_nothing_seen<Config>(args_.params, tile(), group_row());
-            release_tile(tile());
+            release_tile(tile_);
         }
     }
-    /// The tile at work, copied for this warp; its slot is given back.
-    __device__ __forceinline__ const ForwardTile& keep_tile() {
-        constexpr int kWords = sizeof(ForwardTile) / sizeof(int);
-        ForwardTile& kept = smem_.kept[threadIdx.x / 32];
-        const int lane = threadIdx.x % 32;
-        __syncwarp();  // the copy before this one has been read
-        if (lane < kWords) reinterpret_cast<int*>(&kept)[lane] = reinterpret_cast<const int*>(&tile())[lane];
-        release_tile(tile());
-        return kept;
+    /// Moves to the next tile, while the slot of this one stays ours. Returns whether it has keys.
+    __device__ __forceinline__ bool next_tile() {
+        ++tile_;
+        wait_full(smem_.tile_full, tile_);
+        return tile().has_keys();
     }
-    __device__ __forceinline__ void release_tile(const ForwardTile& done) {
+    __device__ __forceinline__ void release_tile(uint32_t count) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) smem_.tile_empty[&done - smem_.tiles].arrive();
+        release(smem_.tile_empty, count);
     }
 
     /// S = Q K^T of 64 query rows and the key block due.
@@ -160,9 +156,10 @@ protected:
         for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
     }
 
-    /// Stores output and LSE of the group's rows of a tile, through `staging`: the size of its queries, and its own.
-    __device__ __forceinline__ void store_tile(const Output& o, const ForwardTile& finished, uint32_t staging) {
-        const ForwardTile done = finished;
+    /// Stores output and LSE of the group's rows of a tile, through `staging`: the size of its queries, and its own. Gives
+    /// the tile's slot back.
+    __device__ __forceinline__ void store_tile(const Output& o, uint32_t count, uint32_t staging) {
+        const ForwardTile done = tile(count);
         const int first_row = done.row + 64 * group_;
         const OutputRows rows = finish_rows(done, first_row + thread_row(), softmax_);
         if (args_.params.out_dtype == DType::f32) {
@@ -173,6 +170,7 @@ protected:
         }
         // Last: the fence in the staged store waits for every store before it.
         store_lse(args_.params, done, rows, softmax_);
+        release_tile(count);
     }
     /// Waits until the staged output has been read.
     __device__ __forceinline__ static void wait_stored() {
@@ -183,7 +181,7 @@ protected:
     ForwardSmem<Config>& smem_;
     const int group_;
     OnlineSoftmax softmax_;
-    uint32_t tile_ = ~0u;
+    uint32_t tile_ = 0;
     uint32_t query_ = 0;
     uint32_t key_ = 0;
     uint32_t value_ = 0;

@@ -12,6 +12,12 @@
 
 namespace strobe::sm90 {
 
+/// Zeroes the tile counter while the forward kernel starts.
+static __global__ void reset_tile_counter(unsigned* counter) {
+    release_downstream_kernel();
+    *counter = 0;
+}
+
 template <Variant V>
 cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     using Config = ForwardConfig<V>;
@@ -70,17 +76,23 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     status = cuda::allow_dynamic_smem_once<kernel>(kSmemBytes, context.device);
     if (status != cudaSuccess) return status;
 
-    // Where every tile has a worker of its own there is nothing to deal, nor a counter to clear.
-    if (p.workspace && forward_workspace_bytes(p) > 0 && schedule.num_tiles > grid) {
-        schedule.next_tile = static_cast<unsigned*>(p.workspace);
-        status = cudaMemsetAsync(schedule.next_tile, 0, sizeof(unsigned), context.stream);
-        if (status != cudaSuccess) return status;
-    }
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(grid));
     config.blockDim = dim3(Config::kThreads);
     config.dynamicSmemBytes = kSmemBytes;
     config.stream = context.stream;
+    // Where every tile has a worker of its own there is nothing to deal, nor a counter to clear.
+    if (p.workspace && forward_workspace_bytes(p) > 0 && schedule.num_tiles > grid) {
+        schedule.next_tile = static_cast<unsigned*>(p.workspace);
+        reset_tile_counter<<<1, 1, 0, context.stream>>>(schedule.next_tile);
+        status = cudaGetLastError();
+        if (status != cudaSuccess) return status;
+        config.attrs = &early;
+        config.numAttrs = 1;
+    }
     return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -16,7 +16,7 @@ class PipelinedConsumer : Consumer<V> {
     using typename Base::Output;
     using typename Base::Scores;
     using typename Base::Weights;
-    using Base::args_, Base::smem_, Base::group_, Base::softmax_, Base::query_, Base::key_, Base::value_;
+    using Base::args_, Base::smem_, Base::group_, Base::softmax_, Base::tile_, Base::query_, Base::key_, Base::value_;
     using Base::wait_full, Base::release, Base::tile;
 
 public:
@@ -27,38 +27,42 @@ public:
         Output o;
         Weights p;
         if (group_ == 0) pass_turn(Config::kConsumers - 1);
-        if (!Base::next_tile()) return;
-        wait_turn();
-        start_scores(s);
-        pass_turn(group_);
-        Mask mask = begin_tile(s, p);
-        for (;;) {
-            const int n_begin = tile().n_begin;
-            bool accumulate = false;
-            for (int n = tile().n_end - 2; n >= n_begin; --n) {
-                next_block(s, o, p, mask, n, accumulate);
-                if (Config::kOutputInValues && n == n_begin) release_queries();
-                accumulate = true;
-            }
-            const ForwardTile& done = Base::keep_tile();
-            const bool more = Base::next_tile();
-            wait_full(smem_.v_full, value_, values_ready_);
+        while (Base::find_tile()) {
             wait_turn();
-            ++query_;
-            if (!more) {
-                Base::issue_output(o, p, accumulate);
-                pass_turn(group_);
-                finish_tile<0>(o, done);
-                Base::wait_stored();
-                return;
-            }
-            // In each branch: ptxas serialises wgmmas whose group it sees end in two places.
-            Base::issue_output(o, p, accumulate);
             start_scores(s);
             pass_turn(group_);
-            finish_tile<1>(o, done);
-            mask = begin_tile(s, p);
-            release_staging();
+            Mask mask = begin_tile(s, p);
+            for (;;) {
+                const int n_begin = tile().n_begin;
+                bool accumulate = false;
+                for (int n = tile().n_end - 2; n >= n_begin; --n) {
+                    next_block(s, o, p, mask, n, accumulate);
+                    if (Config::kOutputInValues && n == n_begin) release_queries();
+                    accumulate = true;
+                }
+                const bool more = Base::next_tile();
+                wait_full(smem_.v_full, value_, values_ready_);
+                wait_turn();
+                ++query_;
+                // In each branch: ptxas serialises wgmmas whose group it sees end in two places.
+                if (!more) {
+                    Base::issue_output(o, p, accumulate);
+                    pass_turn(group_);
+                    finish_tile<0>(o);
+                    release_staging();
+                    __syncwarp();
+                    break;
+                }
+                Base::issue_output(o, p, accumulate);
+                start_scores(s);
+                pass_turn(group_);
+                finish_tile<1>(o);
+                mask = begin_tile(s, p);
+                release_staging();
+                // Together again in ptxas's eyes too: for warps that may have parted it does without uniform registers, and
+                // every wgmma of the loop waits for its descriptors to be moved there.
+                __syncwarp();
+            }
         }
     }
 
@@ -126,9 +130,9 @@ private:
         values_ready_ = Base::peek_full(smem_.v_full, value_);
     }
 
-    /// Waits for the last P V, which kPending younger groups may outlive, and stores the tile's output.
+    /// Waits for the last P V of the tile before, which kPending younger groups may outlive, and stores that tile's output.
     template <int kPending>
-    __device__ __forceinline__ void finish_tile(Output& o, const ForwardTile& done) {
+    __device__ __forceinline__ void finish_tile(Output& o) {
         wgmma_wait<kPending>();
         fence_registers(o);
         release(smem_.v_empty, value_);
@@ -137,11 +141,11 @@ private:
             // Two lent value buffers follow: one for each group, the first group's first.
             for (int g = 0; g < group_; ++g) return_value_buffer(g);
             wait_full(smem_.v_full, value_ + group_);
-            Base::store_tile(o, done, Base::buffer(smem_.v, value_ + group_));
+            Base::store_tile(o, tile_ - 1, Base::buffer(smem_.v, value_ + group_));
         } else {
             // All warps of the group have read the queries that the output replaces.
             named_barrier_sync(1 + Config::kConsumers + group_, 128);
-            Base::store_tile(o, done, Base::queries(query_ - 1));
+            Base::store_tile(o, tile_ - 1, Base::queries(query_ - 1));
         }
     }
 

@@ -15,14 +15,14 @@ class SequentialConsumer : Consumer<V> {
     using typename Base::Output;
     using typename Base::Scores;
     using typename Base::Weights;
-    using Base::smem_, Base::group_, Base::softmax_, Base::query_, Base::key_, Base::value_;
+    using Base::smem_, Base::group_, Base::softmax_, Base::tile_, Base::query_, Base::key_, Base::value_;
     using Base::wait_full, Base::release, Base::tile;
 
 public:
     __device__ SequentialConsumer(const ForwardArgs& args, ForwardSmem<Config>& smem) : Base(args, smem) {}
 
     __device__ __forceinline__ void run() {
-        while (Base::next_tile()) {
+        while (Base::find_tile()) {
             Output o;
             const Mask mask(tile(), Base::group_row(), Base::group_row() + Base::thread_row());
             const int n_begin = tile().n_begin;
@@ -38,8 +38,8 @@ public:
 
             // All warps of the group have read the queries that the output replaces.
             named_barrier_sync(1 + group_, 128);
-            Base::store_tile(o, tile(), Base::queries(query_));
-            Base::release_tile(tile());
+            Base::store_tile(o, tile_, Base::queries(query_));
+            ++tile_;
             ++query_;
         }
         Base::wait_stored();

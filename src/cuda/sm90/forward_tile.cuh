@@ -6,6 +6,7 @@
 
 #include "core/params.hpp"
 #include "core/schedule.hpp"
+#include "cuda/sm90/ptx.cuh"
 
 namespace strobe::sm90 {
 
@@ -48,6 +49,7 @@ public:
 
     /// Takes the next tile. Tiles of unequal length are balanced by taking them late: when the one before is nearly done.
     __device__ void advance() {
+        if (schedule_.next_tile) wait_for_upstream_kernels();  // one of them zeroes the counter
         index_ = gridDim.x + (schedule_.next_tile ? atomicAdd(schedule_.next_tile, 1u) : index_);
     }
 

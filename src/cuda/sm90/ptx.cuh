@@ -1,4 +1,5 @@
-// The Hopper instructions that C++ has no name for: mbarriers, tensor copies, named barriers, register reallocation.
+// The Hopper instructions that C++ has no name for: mbarriers, tensor copies, named barriers, register
+// reallocation, dependent launches.
 #pragma once
 
 #include <cuda.h>
@@ -127,6 +128,11 @@ template <int kRegisters>
 __device__ __forceinline__ void register_limit_lower() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+/// Waits until the kernels this one was launched behind have finished and their writes are visible.
+__device__ __forceinline__ void wait_for_upstream_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+/// Lets the kernel behind this one start as soon as there is room.
+__device__ __forceinline__ void release_downstream_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 /// 2^x by the special function unit; -inf gives 0.
 __device__ __forceinline__ float exp2_approx(float x) {
