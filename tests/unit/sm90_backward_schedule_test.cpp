@@ -125,6 +125,20 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
     }
 }
 
+TEST(Sm90BackwardSchedule, RowsMoveInsideWhereThereIsTimeForThem) {
+    BackwardParams p;
+    p.size.seqlen_q = p.size.seqlen_k = 2048;
+    EXPECT_TRUE(inner_rows_pay(kFull, p));
+    p.mask.window_right = 0;
+    EXPECT_TRUE(inner_rows_pay(kBand, p));
+    p.mask.window_left = 1023;
+    EXPECT_TRUE(inner_rows_pay(kBand, p));
+    p.mask.window_left = 127;
+    EXPECT_FALSE(inner_rows_pay(kBand, p));
+    p.size.seqlen_k = 2047;
+    EXPECT_FALSE(inner_rows_pay(kFull, p));
+}
+
 TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
     std::mt19937 rng(21);
     for (int i = 0; i < 100; ++i) {
@@ -134,8 +148,11 @@ TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
         EXPECT_LE(w.stats_offset + tiles * 2 * kBand.block_m * 4, w.dq_offset);
         EXPECT_LE(w.dq_offset + tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
         EXPECT_LE(w.semaphore_offset + tiles * 4, w.counter_offset);
-        EXPECT_LE(w.counter_offset + 4, w.bytes);
-        for (const int64_t offset : {w.dq_offset, w.semaphore_offset, w.counter_offset}) EXPECT_EQ(offset % 1024, 0);
+        EXPECT_LE(w.counter_offset + 1024, w.progress_offset);
+        EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.bytes);
+        for (const int64_t offset : {w.dq_offset, w.semaphore_offset, w.counter_offset, w.progress_offset}) {
+            EXPECT_EQ(offset % 1024, 0);
+        }
     }
 }
 

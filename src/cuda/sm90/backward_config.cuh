@@ -44,8 +44,12 @@ struct BackwardConfig {
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : 24;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 ? 32 : 24;
+    // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
+    static constexpr bool kInnerRows = kDim == 128;
+    static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
+    static constexpr int kRowBufferBytes = 64 * 2 * 128;  // for each of the two row workers
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -94,6 +98,17 @@ struct RingPosition {
     }
 };
 
+/// What a row worker does next: 64-row units of one query head.
+struct RowJob {
+    int key_head;           // all batch entries together
+    int first;              // unit
+    int rows_q, seqlen_q;   // of the sequence
+    int work_tiles;         // of the key head
+    RaggedCoordinates at;   // of the head's rows
+    int64_t padded;         // its first tile in the accumulator and the statistics
+    int64_t lse, dlse, dq;  // its first row, in elements
+};
+
 /// What belongs to one query tile, written by the load warp along with its copies. The n-th tile of a CTA has slot
 /// n % kSlots: the dq warpgroup may read it kDsStages tiles behind the key warps, who free its stage.
 struct alignas(16) QuerySlot {
@@ -111,7 +126,9 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
-    alignas(1024) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];  // the other's K from pair_chunk() on
+    alignas(1024) uint8_t rows[2][C::kInnerRows ? C::kRowBufferBytes : 16];
+    // The other's K from pair_chunk() on.
+    alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
     TileRing tiles;
@@ -129,6 +146,8 @@ struct BackwardSmem {
     Barrier claim_full[2];            // pair only: the first CTA has told the second what they work on next,
     Barrier claim_free[2];            // and the second one knows
     int claim[2];
+    RowJob row_job[2];
+    Barrier rows_full[2];             // inner rows: the buffer of statistics, of conversion
 };
 
 /// Zeroes what is never loaded: the chunks past head_dim in q and k, past head_dim_v in dout and v.
@@ -154,6 +173,10 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
     fence_async_proxy();
 }
 
+/// Counters of BackwardLaunch::counter, each in its own line: work tiles claimed, tickets of the row workers.
+inline constexpr int kStatisticsTickets = 32;
+inline constexpr int kConversionTickets = 64;
+
 /// Kernel arguments beside BackwardParams, made by the host for one launch.
 struct BackwardLaunch {
     CUtensorMap q, k, v, dout;
@@ -164,6 +187,14 @@ struct BackwardLaunch {
     int32_t* semaphore = nullptr;
     int32_t* counter = nullptr;
     int64_t tiles = 0;
+
+    // Row statistics and dq conversion in the main kernel (heads: key heads of all batch entries, as work tiles count them).
+    bool inner_rows = false;
+    int first_inner_head = 0;     // statistics before that: by the kernel in front
+    int inner_conversions = 0;    // dq of heads from there on: by the kernel behind
+    CUtensorMap out, dout_rows;   // boxes for StatisticsWorker
+    int32_t* ready = nullptr;     // per key head: units whose statistics are there
+    int32_t* done = nullptr;      // per key head: work tiles whose dq has been added, times four
 };
 
 // Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major, where

@@ -29,7 +29,12 @@ struct DqWorker {
                 ds_stage.template advance<C::kDsStages>();
                 slot.template advance<C::kSlots>();
             }
+            const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
             if (thread % 32 == 0) smem.kv_free.arrive();
+            if (C::kInnerRows && launch.inner_rows) {
+                __syncwarp();
+                if (thread % 32 == 0) add_release(launch.done + key_head, 1);
+            }
         }
     }
 

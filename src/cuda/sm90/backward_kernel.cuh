@@ -7,6 +7,7 @@
 #include "cuda/sm90/backward_key_worker.cuh"
 #include "cuda/sm90/backward_load_worker.cuh"
 #include "cuda/sm90/backward_order_worker.cuh"
+#include "cuda/sm90/backward_row_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
 
 namespace strobe::sm90 {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
             smem.turn_come[s].init(2);
             smem.added[s].init(4);
         }
-        for (int s = 0; s < 2; ++s) smem.claim_full[s].init(1), smem.claim_free[s].init(1);
+        for (int s = 0; s < 2; ++s) smem.claim_full[s].init(1), smem.claim_free[s].init(1), smem.rows_full[s].init(1);
         fence_barrier_init();
     }
     if (C::chunks_of(min(params.size.head_dim, params.size.head_dim_v)) < C::kChunks) clear_missing_chunks<V>(smem, params.size);
@@ -53,6 +54,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
         if (warp == 0) {
             LoadWorker<V>{smem, params, launch, thread}.run();
+        } else if (C::kInnerRows && launch.inner_rows) {
+            if constexpr (C::kInnerRows) {
+                if (warp == 1) StatisticsWorker<V>{{smem, params, launch, thread % 32, smem.row_job[0]}}.run();
+                if (warp == 2) ConversionWorker<V>{{smem, params, launch, thread % 32, smem.row_job[1]}}.run();
+            }
         } else if (params.deterministic && thread % 32 == 0) {
             if (warp == 1) {
                 TurnWorker<V>{smem, launch}.run();

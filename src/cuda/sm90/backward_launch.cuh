@@ -76,12 +76,28 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
     if (status != cudaSuccess) return status;
 
-    const auto tiles = [&](int rows) {
+    // The row workers have no registers for other types than the usual.
+    const int ends = outer_heads(args.schedule);
+    const bool usual_types = p.out_dtype == V.dtype && p.grad_dtype == V.dtype;
+    if (C::kInnerRows && usual_types && !p.deterministic && args.schedule.heads > ends && inner_rows_pay(V, p)) {
+        const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
+        args.inner_rows = map(args.dout_rows, p.dout, rows, C::kRowBufferRows) == cudaSuccess &&
+                          map(args.out, p.out, rows, C::kRowBufferRows) == cudaSuccess;
+    }
+    if (args.inner_rows) {
+        args.first_inner_head = ends;
+        args.inner_conversions = args.schedule.heads - ends;
+        args.ready = reinterpret_cast<int32_t*>(workspace + layout.progress_offset);
+        args.done = args.ready + args.schedule.heads;
+    }
+
+    const auto tiles = [&](int rows, int batches) {
         const int64_t count = ceil_div(n.seqlen_q, rows);
         return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),
-                    static_cast<unsigned>(n.batch));
+                    static_cast<unsigned>(batches));
     };
-    const detail::LaunchShape before{tiles(C::kBlockM), kRowThreads, 0, false};
+    const int first_batches = args.inner_rows ? static_cast<int>(ceil_div(ends, n.num_heads_k)) : n.batch;
+    const detail::LaunchShape before{tiles(C::kBlockM, first_batches), kRowThreads, 0, false};
     status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
     if (status != cudaSuccess) return status;
 
@@ -96,7 +112,8 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }
-    const detail::LaunchShape after{tiles(64), kRowThreads, 0, true};
+    const int last_batches = n.batch - args.inner_conversions / static_cast<int>(n.num_heads_k);
+    const detail::LaunchShape after{tiles(64, last_batches), kRowThreads, 0, true};
     return detail::launch_chained(backward_convert_dq<kCode>, after, context.stream, p, args);
 }
 

@@ -18,7 +18,8 @@ struct LoadWorker {
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
-        int claimed = blockIdx.x / C::kCtas;
+        // The row workers wait for work tiles; only a CTA that runs may own one.
+        int claimed = C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas;
         for (int t = 0;; ++t) {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
@@ -27,6 +28,7 @@ struct LoadWorker {
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
+            if (C::kInnerRows && launch.inner_rows && tile.batch >= 0) wait_for_statistics(tile);
             // Every warp has read the entry that this one replaces: the keys of the tile before last have been released.
             if (lane == 0) smem.tiles.entry[t % TileRing::kEntries] = tile;
             __syncwarp();
@@ -47,8 +49,21 @@ struct LoadWorker {
 private:
     __device__ __forceinline__ int claim() const {
         int next = 0;
-        if (lane == 0) next = gridDim.x / C::kCtas + atomicAdd(launch.counter, 1);
+        const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
+        if (lane == 0) next = given + atomicAdd(launch.counter, 1);
         return __shfl_sync(0xFFFFFFFFu, next, 0);
+    }
+
+    /// Of all query heads of the group, for the whole sequence.
+    __device__ __forceinline__ void wait_for_statistics(const BackwardTile& tile) const {
+        const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
+        if (key_head < launch.first_inner_head || tile.m_begin >= tile.m_end) return;
+        const int units = static_cast<int>(ceil_div(sequence_of(params, tile.batch).seqlen_q, 64));
+        const int all = params.size.num_heads / params.size.num_heads_k * units;
+        while (load_acquire(launch.ready + key_head) < all) {
+        }
+        fence_async_proxy_global();
+        __syncwarp();
     }
 
     /// The first CTA of a pair claims for both, tells the second its t-th tile, and may be two tiles ahead.

@@ -71,6 +71,9 @@ __device__ __forceinline__ void wait_for_peer(Barrier& barrier, uint32_t phase) 
     }
 }
 
+/// Between what generic accesses did to global memory and what bulk copies will do, either way round.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 

@@ -42,7 +42,18 @@ __global__ void __launch_bounds__(kRowThreads)
     release_downstream_kernel();
     // The heads that the main kernel begins with come last: they are in L2 then.
     const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
-    if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) *launch.counter = 0;
+    if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+        launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
+    }
+    if (launch.inner_rows) {
+        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + m;
+        for (int i = block * kRowThreads + threadIdx.x; i < launch.schedule.heads; i += blocks * kRowThreads) {
+            launch.ready[i] = launch.done[i] = 0;
+        }
+        if (key_head >= launch.first_inner_head) return;
+    }
     const Sequence seq = sequence_of(p, batch);
     if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
     const int64_t padded = head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM) + m;
@@ -125,11 +136,15 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
     // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = p.size.batch - 1 - blockIdx.z;
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(unit) * 64;
     wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     if (row0 >= seq.rows_q) return;
+    if (launch.inner_rows) {
+        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        if (key_head < launch.inner_conversions) return;
+    }
     const int64_t padded_unit =
         (head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM)) * C::kQueryUnits + unit;
     const float4* const acc = reinterpret_cast<const float4*>(launch.dq + padded_unit * (64 * C::kDim));

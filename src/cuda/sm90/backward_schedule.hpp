@@ -113,6 +113,19 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     return s;
 }
 
+/// Key heads at either end whose rows the kernels around the main kernel do, when it does the others itself: as many as are
+/// worked on or about to be.
+inline int outer_heads(const BackwardSchedule& s) { return 2 * s.heads_per_group; }
+
+/// Whether the main kernel has time for the rows: from that many keys for each query row on (measured; below, it waits for them).
+inline bool inner_rows_pay(const Variant& v, const BackwardParams& p) {
+    constexpr int64_t kKeys = 2048;
+    if (p.size.seqlen_q < kKeys || p.size.seqlen_k < kKeys) return false;
+    if (v.mask == MaskClass::full) return true;
+    const bool window = p.mask.window_left >= 0 && p.mask.window_right >= 0;
+    return !window || p.mask.window_left + p.mask.window_right >= 1023;
+}
+
 /// False when the sequence has no such key tile.
 template <Variant V>
 STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {

@@ -17,7 +17,8 @@ struct BackwardWorkspace {
     int64_t stats_offset = 0;      // (num_heads, tiles, 2, block_m) fp32: -lse * log2(e), then -delta
     int64_t dq_offset = 0;         // (num_heads, tiles, block_m * bucket) fp32, in the order of the accumulator registers
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
-    int64_t counter_offset = 0;    // one int32: the next work tile
+    int64_t counter_offset = 0;    // int32 counters: the next work tile, the next ticket of each row worker
+    int64_t progress_offset = 0;   // (2, batch * num_heads_k) int32: BackwardLaunch::ready, ::done
     int64_t bytes = 0;
 };
 
@@ -32,7 +33,8 @@ STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardP
     w.dq_offset = aligned(all_tiles * 2 * v.block_m * 4);
     w.semaphore_offset = w.dq_offset + aligned(all_tiles * v.block_m * v.head_dim * 4);
     w.counter_offset = w.semaphore_offset + aligned(all_tiles * 4);
-    w.bytes = w.counter_offset + 1024;
+    w.progress_offset = w.counter_offset + 1024;
+    w.bytes = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
     return w;
 }
 
