@@ -1,6 +1,6 @@
 // Dropout's random bits: Philox4x32-7 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011; seven rounds are the fewest that pass BigCrush there), addressed by position and not by order, so that every kernel, on any device and with any tiling, forward and
-// backward, sees the same bit for the same element.
+// SC 2011; seven rounds are the fewest that pass BigCrush there), addressed by position and not by order, so that every
+// kernel, on any device and with any tiling, forward and backward, sees the same bit for the same element.
 #pragma once
 
 #include <cstdint>
