@@ -79,7 +79,13 @@ void check(std::mt19937& rng) {
     std::map<std::tuple<int, int, int>, int> additions;  // to a query tile of one key head, by work tiles claimed so far
     for (int index = 0; index < schedule.work_tiles; ++index) {
         BackwardTile tile;
-        if (!decode_tile<V>(p, schedule, index, tile)) continue;
+        if (!decode_tile<V>(p, schedule, index, tile)) {
+            const int next = behind_missing<V>(p, schedule, index);
+            ASSERT_GT(next, index);
+            ASSERT_LE(next, schedule.work_tiles);
+            for (; index + 1 < next; ++index) ASSERT_FALSE(decode_tile<V>(p, schedule, index + 1, tile));
+            continue;
+        }
         ASSERT_TRUE(seen.insert({tile.batch, tile.head_k, tile.n_block}).second);
         const Sequence seq = sequence_of(p, tile.batch);
         const BandMask mask = seq.mask(p.mask);

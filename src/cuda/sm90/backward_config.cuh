@@ -22,6 +22,22 @@
 #include "cuda/sm90/backward_schedule.hpp"
 #include "cuda/sm90/wgmma.cuh"
 
+#ifndef STROBE_KT
+#define STROBE_KT 0
+#endif
+#ifndef STROBE_BULK
+#define STROBE_BULK 0
+#endif
+#ifndef STROBE_PIPE
+#define STROBE_PIPE 0
+#endif
+#ifndef STROBE_NORED
+#define STROBE_NORED 0
+#endif
+#ifndef STROBE_NODQ
+#define STROBE_NODQ 0
+#endif
+
 namespace strobe::sm90 {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
@@ -41,13 +57,20 @@ struct BackwardConfig {
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
+    static constexpr bool kWide = kBlockN == 256;                  // WideKeyWorker
+    static constexpr bool kPipelined = STROBE_PIPE && kDim <= 64 && kBlockM == 64 && !kWide;
+    static constexpr bool kTransposedDq = STROBE_KT && kDim == 64 && kBlockN == 128;
+    static constexpr bool kBulkAdd = STROBE_BULK && !kSplit && kDim % 64 == 0;
+    static constexpr bool kWarpMajor = kDim == 64;  // order of the dq accumulator
+    static constexpr int kDsParts = kWide ? 2 : 1;  // of dS that are published one by one
+    static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : 72;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : kPipelined ? 104 : kTransposedDq ? 88 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 ? 32 : 24;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128;
+    static constexpr bool kInnerRows = kDim == 128 && !kBulkAdd;
     static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
     static constexpr int kRowBufferBytes = 64 * 2 * 128;  // for each of the two row workers
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
@@ -73,7 +96,7 @@ struct BackwardConfig {
 
     static_assert(kStages + kDsStages < kSlots);
     static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
-    static_assert(V.block_n == 128 && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
+    static_assert((V.block_n == 128 || kWide) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
 };
@@ -126,6 +149,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
+    alignas(1024) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(1024) uint8_t rows[2][C::kInnerRows ? C::kRowBufferBytes : 16];
     // The other's K from pair_chunk() on.
     alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
@@ -138,7 +162,7 @@ struct BackwardSmem {
     Barrier dout_full[C::kStages];
     Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
     Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
-    Barrier ds_full[C::kDsStages];    // dS is complete, in a pair that of both
+    Barrier ds_full[C::kDsStages * C::kDsParts];    // dS is complete, in a pair that of both
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it, in a pair both
     Barrier slot_full[C::kSlots];     // deterministic mode: the slot is written,
     Barrier turn_come[C::kSlots];     // its turn has come and one kLag tiles back has been taken note of,

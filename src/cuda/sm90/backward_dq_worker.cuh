@@ -13,6 +13,7 @@ struct DqWorker {
     const BackwardParams& params;
     const BackwardLaunch& launch;
     const int thread;  // in the warpgroup
+    uint32_t k_operand[C::kTransposedDq ? V.block_n / 16 : 1][4];
 
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();  // the accumulator has been cleared
@@ -20,12 +21,17 @@ struct DqWorker {
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
-            if (tile.batch < 0) return;
+            if (tile.batch < 0) break;
+            if constexpr (C::kTransposedDq) load_operand();
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
-                smem.ds_full[ds_stage.index].wait(ds_stage.phase);
-                multiply_and_add(ds_stage.index, slot);
+                smem.ds_full[ds_stage.index * C::kDsParts].wait(ds_stage.phase);
+                if constexpr (STROBE_NODQ) {
+                    if (thread % 32 == 0) smem.ds_free[ds_stage.index].arrive();
+                } else {
+                    multiply_and_add(ds_stage, slot);
+                }
                 ds_stage.template advance<C::kDsStages>();
                 slot.template advance<C::kSlots>();
             }
@@ -35,6 +41,9 @@ struct DqWorker {
                 __syncwarp();
                 if (thread % 32 == 0) add_release(launch.done + key_head, 1);
             }
+        }
+        if constexpr (C::kBulkAdd) {
+            if (thread % 32 == 0) bulk_wait();
         }
     }
 
@@ -48,16 +57,68 @@ private:
     };
 
     /// dq (block_m queries x dim, or a pair's half of dim) += dS K.
-    __device__ __forceinline__ void multiply_and_add(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_and_add(const RingPosition& ds_stage, const RingPosition& slot) {
         if constexpr (C::kPair) {
-            add_half(ds_index, slot);
+            add_half(ds_stage.index, slot);
+        } else if constexpr (C::kTransposedDq) {
+            add_transposed(ds_stage.index, slot);
+        } else if constexpr (C::kWide) {
+            add_wide(ds_stage, slot);
         } else {
-            add_all(ds_index, slot);
+            add_all(ds_stage.index, slot);
         }
         if (params.deterministic) {
             __syncwarp();
             if (thread % 32 == 0) smem.added[slot.index].arrive();
         }
+    }
+
+    /// The left operand of dq^T = K^T dS^T, 64 columns of K: it stays in registers as long as the key tile.
+    __device__ __forceinline__ void load_operand() {
+        const int lane = thread % 32;
+        const uint32_t row = smem_address(smem.k) + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
+                             ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+        for (int kk = 0; kk < V.block_n / 16; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
+    }
+
+    /// dq^T in units of 64 queries. K from registers halves what the product reads of shared memory.
+    __device__ __forceinline__ void add_transposed(int ds_index, const RingPosition& slot) {
+        constexpr int kStep = 16 * C::kRowBytes >> 4;
+#pragma unroll
+        for (int u = 0; u < C::kQueryUnits; ++u) {
+            float acc[32];
+            const uint64_t ds = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + u) * C::kDsUnitBytes, C::kDsUnitBytes);
+            wgmma_fence();
+#pragma unroll
+            for (int kk = 0; kk < V.block_n / 16; ++kk) Wgmma<64>::template rs<V.dtype, 1>(acc, k_operand[kk], ds + kk * kStep, kk != 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            fence_registers(acc);
+            add<64>(acc, u, 0, ds_index, slot, u == 0, u + 1 == C::kQueryUnits);
+        }
+    }
+
+    /// 256 keys, in the order in which the key warpgroups finish them.
+    __device__ __forceinline__ void add_wide(const RingPosition& ds_stage, const RingPosition& slot) {
+        constexpr int kStep = 16 * C::kRowBytes >> 4;
+        float acc[32];
+        const uint64_t a = mn_major(smem_address(smem.ds) + ds_stage.index * C::kDsUnitBytes, C::kDsUnitBytes);
+        const uint64_t b = mn_major(smem_address(smem.k), C::kKeyChunkBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            if (part == 1) smem.ds_full[ds_stage.index * 2 + 1].wait(ds_stage.phase);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int kk = i / 4 * 8 + part * 4 + i % 4;
+                Wgmma<64>::template ss<V.dtype, 1, 1>(acc, a + kk * kStep, b + kk * kStep, part + i != 0);
+            }
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        fence_registers(acc);
+        add<64>(acc, 0, 0, ds_stage.index, slot, true, true);
     }
 
     __device__ __forceinline__ void add_all(int ds_index, const RingPosition& slot) {
@@ -110,17 +171,61 @@ private:
         wgmma_commit();
         wgmma_wait<0>();
         fence_registers(acc);
-        if (piece.last && thread % 32 == 0) {
+        add<N>(acc, piece.unit, piece.column, ds_index, slot, piece.first, piece.last);
+    }
+
+    /// Adds the accumulators of a piece to dq in L2; the buffer of dS is free behind the last piece.
+    template <int N>
+    __device__ __forceinline__ void add(const float (&acc)[N / 2], int unit, int column, int ds_index, const RingPosition& slot,
+                                        bool first, bool last) {
+        if (last && thread % 32 == 0) {
             smem.ds_free[ds_index].arrive();
             if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds_index]);
         }
-        if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
-        float* const out = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
-                           (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
+        if (first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
+        float* const tile = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) + unit * (64 * C::kDim);
+        if constexpr (STROBE_NORED) {
+            if (acc[0] == 123.456f) reduce_add(tile, acc[0], acc[1], acc[2], acc[3]);
+            return;
+        }
+        float* const out = C::kWarpMajor ? tile + thread / 32 * (16 * C::kDim) + column / 8 * 128
+                                         : tile + column / 8 * 512 + thread / 32 * 128;
+        constexpr int kNext = C::kWarpMajor ? 128 : 512;
+        if constexpr (C::kBulkAdd) {
+            if (!params.deterministic) {
+                add_in_bulk<N>(acc, out);
+                return;
+            }
+        }
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            reduce_add(out + j * kNext + thread % 32 * 4, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
         }
+    }
+
+    /// By the copy engine: reductions of the load and store unit keep the key warpgroups' accesses to shared memory waiting.
+    template <int N>
+    __device__ __forceinline__ void add_in_bulk(const float (&acc)[N / 2], float* out) {
+        const int lane = thread % 32;
+        const uint32_t staging = smem_address(smem.staging) + thread / 32 * (16 * N * 4);
+        if (lane == 0) bulk_wait_read();
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            store_shared_vector(staging + (j * 32 + lane) * 16, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+            if constexpr (C::kWarpMajor) {
+                bulk_reduce_add(out, staging, N / 8 * 512);
+            } else {
+#pragma unroll
+                for (int j = 0; j < N / 8; ++j) bulk_reduce_add(out + j * 512, staging + j * 512, 512);
+            }
+            bulk_commit();
+        }
+        __syncwarp();
     }
 };
 

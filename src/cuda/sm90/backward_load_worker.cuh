@@ -24,7 +24,7 @@ struct LoadWorker {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
-                claimed = claim();
+                claimed = claim_behind(claimed);
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
@@ -52,6 +52,16 @@ private:
         const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
         if (lane == 0) next = given + atomicAdd(launch.counter, 1);
         return __shfl_sync(0xFFFFFFFFu, next, 0);
+    }
+
+    /// The next one behind a work tile that does not exist. Those of other lengths may follow by the thousand: all at once.
+    __device__ __forceinline__ int claim_behind(int missing) const {
+        const int next = behind_missing<V>(params, launch.schedule, missing);
+        if (next == missing + 1) return claim();
+        const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
+        int before = 0;
+        if (lane == 0) before = given + atomicMax(launch.counter, next + 1 - given);
+        return __shfl_sync(0xFFFFFFFFu, before, 0) <= next ? next : claim();
     }
 
     /// Of all query heads of the group, for the whole sequence.

@@ -126,6 +126,35 @@ __device__ __forceinline__ void store_eight(const BackwardParams& p, int64_t ind
     }
 }
 
+/// The same for dq^T, stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
+/// 16 w + l / 4 and 8 further.
+template <uint64_t kVariantCode>
+__device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
+                                                   int64_t dq0) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    if (threadIdx.x >= 128) return;
+    const int quad = threadIdx.x % 4, warp = threadIdx.x / 4 % 4, j = threadIdx.x / 16;
+    float x[2][2][8] = {};  // row, half of the 16 columns
+    if (row0 < seq.seqlen_q) {
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const float4 a = acc[warp * 256 + j * 32 + g * 4 + quad];
+            const float scale = p.score.softmax_scale;
+            x[0][0][g] = a.x * scale, x[1][0][g] = a.y * scale, x[0][1][g] = a.z * scale, x[1][1][g] = a.w * scale;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = row0 + 8 * j + 2 * quad + r;
+        if (row >= seq.rows_q) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = 16 * warp + 8 * half;
+            if (column < p.size.head_dim) store_eight<V.dtype>(p, dq0 + row * p.dq.row_stride + column, x[r][half]);
+        }
+    }
+}
+
 /// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
 /// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
 template <uint64_t kVariantCode>
@@ -151,6 +180,10 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
     const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
     const float scale = p.score.softmax_scale;
+    if constexpr (C::kTransposedDq) {
+        convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
+        return;
+    }
 #pragma unroll
     for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
         const int j = item % kColumns;
@@ -159,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads)
         if (row0 < seq.seqlen_q) {
 #pragma unroll
             for (int quad = 0; quad < 4; ++quad) {
-                const float4 a = acc[j * 128 + row * 4 + quad];
+                const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad : j * 128 + row * 4 + quad];
                 upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
                 lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
             }

@@ -155,6 +155,27 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     return true;
 }
 
+/// The first index behind one that decode_tile refused which it might not refuse: behind the longest sequence of a group of
+/// heads no key tile of the group exists.
+template <Variant V>
+STROBE_HD int behind_missing(const BackwardParams& p, const BackwardSchedule& s, int index) {
+    constexpr int kMostSequences = 4;  // worth looking at
+    const int per_group = s.heads_per_group * s.key_tiles;
+    const int group = index / per_group;
+    const int first = group * s.heads_per_group;
+    const int heads = s.heads - first < s.heads_per_group ? s.heads - first : s.heads_per_group;
+    const int first_batch = first / p.size.num_heads_k;
+    const int last_batch = (first + heads - 1) / p.size.num_heads_k;
+    if (s.order == WalkOrder::falling || last_batch - first_batch >= kMostSequences) return index + 1;
+    int64_t longest = 0;
+    for (int b = first_batch; b <= last_batch; ++b) {
+        const int64_t rows = sequence_of(p, b).rows_k;
+        if (rows > longest) longest = rows;
+    }
+    const int rank = (index - group * per_group) / heads;
+    return rank * int64_t{V.block_n} < longest ? index + 1 : group * per_group + heads * s.key_tiles;
+}
+
 /// How many key tiles add to query tile m before this one, in deterministic mode: those claimed earlier.
 template <Variant V>
 STROBE_HD int query_turn(const BackwardTile& tile, int m, int64_t seqlen_q) {
