@@ -25,6 +25,15 @@
 #ifndef STROBE_KT
 #define STROBE_KT 0
 #endif
+#ifndef STROBE_KTN
+#define STROBE_KTN 64
+#endif
+#ifndef STROBE_KTS
+#define STROBE_KTS 6
+#endif
+#ifndef STROBE_TWO
+#define STROBE_TWO 0
+#endif
 #ifndef STROBE_BULK
 #define STROBE_BULK 0
 #endif
@@ -60,14 +69,17 @@ struct BackwardConfig {
     static constexpr bool kWide = kBlockN == 256;                  // WideKeyWorker
     static constexpr bool kPipelined = STROBE_PIPE && kDim <= 64 && kBlockM == 64 && !kWide;
     static constexpr bool kTransposedDq = STROBE_KT && kDim == 64 && kBlockN == 128;
+    static constexpr int kTransposedQueries = kPipelined ? 64 : STROBE_KTN;
+    static constexpr int kOperandSteps = kPipelined ? 8 : STROBE_KTS;  // of 16 keys, whose K stays in registers
     static constexpr bool kBulkAdd = STROBE_BULK && !kSplit && kDim % 64 == 0;
     static constexpr bool kWarpMajor = kDim == 64;  // order of the dq accumulator
     static constexpr int kDsParts = kWide ? 2 : 1;  // of dS that are published one by one
+    static constexpr bool kLateDelta = kWide;
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : kPipelined ? 104 : kTransposedDq ? 88 : 72;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq || STROBE_TWO ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : kPipelined ? 104 : kTransposedDq || STROBE_TWO ? 88 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 ? 32 : 24;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
     static constexpr bool kInnerRows = kDim == 128 && !kBulkAdd;
@@ -211,6 +223,8 @@ struct BackwardLaunch {
     int32_t* semaphore = nullptr;
     int32_t* counter = nullptr;
     int64_t tiles = 0;
+    int32_t* finished = nullptr;  // shared key tiles: see BackwardWorkspace
+    float4* parts = nullptr;
 
     // Row statistics and dq conversion in the main kernel (heads: key heads of all batch entries, as work tiles count them).
     bool inner_rows = false;

@@ -13,7 +13,7 @@ struct DqWorker {
     const BackwardParams& params;
     const BackwardLaunch& launch;
     const int thread;  // in the warpgroup
-    uint32_t k_operand[C::kTransposedDq ? V.block_n / 16 : 1][4];
+    uint32_t k_operand[C::kTransposedDq ? C::kOperandSteps : 1][4];
 
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();  // the accumulator has been cleared
@@ -62,6 +62,8 @@ private:
             add_half(ds_stage.index, slot);
         } else if constexpr (C::kTransposedDq) {
             add_transposed(ds_stage.index, slot);
+        } else if constexpr (STROBE_TWO && C::kDim == 64 && C::kQueryUnits == 2) {
+            add_two(ds_stage.index, slot);
         } else if constexpr (C::kWide) {
             add_wide(ds_stage, slot);
         } else {
@@ -79,24 +81,57 @@ private:
         const uint32_t row = smem_address(smem.k) + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
                              ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-        for (int kk = 0; kk < V.block_n / 16; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
+        for (int kk = 0; kk < C::kOperandSteps; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
     }
 
-    /// dq^T in units of 64 queries. K from registers halves what the product reads of shared memory.
+    /// dq^T, kTransposedQueries at a time. K from registers halves what the product reads of shared memory.
     __device__ __forceinline__ void add_transposed(int ds_index, const RingPosition& slot) {
         constexpr int kStep = 16 * C::kRowBytes >> 4;
+        constexpr int kQueries = C::kTransposedQueries;
+        const uint64_t k = mn_major(smem_address(smem.k), C::kKeyChunkBytes);
 #pragma unroll
-        for (int u = 0; u < C::kQueryUnits; ++u) {
-            float acc[32];
-            const uint64_t ds = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + u) * C::kDsUnitBytes, C::kDsUnitBytes);
+        for (int i = 0; i < C::kBlockM / kQueries; ++i) {
+            const int unit = i * kQueries / 64, within = i * kQueries % 64;
+            float acc[kQueries / 2];
+            const uint64_t ds = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + unit) * C::kDsUnitBytes + within * 2,
+                                         C::kDsUnitBytes);
             wgmma_fence();
 #pragma unroll
-            for (int kk = 0; kk < V.block_n / 16; ++kk) Wgmma<64>::template rs<V.dtype, 1>(acc, k_operand[kk], ds + kk * kStep, kk != 0);
+            for (int kk = 0; kk < V.block_n / 16; ++kk) {
+                if (kk < C::kOperandSteps) {
+                    Wgmma<kQueries>::template rs<V.dtype, 1>(acc, k_operand[kk < C::kOperandSteps ? kk : 0], ds + kk * kStep, kk != 0);
+                } else {
+                    Wgmma<kQueries>::template ss<V.dtype, 1, 1>(acc, k + kk * kStep, ds + kk * kStep, 1);
+                }
+            }
             wgmma_commit();
             wgmma_wait<0>();
             fence_registers(acc);
-            add<64>(acc, u, 0, ds_index, slot, u == 0, u + 1 == C::kQueryUnits);
+            add<kQueries>(acc, unit, within, ds_index, slot, i == 0, (i + 1) * kQueries == C::kBlockM);
         }
+    }
+
+    /// Two units, the second one's product under the first one's additions.
+    __device__ __forceinline__ void add_two(int ds_index, const RingPosition& slot) {
+        constexpr int kStep = 16 * C::kRowBytes >> 4;
+        float acc[2][32];
+        const uint64_t a = mn_major(smem_address(smem.ds) + ds_index * 2 * C::kDsUnitBytes, C::kDsUnitBytes);
+        const uint64_t b = mn_major(smem_address(smem.k), C::kKeyChunkBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+#pragma unroll
+            for (int kk = 0; kk < V.block_n / 16; ++kk) {
+                Wgmma<64>::template ss<V.dtype, 1, 1>(acc[u], a + (u * C::kDsUnitBytes >> 4) + kk * kStep, b + kk * kStep, kk != 0);
+            }
+            wgmma_commit();
+        }
+        wgmma_wait<1>();
+        fence_registers(acc[0]);
+        add<64>(acc[0], 0, 0, ds_index, slot, true, false);
+        wgmma_wait<0>();
+        fence_registers(acc[1]);
+        add<64>(acc[1], 1, 0, ds_index, slot, false, true);
     }
 
     /// 256 keys, in the order in which the key warpgroups finish them.

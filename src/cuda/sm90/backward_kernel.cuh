@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
     } else {
         register_limit_raise<C::kKeyRegisters>();
         if constexpr (C::kWide) {
-            WideKeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+            WideKeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
         } else if constexpr (C::kPipelined) {
-            PipelinedKeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+            PipelinedKeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
         } else if constexpr (!C::kSplit) {
-            KeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+            KeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
         } else if (warpgroup == 0) {
             ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
         } else {

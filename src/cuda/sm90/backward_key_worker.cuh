@@ -17,7 +17,7 @@ struct KeyWorker {
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
-    const float scale_log2;
+    const BackwardLaunch& launch;
     const int warpgroup;  // 0 or 1
     const int thread;     // in the warpgroup
 
@@ -58,7 +58,7 @@ struct KeyWorker {
                 if (i < iterations) free_stage(previous, lane);
 
                 typename F::Weights p;
-                F::probabilities(p, s, minus_lse, scale_log2);
+                F::probabilities(p, s, minus_lse, launch.scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, first_key(tile), slot.query0, lane);
 
@@ -71,11 +71,12 @@ struct KeyWorker {
                 wgmma_commit();
 
                 typename F::Statistic minus_delta;
-                F::load(minus_delta, smem.stats[stage.index][1], lane);
+                if constexpr (!C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
                 smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
                 wgmma_wait<0>();
                 fence_registers(dp);
                 fence_registers(dv);
+                if constexpr (C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
                 typename F::Weights ds;
 #pragma unroll
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
@@ -98,6 +99,7 @@ struct KeyWorker {
             const BackwardTile last = tile;
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
+            if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, dk, dv)) continue;
 
             const Sequence seq = sequence_of(params, last.batch);
             const GradRows rows{last, seq, first_key(last), lane % 4};

@@ -59,6 +59,8 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);
     args.counter = reinterpret_cast<int32_t*>(workspace + layout.counter_offset);
     args.tiles = layout.tiles;
+    args.finished = reinterpret_cast<int32_t*>(workspace + layout.finished_offset);
+    args.parts = reinterpret_cast<float4*>(workspace + layout.parts_offset);
 
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 1 : n.batch;
     const int64_t batch_k = p.seqlens.cu_seqlens_k ? 1 : n.batch;

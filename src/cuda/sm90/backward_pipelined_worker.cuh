@@ -17,7 +17,7 @@ struct PipelinedKeyWorker {
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
-    const float scale_log2;
+    const BackwardLaunch& launch;
     const int warpgroup;  // 0 or 1
     const int thread;     // in the warpgroup
 
@@ -54,6 +54,7 @@ struct PipelinedKeyWorker {
             const BackwardTile last = tile;
             __syncwarp();
             if (lane() == 0) smem.kv_free.arrive();
+            if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, r.dk, r.dv)) continue;
             const Sequence seq = sequence_of(params, last.batch);
             const GradRows rows{last, seq, first_key(last), lane() % 4};
             store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, r.dv, 1.0f);
@@ -103,7 +104,7 @@ private:
         wgmma_commit();
         typename F::Statistic statistic;
         F::load(statistic, smem.stats[stage][0], lane());
-        F::probabilities(r.p, r.s, statistic, scale_log2);
+        F::probabilities(r.p, r.s, statistic, launch.scale_log2);
         const QuerySlot& slot = smem.slot[at.slot.index];
         if (slot.masked >> warpgroup & 1) F::hide(r.p, tile.mask, first_key(tile), slot.query0, lane());
         if constexpr (kMore) smem.q_full[next.index].wait(next.phase);

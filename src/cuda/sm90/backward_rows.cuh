@@ -45,6 +45,9 @@ __global__ void __launch_bounds__(kRowThreads)
     if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
         launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
     }
+    if (m == 0 && head == 0 && batch == 0) {
+        for (int i = threadIdx.x; i < launch.schedule.shared.counters(V); i += kRowThreads) launch.finished[i] = 0;
+    }
     if (launch.inner_rows) {
         const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
         const int blocks = gridDim.x * gridDim.y * gridDim.z;

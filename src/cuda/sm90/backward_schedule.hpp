@@ -28,7 +28,8 @@ struct BackwardSchedule {
     int heads_per_group = 1;
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
-    int work_tiles = 0;       // heads * key_tiles
+    int work_tiles = 0;       // heads * key_tiles; each part of a shared one counts
+    SharedTiles shared;
     WalkOrder order = WalkOrder::rounds;
 };
 
@@ -75,6 +76,8 @@ struct BackwardTile {
     int m_end = 0;
     bool down = false;  // from m_end - 1 to m_begin
     bool falling = false;  // key tiles of this head were claimed last to first
+    int shared = -1;       // number of the shared tile that this is a part of
+    int part = 0;
     TileMask mask;
 };
 
@@ -97,8 +100,7 @@ inline WalkOrder deterministic_order(const BackwardParams& p) {
 }
 
 inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
-    // Tiles at work at a time: above head_dim 128 a pair of CTAs has one. Another number costs L2 hits, nothing else.
-    const int machine = v.head_dim > 128 ? 66 : 132;
+    const int machine = machine_tiles(v);
     BackwardSchedule s;
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
@@ -110,6 +112,8 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.rounds = rounds < 1 ? 1 : rounds;
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
+    s.shared = shared_tiles(v, p);
+    s.work_tiles += s.shared.tiles * (s.shared.parts - 1);
     return s;
 }
 
@@ -129,6 +133,12 @@ inline bool inner_rows_pay(const Variant& v, const BackwardParams& p) {
 /// False when the sequence has no such key tile.
 template <Variant V>
 STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
+    const int first_shared = s.work_tiles - s.shared.tiles * s.shared.parts;
+    if (index >= first_shared) {
+        tile.shared = (index - first_shared) / s.shared.parts;
+        tile.part = index - first_shared - tile.shared * s.shared.parts;
+        index = first_shared + tile.shared;
+    }
     const int per_group = s.heads_per_group * s.key_tiles;
     const int group = index / per_group;
     const int rest = index - group * per_group;
@@ -152,6 +162,11 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.mask = tile_mask<V>(p, seq);
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
+    if (tile.shared >= 0) {
+        const int first = tile.m_begin, count = tile.m_end - first;
+        tile.m_begin = first + static_cast<int>(int64_t{count} * tile.part / s.shared.parts);
+        tile.m_end = first + static_cast<int>(int64_t{count} * (tile.part + 1) / s.shared.parts);
+    }
     return true;
 }
 

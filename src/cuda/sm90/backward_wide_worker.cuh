@@ -14,7 +14,7 @@ struct WideKeyWorker {
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
-    const float scale_log2;
+    const BackwardLaunch& launch;
     const int warpgroup;  // 0 or 1
     const int thread;     // in the warpgroup
 
@@ -56,7 +56,7 @@ struct WideKeyWorker {
                     if (h == 0 && i < iterations) free_stage(previous, lane);
 
                     typename F::Weights p;
-                    F::probabilities(p, s, minus_lse, scale_log2);
+                    F::probabilities(p, s, minus_lse, launch.scale_log2);
                     const QuerySlot& slot = smem.slot[slot_at.index];
                     if (slot.masked >> (warpgroup * 2 + h) & 1) F::hide(p, tile.mask, first_key(tile) + h * 64, slot.query0, lane);
 
@@ -69,11 +69,12 @@ struct WideKeyWorker {
                     wgmma_commit();
 
                     typename F::Statistic minus_delta;
-                    F::load(minus_delta, smem.stats[stage.index][1], lane);
+                    if constexpr (!C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
                     if (h == 0) smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
                     wgmma_wait<0>();
                     fence_registers(dp);
                     fence_registers(dv[h]);
+                    if constexpr (C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
                     typename F::Weights ds;
 #pragma unroll
                     for (int k = 0; k < C::kBlockM / 16; ++k) {
@@ -103,6 +104,7 @@ struct WideKeyWorker {
             const Sequence seq = sequence_of(params, last.batch);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+                if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup * 2 + h, thread, dk[h], dv[h])) continue;
                 const GradRows rows{last, seq, first_key(last) + h * 64, lane % 4};
                 store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv[h], 1.0f);
                 store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk[h], params.score.softmax_scale);

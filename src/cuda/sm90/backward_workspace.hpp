@@ -8,6 +8,7 @@
 
 #include "core/params.hpp"
 #include "core/variant.hpp"
+#include "cuda/sm90/backward_sharing.hpp"
 
 namespace strobe::sm90 {
 
@@ -19,10 +20,10 @@ struct BackwardWorkspace {
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
     int64_t counter_offset = 0;    // int32 counters: the next work tile, the next ticket of each row worker
     int64_t progress_offset = 0;   // (2, batch * num_heads_k) int32: BackwardLaunch::ready, ::done
+    int64_t finished_offset = 0;   // int32 counters of shared key tiles
+    int64_t parts_offset = 0;      // (shared tiles, parts, 64-key units, dK and dV, bucket / 4, 128 threads, 4) fp32
     int64_t bytes = 0;
 };
-
-STROBE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardParams& p) {
     const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 1024) * 1024; };
@@ -34,7 +35,10 @@ STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardP
     w.semaphore_offset = w.dq_offset + aligned(all_tiles * v.block_m * v.head_dim * 4);
     w.counter_offset = w.semaphore_offset + aligned(all_tiles * 4);
     w.progress_offset = w.counter_offset + 1024;
-    w.bytes = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    w.finished_offset = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    const SharedTiles shared = shared_tiles(v, p);
+    w.parts_offset = w.finished_offset + aligned(shared.counters(v) * 4);
+    w.bytes = w.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(v);
     return w;
 }
 
