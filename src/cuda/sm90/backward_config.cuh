@@ -135,7 +135,7 @@ struct RingPosition {
 
 /// What a row worker does next: 64-row units of one query head.
 struct RowJob {
-    int key_head;           // all batch entries together
+    int key_head;           // in the order of work
     int first;              // unit
     int rows_q, seqlen_q;   // of the sequence
     int work_tiles;         // of the key head
@@ -161,10 +161,10 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
-    alignas(1024) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(1024) uint8_t rows[2][C::kInnerRows ? C::kRowBufferBytes : 16];
     // The other's K from pair_chunk() on.
     alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
+    alignas(C::kBulkAdd ? 128 : 16) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
     TileRing tiles;
@@ -226,7 +226,7 @@ struct BackwardLaunch {
     int32_t* finished = nullptr;  // shared key tiles: see BackwardWorkspace
     float4* parts = nullptr;
 
-    // Row statistics and dq conversion in the main kernel (heads: key heads of all batch entries, as work tiles count them).
+    // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;
     int first_inner_head = 0;     // statistics before that: by the kernel in front
     int inner_conversions = 0;    // dq of heads from there on: by the kernel behind

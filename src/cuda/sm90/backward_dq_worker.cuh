@@ -35,7 +35,7 @@ struct DqWorker {
                 ds_stage.template advance<C::kDsStages>();
                 slot.template advance<C::kSlots>();
             }
-            const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
+            const int key_head = tile.head;
             if (thread % 32 == 0) smem.kv_free.arrive();
             if (C::kInnerRows && launch.inner_rows) {
                 __syncwarp();

@@ -93,6 +93,14 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         args.done = args.ready + args.schedule.heads;
     }
 
+    if (longest_first(V, p) && n.batch <= kMostOrderedSequences) {
+        int32_t* const sequences = reinterpret_cast<int32_t*>(workspace + layout.sequences_offset);
+        args.schedule.sequences = sequences;
+        const detail::LaunchShape one{dim3(1), kRowThreads, 0, false};
+        status = detail::launch_chained(backward_order_sequences<kCode>, one, context.stream, p, sequences);
+        if (status != cudaSuccess) return status;
+    }
+
     const auto tiles = [&](int rows, int batches) {
         const int64_t count = ceil_div(n.seqlen_q, rows);
         return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),

@@ -66,7 +66,7 @@ private:
 
     /// Of all query heads of the group, for the whole sequence.
     __device__ __forceinline__ void wait_for_statistics(const BackwardTile& tile) const {
-        const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
+        const int key_head = tile.head;
         if (key_head < launch.first_inner_head || tile.m_begin >= tile.m_end) return;
         const int units = static_cast<int>(ceil_div(sequence_of(params, tile.batch).seqlen_q, 64));
         const int all = params.size.num_heads / params.size.num_heads_k * units;

@@ -36,8 +36,8 @@ struct RowWorkerBase {
         if (within >= end_head - first_head) return false;
         const int rest = index - within * group * chunks;
         const int key_head = first_head + within;
-        const int batch = key_head / params.size.num_heads_k;
-        const int head = (key_head - batch * params.size.num_heads_k) * group + rest / chunks;
+        const int batch = launch.schedule.batch_of(key_head, params);
+        const int head = key_head % params.size.num_heads_k * group + rest / chunks;
         if (lane == 0) describe(key_head, batch, head, rest % chunks * kUnits);
         __syncwarp();
         return true;

@@ -7,6 +7,7 @@
 namespace strobe::sm90 {
 
 inline constexpr int kRowThreads = 256;
+inline constexpr int kMostOrderedSequences = 1024;
 
 /// Eight consecutive elements of a row as fp32.
 template <DType kType>
@@ -30,6 +31,21 @@ __device__ __forceinline__ const void* element(const TensorRef& t, DType type, i
     return static_cast<const char*>(t.data) + index * (type == DType::f32 ? 4 : 2);
 }
 
+/// Numbers the sequences from the longest to the shortest, so that the last work tiles are short ones.
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_order_sequences(const __grid_constant__ BackwardParams p, int32_t* sequences) {
+    __shared__ int rows[kMostOrderedSequences];
+    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) rows[b] = static_cast<int>(sequence_of(p, b).seqlen_q);
+    __syncthreads();
+    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) {
+        const int mine = rows[b];
+        int longer = 0;
+        for (int i = 0; i < p.size.batch; ++i) longer += rows[i] > mine || (rows[i] == mine && i < b);
+        sequences[longer] = b;
+    }
+}
+
 /// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
 /// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter.
 template <uint64_t kVariantCode>
@@ -41,15 +57,15 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
     // The heads that the main kernel begins with come last: they are in L2 then.
-    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
-    if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = gridDim.z - 1 - blockIdx.z;
+    if (m == 0 && head == 0 && position == 0 && threadIdx.x == 0) {
         launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
     }
-    if (m == 0 && head == 0 && batch == 0) {
+    if (m == 0 && head == 0 && position == 0) {
         for (int i = threadIdx.x; i < launch.schedule.shared.counters(V); i += kRowThreads) launch.finished[i] = 0;
     }
     if (launch.inner_rows) {
-        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
         const int blocks = gridDim.x * gridDim.y * gridDim.z;
         const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + m;
         for (int i = block * kRowThreads + threadIdx.x; i < launch.schedule.heads; i += blocks * kRowThreads) {
@@ -57,6 +73,7 @@ __global__ void __launch_bounds__(kRowThreads)
         }
         if (key_head >= launch.first_inner_head) return;
     }
+    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
     if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
     const int64_t padded = head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM) + m;
@@ -168,13 +185,14 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
     // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = p.size.batch - 1 - blockIdx.z;
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = p.size.batch - 1 - blockIdx.z;
+    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
+    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(unit) * 64;
-    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     if (row0 >= seq.rows_q) return;
     if (launch.inner_rows) {
-        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
         if (key_head < launch.inner_conversions) return;
     }
     const int64_t padded_unit =

@@ -31,6 +31,12 @@ struct BackwardSchedule {
     int work_tiles = 0;       // heads * key_tiles; each part of a shared one counts
     SharedTiles shared;
     WalkOrder order = WalkOrder::rounds;
+    const int32_t* sequences = nullptr;  // in the order in which they are worked on; none: as they come
+
+    STROBE_HD int batch_of(int head, const BackwardParams& p) const {
+        const int position = head / p.size.num_heads_k;
+        return sequences ? sequences[position] : position;
+    }
 };
 
 /// The queries that see one key: [first, first + span]. Tested with one unsigned comparison.
@@ -71,6 +77,7 @@ struct TileMask {
 struct BackwardTile {
     int batch = -1;  // -1: no more work
     int head_k = 0;
+    int head = 0;    // in the order of work
     int n_block = 0;
     int m_begin = 0;
     int m_end = 0;
@@ -130,6 +137,11 @@ inline bool inner_rows_pay(const Variant& v, const BackwardParams& p) {
     return !window || p.mask.window_left + p.mask.window_right >= 1023;
 }
 
+/// Whether sequences may be so different that it pays to begin with the longest.
+inline bool longest_first(const Variant& v, const BackwardParams& p) {
+    return p.seqlens.cu_seqlens_q && p.size.batch > 1 && p.size.seqlen_q >= 8 * v.block_n;
+}
+
 /// False when the sequence has no such key tile.
 template <Variant V>
 STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
@@ -151,8 +163,9 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.n_block = tile.falling ? s.key_tiles - 1 - rank : rank;
     tile.down = s.order == WalkOrder::rounds ? (group * s.rounds + rest / s.round_tiles) % 2 == 0
                                              : s.order == WalkOrder::falling && last_group;
-    tile.batch = head / p.size.num_heads_k;
-    tile.head_k = head - tile.batch * p.size.num_heads_k;
+    tile.batch = s.batch_of(head, p);
+    tile.head_k = head % static_cast<int>(p.size.num_heads_k);
+    tile.head = head;
 
     const Sequence seq = sequence_of(p, tile.batch);
     const int64_t key0 = static_cast<int64_t>(tile.n_block) * V.block_n;
@@ -179,12 +192,11 @@ STROBE_HD int behind_missing(const BackwardParams& p, const BackwardSchedule& s,
     const int group = index / per_group;
     const int first = group * s.heads_per_group;
     const int heads = s.heads - first < s.heads_per_group ? s.heads - first : s.heads_per_group;
-    const int first_batch = first / p.size.num_heads_k;
-    const int last_batch = (first + heads - 1) / p.size.num_heads_k;
-    if (s.order == WalkOrder::falling || last_batch - first_batch >= kMostSequences) return index + 1;
+    const int heads_k = p.size.num_heads_k;
+    if (s.order == WalkOrder::falling || heads / heads_k >= kMostSequences) return index + 1;
     int64_t longest = 0;
-    for (int b = first_batch; b <= last_batch; ++b) {
-        const int64_t rows = sequence_of(p, b).rows_k;
+    for (int head = first; head < first + heads; head += heads_k - head % heads_k) {
+        const int64_t rows = sequence_of(p, s.batch_of(head, p)).rows_k;
         if (rows > longest) longest = rows;
     }
     const int rank = (index - group * per_group) / heads;

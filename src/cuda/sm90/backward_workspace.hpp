@@ -20,6 +20,7 @@ struct BackwardWorkspace {
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
     int64_t counter_offset = 0;    // int32 counters: the next work tile, the next ticket of each row worker
     int64_t progress_offset = 0;   // (2, batch * num_heads_k) int32: BackwardLaunch::ready, ::done
+    int64_t sequences_offset = 0;  // (batch) int32: BackwardSchedule::sequences
     int64_t finished_offset = 0;   // int32 counters of shared key tiles
     int64_t parts_offset = 0;      // (shared tiles, parts, 64-key units, dK and dV, bucket / 4, 128 threads, 4) fp32
     int64_t bytes = 0;
@@ -35,7 +36,8 @@ STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardP
     w.semaphore_offset = w.dq_offset + aligned(all_tiles * v.block_m * v.head_dim * 4);
     w.counter_offset = w.semaphore_offset + aligned(all_tiles * 4);
     w.progress_offset = w.counter_offset + 1024;
-    w.finished_offset = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    w.sequences_offset = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    w.finished_offset = w.sequences_offset + aligned(int64_t{4} * p.size.batch);
     const SharedTiles shared = shared_tiles(v, p);
     w.parts_offset = w.finished_offset + aligned(shared.counters(v) * 4);
     w.bytes = w.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(v);
