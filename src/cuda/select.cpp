@@ -48,6 +48,14 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
+/// What a refusal says about the options of a call.
+const char* options_text(const Request& request) {
+    if (request.biased) return ", bias";
+    if (request.rare) return ", dropout at such positions or so much of it";
+    if (request.dropout) return ", dropout";
+    return request.general ? ", softcap, ALiBi or a scale that is not positive" : "";
+}
+
 const char* name(Features features) {
     constexpr const char* kNames[] = {"plain", "general", "dropout", "tiled", "biased"};
     return kNames[static_cast<int>(features)];
@@ -56,7 +64,8 @@ const char* name(Features features) {
 Features features_wanted(const Request& request, Arch arch) {
     // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
     const bool general = request.general || (arch == Arch::sm80 && !request.tma_layout);
-    if (request.rare || ((request.biased || request.dropout) && general) || (request.biased && request.dropout)) return Features::biased;
+    const bool options = request.biased || request.dropout;
+    if (request.rare || (options && general) || (request.biased && request.dropout)) return Features::biased;
     if (request.biased) return request.tiled ? Features::tiled : Features::biased;
     if (request.dropout) return Features::dropout;
     return general ? Features::general : Features::plain;
@@ -136,8 +145,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
-                              request.head_dim, request.band ? "band" : "full",
-                              request.biased ? ", bias" : request.rare ? ", rare dropout" : request.dropout ? ", dropout" : request.general ? ", softcap / ALiBi" : "", device.smem_per_cta);
+                              request.head_dim, request.band ? "band" : "full", options_text(request), device.smem_per_cta);
     }
     return best;
 }
