@@ -119,6 +119,11 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
         return nullptr;
     }
+    constexpr int64_t kMostRows = (int64_t{1} << 30) - 1;  // bands are held in 32 bits: sm80::Band, sm90::TileMask, sm90::ForwardTile
+    if (const int64_t longest = std::max(request.seqlen_q, request.seqlen_k); longest > kMostRows) {
+        refusal = fmt::format("sequences go up to {} rows on CUDA, {} are wanted", kMostRows, longest);
+        return nullptr;
+    }
     int largest = 0;
     for (const Variant& v : rows) {
         if (v.arch == arch && v.direction == request.direction && v.dtype == request.dtype) largest = std::max(largest, v.head_dim);
