@@ -14,6 +14,10 @@
 #include "core/params.hpp"
 #include "cuda/sm90/backward_workspace.hpp"
 
+#ifndef STROBE_MERGE
+#define STROBE_MERGE 1
+#endif
+
 namespace strobe::sm90 {
 
 enum class WalkOrder {
@@ -26,6 +30,7 @@ struct BackwardSchedule {
     int key_tiles = 0;        // of the longest sequence
     int heads = 0;            // batch * num_heads_k
     int heads_per_group = 1;
+    int whole_groups = 0;     // the last group has all heads behind these
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
     int work_tiles = 0;       // heads * key_tiles; each part of a shared one counts
@@ -33,6 +38,13 @@ struct BackwardSchedule {
     WalkOrder order = WalkOrder::rounds;
     const int32_t* sequences = nullptr;  // in the order in which they are worked on; none: as they come
 
+    STROBE_HD int group_of(int index) const {
+        const int group = index / (heads_per_group * key_tiles);
+        return group < whole_groups ? group : whole_groups;
+    }
+    STROBE_HD int heads_of_group(int group) const {
+        return group < whole_groups ? heads_per_group : heads - group * heads_per_group;
+    }
     STROBE_HD int batch_of(int head, const BackwardParams& p) const {
         const int position = head / p.size.num_heads_k;
         return sequences ? sequences[position] : position;
@@ -119,6 +131,9 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.rounds = rounds < 1 ? 1 : rounds;
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
+    const int groups = static_cast<int>(ceil_div(s.heads, s.heads_per_group));
+    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 16 ? STROBE_MERGE : 1;
+    s.whole_groups = groups > last ? groups - last : 0;
     s.shared = shared_tiles(v, p);
     s.work_tiles += s.shared.tiles * (s.shared.parts - 1);
     return s;
@@ -151,14 +166,12 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
         tile.part = index - first_shared - tile.shared * s.shared.parts;
         index = first_shared + tile.shared;
     }
-    const int per_group = s.heads_per_group * s.key_tiles;
-    const int group = index / per_group;
-    const int rest = index - group * per_group;
-    const int heads_left = s.heads - group * s.heads_per_group;
-    const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
+    const int group = s.group_of(index);
+    const int rest = index - group * s.heads_per_group * s.key_tiles;
+    const bool last_group = group == s.whole_groups;
+    const int group_heads = s.heads_of_group(group);
     const int rank = rest / group_heads;
     const int head = group * s.heads_per_group + rest - rank * group_heads;
-    const bool last_group = heads_left <= s.heads_per_group;
     tile.falling = s.order == WalkOrder::falling && !last_group;
     tile.n_block = tile.falling ? s.key_tiles - 1 - rank : rank;
     tile.down = s.order == WalkOrder::rounds ? (group * s.rounds + rest / s.round_tiles) % 2 == 0
@@ -188,10 +201,9 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
 template <Variant V>
 STROBE_HD int behind_missing(const BackwardParams& p, const BackwardSchedule& s, int index) {
     constexpr int kMostSequences = 4;  // worth looking at
-    const int per_group = s.heads_per_group * s.key_tiles;
-    const int group = index / per_group;
+    const int group = s.group_of(index);
     const int first = group * s.heads_per_group;
-    const int heads = s.heads - first < s.heads_per_group ? s.heads - first : s.heads_per_group;
+    const int heads = s.heads_of_group(group);
     const int heads_k = p.size.num_heads_k;
     if (s.order == WalkOrder::falling || heads / heads_k >= kMostSequences) return index + 1;
     int64_t longest = 0;
@@ -199,8 +211,8 @@ STROBE_HD int behind_missing(const BackwardParams& p, const BackwardSchedule& s,
         const int64_t rows = sequence_of(p, s.batch_of(head, p)).rows_k;
         if (rows > longest) longest = rows;
     }
-    const int rank = (index - group * per_group) / heads;
-    return rank * int64_t{V.block_n} < longest ? index + 1 : group * per_group + heads * s.key_tiles;
+    const int rank = (index - first * s.key_tiles) / heads;
+    return rank * int64_t{V.block_n} < longest ? index + 1 : (first + heads) * s.key_tiles;
 }
 
 /// How many key tiles add to query tile m before this one, in deterministic mode: those claimed earlier.
