@@ -31,6 +31,12 @@
 #ifndef STROBE_KTS
 #define STROBE_KTS 6
 #endif
+#ifndef STROBE_INNER
+#define STROBE_INNER 0
+#endif
+#ifndef STROBE_PARTS
+#define STROBE_PARTS 0
+#endif
 #ifndef STROBE_TWO
 #define STROBE_TWO 0
 #endif
@@ -72,19 +78,19 @@ struct BackwardConfig {
     static constexpr int kTransposedQueries = kPipelined ? 64 : STROBE_KTN;
     static constexpr int kOperandSteps = kPipelined ? 8 : STROBE_KTS;  // of 16 keys, whose K stays in registers
     static constexpr bool kBulkAdd = STROBE_BULK && !kSplit && kDim % 64 == 0;
-    static constexpr bool kWarpMajor = kDim == 64;  // order of the dq accumulator
-    static constexpr int kDsParts = kWide ? 2 : 1;  // of dS that are published one by one
+    static constexpr bool kWarpMajor = kDim == 64 && (STROBE_KT || STROBE_BULK);  // order of the dq accumulator
+    static constexpr int kDsParts = kWide || (STROBE_PARTS && kBlockM == 128) ? 2 : 1;  // of dS that are published one by one
     static constexpr bool kLateDelta = kWide;
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq || STROBE_TWO ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : kPipelined ? 104 : kTransposedDq || STROBE_TWO ? 88 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 ? 32 : 24;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128 && !kBulkAdd;
-    static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
-    static constexpr int kRowBufferBytes = 64 * 2 * 128;  // for each of the two row workers
+    static constexpr bool kInnerRows = (kDim == 128 && !kBulkAdd) || (kDim == 64 && STROBE_INNER && !kWide && !kTransposedDq);
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq || STROBE_TWO ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 || (kInnerRows && !kTransposedDq && !kPipelined) ? 64 : kInnerRows && kTransposedDq && !kPipelined ? 80 : kPipelined ? 96 : kTransposedDq || STROBE_TWO ? 88 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 || (kDim == 64 && STROBE_INNER) ? 32 : 24;
+    static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
+    static constexpr int kRowBufferBytes = kRowBufferRows * 2 * kChunks * 128;  // for each of the two row workers
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -111,7 +117,6 @@ struct BackwardConfig {
     static_assert((V.block_n == 128 || kWide) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
-    static_assert(!kInnerRows || kBlockM == 64);  // a row worker's unit is a tile
 };
 
 /// What the load warp tells the others about the tiles to come.
@@ -141,7 +146,7 @@ struct RowJob {
     int rows_q, seqlen_q;   // of the sequence
     int work_tiles;         // of the key head
     RaggedCoordinates at;   // of the head's rows
-    int64_t padded;         // its first tile in the accumulator and the statistics
+    int64_t padded;         // its first 64-row unit in the accumulator and the statistics
     int64_t lse, dlse, dq;  // its first row, in elements
 };
 

@@ -39,7 +39,13 @@ struct DqWorker {
             if (thread % 32 == 0) smem.kv_free.arrive();
             if (C::kInnerRows && launch.inner_rows) {
                 __syncwarp();
-                if (thread % 32 == 0) add_release(launch.done + key_head, 1);
+                if (thread % 32 == 0) {
+                    if constexpr (C::kBulkAdd) {
+                        bulk_wait();
+                        fence_async_proxy_global();
+                    }
+                    add_release(launch.done + key_head, 1);
+                }
             }
         }
         if constexpr (C::kBulkAdd) {
@@ -61,13 +67,13 @@ private:
         if constexpr (C::kPair) {
             add_half(ds_stage.index, slot);
         } else if constexpr (C::kTransposedDq) {
-            add_transposed(ds_stage.index, slot);
+            add_transposed(ds_stage, slot);
         } else if constexpr (STROBE_TWO && C::kDim == 64 && C::kQueryUnits == 2) {
             add_two(ds_stage.index, slot);
         } else if constexpr (C::kWide) {
             add_wide(ds_stage, slot);
         } else {
-            add_all(ds_stage.index, slot);
+            add_all(ds_stage, slot);
         }
         if (params.deterministic) {
             __syncwarp();
@@ -85,13 +91,15 @@ private:
     }
 
     /// dq^T, kTransposedQueries at a time. K from registers halves what the product reads of shared memory.
-    __device__ __forceinline__ void add_transposed(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void add_transposed(const RingPosition& ds_stage, const RingPosition& slot) {
+        const int ds_index = ds_stage.index;
         constexpr int kStep = 16 * C::kRowBytes >> 4;
         constexpr int kQueries = C::kTransposedQueries;
         const uint64_t k = mn_major(smem_address(smem.k), C::kKeyChunkBytes);
 #pragma unroll
         for (int i = 0; i < C::kBlockM / kQueries; ++i) {
             const int unit = i * kQueries / 64, within = i * kQueries % 64;
+            if (C::kDsParts == 2 && unit == 1 && within == 0) smem.ds_full[ds_index * 2 + 1].wait(ds_stage.phase);
             float acc[kQueries / 2];
             const uint64_t ds = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + unit) * C::kDsUnitBytes + within * 2,
                                          C::kDsUnitBytes);
@@ -156,10 +164,12 @@ private:
         add<64>(acc, 0, 0, ds_stage.index, slot, true, true);
     }
 
-    __device__ __forceinline__ void add_all(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void add_all(const RingPosition& ds_stage, const RingPosition& slot) {
+        const int ds_index = ds_stage.index;
         constexpr int kTail = C::kDim % 64;
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
+            if (C::kDsParts == 2 && u == 1) smem.ds_full[ds_index * 2 + 1].wait(ds_stage.phase);
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
                 const uint32_t k = smem_address(smem.k) + c * C::kKeyChunkBytes;

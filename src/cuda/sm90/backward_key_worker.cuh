@@ -82,8 +82,11 @@ struct KeyWorker {
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
+                    if constexpr (C::kDsParts == 2) {
+                        if (k == C::kBlockM / 32 - 1) publish(ds_stage.index * 2, lane);
+                    }
                 }
-                if constexpr (!C::kFenceBehindDk) publish(ds_stage.index, lane);
+                if constexpr (!C::kFenceBehindDk) publish(ds_stage.index * C::kDsParts + C::kDsParts - 1, lane);
                 wgmma_fence();
                 F::multiply_over_queries(dk, ds, q);
                 wgmma_commit();

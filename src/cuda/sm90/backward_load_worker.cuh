@@ -69,7 +69,7 @@ private:
         const int key_head = tile.head;
         if (key_head < launch.first_inner_head || tile.m_begin >= tile.m_end) return;
         const int64_t rows = min(sequence_of(params, tile.batch).seqlen_q, params.size.seqlen_q);
-        const int units = static_cast<int>(ceil_div(rows, 64));
+        const int units = static_cast<int>(ceil_div(rows, C::kBlockM)) * C::kQueryUnits;
         const int all = params.size.num_heads / params.size.num_heads_k * units;
         while (load_acquire(launch.ready + key_head) < all) {
         }
