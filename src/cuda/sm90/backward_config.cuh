@@ -37,6 +37,9 @@
 #ifndef STROBE_PARTS
 #define STROBE_PARTS 0
 #endif
+#ifndef STROBE_DS
+#define STROBE_DS 2
+#endif
 #ifndef STROBE_TWO
 #define STROBE_TWO 0
 #endif
@@ -68,7 +71,7 @@ struct BackwardConfig {
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
     static constexpr int kBlockN = V.block_n / kCtas;
-    static constexpr int kDsStages = kDim == 256 ? 1 : 2;
+    static constexpr int kDsStages = kDim == 256 ? 1 : STROBE_DS;
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
@@ -78,14 +81,14 @@ struct BackwardConfig {
     static constexpr int kTransposedQueries = kPipelined ? 64 : STROBE_KTN;
     static constexpr int kOperandSteps = kPipelined ? 8 : STROBE_KTS;  // of 16 keys, whose K stays in registers
     static constexpr bool kBulkAdd = STROBE_BULK && !kSplit && kDim % 64 == 0;
-    static constexpr bool kWarpMajor = kDim == 64 && (STROBE_KT || STROBE_BULK);  // order of the dq accumulator
+    static constexpr bool kWarpMajor = kBulkAdd || kTransposedDq;  // order of the dq accumulator
     static constexpr int kDsParts = kWide || (STROBE_PARTS && kBlockM == 128) ? 2 : 1;  // of dS that are published one by one
     static constexpr bool kLateDelta = kWide;
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = (kDim == 128 && !kBulkAdd) || (kDim == 64 && STROBE_INNER && !kWide && !kTransposedDq);
+    static constexpr bool kInnerRows = kDim == 128 || (kDim == 64 && STROBE_INNER && !kWide);
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq || STROBE_TWO ? 200 : 208;
     static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 || (kInnerRows && !kTransposedDq && !kPipelined) ? 64 : kInnerRows && kTransposedDq && !kPipelined ? 80 : kPipelined ? 96 : kTransposedDq || STROBE_TWO ? 88 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 || (kDim == 64 && STROBE_INNER) ? 32 : 24;

@@ -225,6 +225,19 @@ private:
     static constexpr int kPasses = C::kWarpMajor ? 4 : kPieceVectors;
 
     __device__ __forceinline__ void unit(int i) {
+        if constexpr (C::kTransposedDq) {
+#pragma unroll 1
+            for (int piece = 0; piece < 2; ++piece) {
+                const int row0 = (Base::fresh(job.first) + i) * 64;
+                const bool any = row0 < Base::fresh(job.seqlen_q);
+                if (any) {
+                    const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
+                    load(launch.dq + padded * (64 * C::kDim) + piece * 2048, 8192);
+                }
+                store_transposed(row0, piece * 32, any);
+            }
+            return;
+        }
         if constexpr (C::kWarpMajor) {
 #pragma unroll 1
             for (int piece = 0; piece < 2; ++piece) {
@@ -232,9 +245,10 @@ private:
                 const bool any = row0 < Base::fresh(job.seqlen_q);
                 if (any) {
                     const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
-                    load(launch.dq + padded * (64 * C::kDim) + piece * 2048, 8192);
+                    load(launch.dq + padded * (64 * C::kDim) + piece * (32 * C::kDim), C::kRowBufferBytes);
                 }
-                store(row0, 0, any);
+#pragma unroll 1
+                for (int column = 0; column < C::kDim; column += 64) store(row0, column, any);
             }
             return;
         }
@@ -273,7 +287,7 @@ private:
             const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2 : i * 16 + lane % 2 + lane / 8 * 2;
             uint32_t upper[4] = {}, lower[4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + (C::kWarpMajor ? within / 16 * 256 + j * 32 + within % 8 * 4 : j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
+                const uint32_t at = smem_address(smem.rows[1]) + (C::kWarpMajor ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4 : j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
 #pragma unroll
                 for (int quad = 0; quad < 4; ++quad) {
                     const uint4 a = load_shared_vector(at + (quad ^ swap) * 16);
@@ -290,6 +304,36 @@ private:
             }
             if (inside && row + 8 < Base::fresh(job.rows_q)) {
                 store_global_vector(data + (row + 8) * params.dq.row_stride, make_uint4(lower[0], lower[1], lower[2], lower[3]));
+            }
+        }
+    }
+
+    /// 32 columns of 64 rows of dq^T (convert_transposed in backward_rows.cuh). A lane has eight columns of two rows at a time.
+    __device__ __forceinline__ void store_transposed(int row0, int column, bool any) const {
+        const bool odd = lane / 4 % 2;  // reads in another order, so that lanes keep out of each other's banks
+        const int row = row0 + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+            uint32_t words[2][4] = {};
+            if (any) {
+                const uint32_t at = smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
+                const float scale = params.score.softmax_scale;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float2 x = load_shared_pair(at + (odd ? 2 * k + 1 : 2 * k) * 64);
+                    const float2 y = load_shared_pair(at + (odd ? 2 * k : 2 * k + 1) * 64);
+                    words[0][k] = pack_pair<V.dtype>((odd ? y.x : x.x) * scale, (odd ? x.x : y.x) * scale);
+                    words[1][k] = pack_pair<V.dtype>((odd ? y.y : x.y) * scale, (odd ? x.y : y.y) * scale);
+                }
+            }
+            const int first = column + i * 8;
+            uint16_t* const data = static_cast<uint16_t*>(params.dq.data) + Base::fresh(job.dq) + first;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (first < params.size.head_dim && row + r < Base::fresh(job.rows_q)) {
+                    store_global_vector(data + (row + r) * params.dq.row_stride,
+                                        make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]));
+                }
             }
         }
     }

@@ -15,7 +15,7 @@
 #include "cuda/sm90/backward_workspace.hpp"
 
 #ifndef STROBE_MERGE
-#define STROBE_MERGE 1
+#define STROBE_MERGE 2
 #endif
 
 namespace strobe::sm90 {
@@ -132,7 +132,7 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
     const int groups = static_cast<int>(ceil_div(s.heads, s.heads_per_group));
-    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 16 ? STROBE_MERGE : 1;
+    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 8 ? STROBE_MERGE : 1;
     s.whole_groups = groups > last ? groups - last : 0;
     s.shared = shared_tiles(v, p);
     s.work_tiles += s.shared.tiles * (s.shared.parts - 1);

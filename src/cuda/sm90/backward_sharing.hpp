@@ -32,16 +32,18 @@ struct SharedTiles {
 STROBE_HD SharedTiles shared_tiles(const Variant& v, const BackwardParams& p) {
     const SeqlenParams& s = p.seqlens;
     if (v.mask != MaskClass::full || v.head_dim > 128 || p.deterministic) return {};
+    if (p.size.num_heads != p.size.num_heads_k) return {};  // measured: parts of a group stream more through L2 than they gain
     if (s.cu_seqlens_q || s.cu_seqlens_k || s.seqused_q || s.seqused_k) return {};
+    // In query tiles' time: a work tile's beginning and end; summing, for each shared tile and part.
+    constexpr double kEnds = 3.0, kSum = 2.0, kSumPart = 1.0;
     const int machine = machine_tiles(v);
     const int left = static_cast<int>(int64_t{p.size.batch} * p.size.num_heads_k * ceil_div(p.size.seqlen_k, v.block_n) % machine);
     const int64_t query_tiles = ceil_div(p.size.seqlen_q, v.block_m);
-    const double steps = static_cast<double>(query_tiles * (p.size.num_heads / (p.size.num_heads_k > 0 ? p.size.num_heads_k : 1)));
     SharedTiles best;
-    double least = steps + 1.5;
+    double least = static_cast<double>(query_tiles) + kEnds;
     for (int parts = 2; parts <= SharedTiles::kMostParts && parts <= query_tiles && left > 0; ++parts) {
-        // In query tiles' time: a part begins and ends, and the sum takes a while.
-        const double time = static_cast<double>(ceil_div(int64_t{left} * parts, machine)) * (steps / parts + 1.5) + 1.0 + 0.6 * parts;
+        const double rounds = static_cast<double>(ceil_div(int64_t{left} * parts, machine));
+        const double time = rounds * (static_cast<double>(query_tiles) / parts + kEnds) + kSum + kSumPart * parts;
         if (time < least) best = {left, parts}, least = time;
     }
     return best;
