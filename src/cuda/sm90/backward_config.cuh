@@ -22,40 +22,6 @@
 #include "cuda/sm90/backward_schedule.hpp"
 #include "cuda/sm90/wgmma.cuh"
 
-#ifndef STROBE_KT
-#define STROBE_KT 0
-#endif
-#ifndef STROBE_KTN
-#define STROBE_KTN 64
-#endif
-#ifndef STROBE_KTS
-#define STROBE_KTS 6
-#endif
-#ifndef STROBE_INNER
-#define STROBE_INNER 0
-#endif
-#ifndef STROBE_PARTS
-#define STROBE_PARTS 0
-#endif
-#ifndef STROBE_DS
-#define STROBE_DS 2
-#endif
-#ifndef STROBE_TWO
-#define STROBE_TWO 0
-#endif
-#ifndef STROBE_BULK
-#define STROBE_BULK 0
-#endif
-#ifndef STROBE_PIPE
-#define STROBE_PIPE 0
-#endif
-#ifndef STROBE_NORED
-#define STROBE_NORED 0
-#endif
-#ifndef STROBE_NODQ
-#define STROBE_NODQ 0
-#endif
-
 namespace strobe::sm90 {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
@@ -71,27 +37,22 @@ struct BackwardConfig {
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
     static constexpr int kBlockN = V.block_n / kCtas;
-    static constexpr int kDsStages = kDim == 256 ? 1 : STROBE_DS;
+    static constexpr int kDsStages = kDim == 256 ? 1 : 2;
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
-    static constexpr bool kWide = kBlockN == 256;                  // WideKeyWorker
-    static constexpr bool kPipelined = STROBE_PIPE && kDim <= 64 && kBlockM == 64 && !kWide;
-    static constexpr bool kTransposedDq = STROBE_KT && kDim == 64 && kBlockN == 128;
-    static constexpr int kTransposedQueries = kPipelined ? 64 : STROBE_KTN;
-    static constexpr int kOperandSteps = kPipelined ? 8 : STROBE_KTS;  // of 16 keys, whose K stays in registers
-    static constexpr bool kBulkAdd = STROBE_BULK && !kSplit && kDim % 64 == 0;
-    static constexpr bool kWarpMajor = kBulkAdd || kTransposedDq;  // order of the dq accumulator
-    static constexpr int kDsParts = kWide || (STROBE_PARTS && kBlockM == 128) ? 2 : 1;  // of dS that are published one by one
-    static constexpr bool kLateDelta = kWide;
+    static constexpr bool kPipelined = kDim == 64;    // PipelinedKeyWorker
+    static constexpr bool kTransposedDq = kDim == 64; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
+    static constexpr bool kBulkAdd = kDim == 64;      // dq is added by the copy engine
+    static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128 || (kDim == 64 && STROBE_INNER && !kWide);
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : kPipelined ? 192 : kTransposedDq || STROBE_TWO ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 || (kInnerRows && !kTransposedDq && !kPipelined) ? 64 : kInnerRows && kTransposedDq && !kPipelined ? 80 : kPipelined ? 96 : kTransposedDq || STROBE_TWO ? 88 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 || (kDim == 64 && STROBE_INNER) ? 32 : 24;
+    static constexpr bool kInnerRows = kDim == 64 || kDim == 128;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 64 ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 64 ? 96 : kDim == 96 ? 88 : kDim == 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows ? 32 : 24;
     static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
     static constexpr int kRowBufferBytes = kRowBufferRows * 2 * kChunks * 128;  // for each of the two row workers
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
@@ -117,9 +78,10 @@ struct BackwardConfig {
 
     static_assert(kStages + kDsStages < kSlots);
     static_assert(V.warps == 4 * (kKeyWarpgroups + 2));
-    static_assert((V.block_n == 128 || kWide) && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
+    static_assert(V.block_n == 128 && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
+    static_assert(!(kInnerRows || kTransposedDq) || kBlockM == 64);  // a row worker's unit is a tile
 };
 
 /// What the load warp tells the others about the tiles to come.
@@ -183,7 +145,7 @@ struct BackwardSmem {
     Barrier dout_full[C::kStages];
     Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
     Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
-    Barrier ds_full[C::kDsStages * C::kDsParts];    // dS is complete, in a pair that of both
+    Barrier ds_full[C::kDsStages];    // dS is complete, in a pair that of both
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it, in a pair both
     Barrier slot_full[C::kSlots];     // deterministic mode: the slot is written,
     Barrier turn_come[C::kSlots];     // its turn has come and one kLag tiles back has been taken note of,

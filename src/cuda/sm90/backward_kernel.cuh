@@ -10,7 +10,6 @@
 #include "cuda/sm90/backward_pipelined_worker.cuh"
 #include "cuda/sm90/backward_row_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
-#include "cuda/sm90/backward_wide_worker.cuh"
 
 namespace strobe::sm90 {
 
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
         for (int s = 0; s < C::kDsStages; ++s) {
             smem.p_full[s].init(4);
-            for (int i = 0; i < C::kDsParts; ++i) smem.ds_full[s * C::kDsParts + i].init(C::kSplit ? 4 : kKeyWarps);
+            smem.ds_full[s].init(C::kSplit ? 4 : kKeyWarps);
             smem.ds_free[s].init(C::kCtas * 4);
         }
         for (int s = 0; s < C::kSlots; ++s) {
@@ -73,12 +72,10 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         DqWorker<V>{smem, params, launch, thread}.run();
     } else {
         register_limit_raise<C::kKeyRegisters>();
-        if constexpr (C::kWide) {
-            WideKeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
-        } else if constexpr (C::kPipelined) {
-            PipelinedKeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
+        if constexpr (C::kPipelined) {
+            PipelinedKeyWorker<V>{{smem, params, launch, warpgroup, thread}}.run();
         } else if constexpr (!C::kSplit) {
-            KeyWorker<V>{smem, params, launch, warpgroup, thread}.run();
+            KeyWorker<V>{{smem, params, launch, warpgroup, thread}}.run();
         } else if (warpgroup == 0) {
             ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
         } else {

@@ -1,8 +1,4 @@
 // One of two key warpgroups for head_dim <= 128: 64 keys against a stream of query tiles.
-//
-// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
-// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
-// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
 #pragma once
 
 #include "cuda/sm90/backward_epilogue.cuh"
@@ -10,8 +6,9 @@
 
 namespace strobe::sm90 {
 
+/// What both kinds of key warpgroup share.
 template <Variant V>
-struct KeyWorker {
+struct KeyWorkerBase {
     using C = BackwardConfig<V>;
     using F = Fragments<V>;
 
@@ -21,10 +18,55 @@ struct KeyWorker {
     const int warpgroup;  // 0 or 1
     const int thread;     // in the warpgroup
 
+    __device__ __forceinline__ int lane() const { return thread % 32; }
+
+    __device__ __forceinline__ uint32_t rows_of(const uint8_t* tile) const {
+        return smem_address(tile) + warpgroup * 64 * C::kRowBytes;
+    }
+
+    __device__ __forceinline__ void publish(int ds_stage) {
+        fence_async_proxy();
+        __syncwarp();
+        if (lane() == 0) smem.ds_full[ds_stage].arrive();
+    }
+
+    __device__ __forceinline__ void free_stage(int stage) {
+        __syncwarp();
+        if (lane() == 0) smem.stage_free[stage].arrive();
+    }
+
+    /// The first of this thread's two key rows; the other is 8 below.
+    __device__ __forceinline__ int first_key(const BackwardTile& tile) const {
+        return tile.n_block * C::kBlockN + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+    }
+
+    /// Frees the key tile and writes its gradients.
+    __device__ __forceinline__ void finish(const BackwardTile& tile, typename F::Gradient& dk, typename F::Gradient& dv) {
+        const BackwardTile last = tile;
+        __syncwarp();
+        if (lane() == 0) smem.kv_free.arrive();
+        if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, dk, dv)) return;
+        const Sequence seq = sequence_of(params, last.batch);
+        const GradRows rows{last, seq, first_key(last), lane() % 4};
+        store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
+        store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+    }
+};
+
+/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
+/// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
+/// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
+template <Variant V>
+struct KeyWorker : KeyWorkerBase<V> {
+    using Base = KeyWorkerBase<V>;
+    using typename Base::C;
+    using typename Base::F;
+    using Base::smem, Base::params, Base::warpgroup, Base::thread;
+
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
-        const uint32_t k_rows = smem_address(smem.k) + warpgroup * 64 * C::kRowBytes;
-        const uint32_t v_rows = smem_address(smem.v) + warpgroup * 64 * C::kRowBytes;
+        const uint32_t k_rows = Base::rows_of(smem.k);
+        const uint32_t v_rows = Base::rows_of(smem.v);
         const DsAddress<V> ds_address(smem, warpgroup * 64, thread);
 
         RingPosition stage, ds_stage, slot_at;
@@ -55,12 +97,12 @@ struct KeyWorker {
                 wgmma_wait<0>();
                 fence_registers(s);
                 fence_registers(dk);
-                if (i < iterations) free_stage(previous, lane);
+                if (i < iterations) Base::free_stage(previous);
 
                 typename F::Weights p;
-                F::probabilities(p, s, minus_lse, launch.scale_log2);
+                F::probabilities(p, s, minus_lse, Base::launch.scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
-                if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, first_key(tile), slot.query0, lane);
+                if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, Base::first_key(tile), slot.query0, lane);
 
                 smem.dout_full[stage.index].wait(stage.phase);
                 typename F::Accumulator dp;
@@ -71,26 +113,22 @@ struct KeyWorker {
                 wgmma_commit();
 
                 typename F::Statistic minus_delta;
-                if constexpr (!C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
+                F::load(minus_delta, smem.stats[stage.index][1], lane);
                 smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
                 wgmma_wait<0>();
                 fence_registers(dp);
                 fence_registers(dv);
-                if constexpr (C::kLateDelta) F::load(minus_delta, smem.stats[stage.index][1], lane);
                 typename F::Weights ds;
 #pragma unroll
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
-                    if constexpr (C::kDsParts == 2) {
-                        if (k == C::kBlockM / 32 - 1) publish(ds_stage.index * 2, lane);
-                    }
                 }
-                if constexpr (!C::kFenceBehindDk) publish(ds_stage.index * C::kDsParts + C::kDsParts - 1, lane);
+                if constexpr (!C::kFenceBehindDk) Base::publish(ds_stage.index);
                 wgmma_fence();
                 F::multiply_over_queries(dk, ds, q);
                 wgmma_commit();
-                if constexpr (C::kFenceBehindDk) publish(ds_stage.index, lane);
+                if constexpr (C::kFenceBehindDk) Base::publish(ds_stage.index);
                 previous = stage.index;
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
@@ -98,34 +136,9 @@ struct KeyWorker {
             }
             wgmma_wait<0>();
             fence_registers(dk);
-            if (iterations > 0) free_stage(previous, lane);
-            const BackwardTile last = tile;
-            __syncwarp();
-            if (lane == 0) smem.kv_free.arrive();
-            if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, dk, dv)) continue;
-
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, first_key(last), lane % 4};
-            store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
-            store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+            if (iterations > 0) Base::free_stage(previous);
+            Base::finish(tile, dk, dv);
         }
-    }
-
-private:
-    __device__ __forceinline__ void publish(int ds_stage, int lane) {
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) smem.ds_full[ds_stage].arrive();
-    }
-
-    __device__ __forceinline__ void free_stage(int stage, int lane) {
-        __syncwarp();
-        if (lane == 0) smem.stage_free[stage].arrive();
-    }
-
-    /// The first of this thread's two key rows; the other is 8 below.
-    __device__ __forceinline__ int first_key(const BackwardTile& tile) const {
-        return tile.n_block * C::kBlockN + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
     }
 };
 

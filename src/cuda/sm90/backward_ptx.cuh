@@ -87,8 +87,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t smem, ui
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(smem), "r"(bytes)
                  : "memory");
 }
-/// Waits until this thread's bulk groups are complete.
-__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// Waits until this thread's bulk groups are complete, but for the last kGroups.
+template <int kGroups>
+__device__ __forceinline__ void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
     float2 x;

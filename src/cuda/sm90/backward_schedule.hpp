@@ -14,10 +14,6 @@
 #include "core/params.hpp"
 #include "cuda/sm90/backward_workspace.hpp"
 
-#ifndef STROBE_MERGE
-#define STROBE_MERGE 2
-#endif
-
 namespace strobe::sm90 {
 
 enum class WalkOrder {
@@ -131,8 +127,9 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.rounds = rounds < 1 ? 1 : rounds;
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
+    // Short causal sequences: few lengths of work tiles to end the launch with. Two groups at once leave shorter ones for the end.
+    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 8 ? 2 : 1;
     const int groups = static_cast<int>(ceil_div(s.heads, s.heads_per_group));
-    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 8 ? STROBE_MERGE : 1;
     s.whole_groups = groups > last ? groups - last : 0;
     s.shared = shared_tiles(v, p);
     s.work_tiles += s.shared.tiles * (s.shared.parts - 1);
