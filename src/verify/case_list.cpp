@@ -235,12 +235,12 @@ void add_rows_without_keys(List& list) {
 /// the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part of their rows: the specification
 /// has to be through with them, too.
 void add_long_batches(List& list) {
-    Case window{.dtype = DType::bf16, .batch = 20, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
+    Case window{.dtype = DType::bf16, .batch = 32, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
     window.window_left = 1100;
     window.window_right = 0;
     window.varlen_q = window.varlen_k = window.dlse = true;
     list.add(window);
-    Case full{.dtype = DType::f16, .batch = 20, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
+    Case full{.dtype = DType::f16, .batch = 36, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
               .head_dim_v = 64};
     full.varlen_q = full.varlen_k = full.seqused_q = true;
     list.add(full);
@@ -249,6 +249,10 @@ void add_long_batches(List& list) {
     dense.seqused_q = dense.seqused_k = true;
     dense.layout = Layout::bhsd;
     list.add(dense);
+    dense.head_dim = 64;
+    list.add(dense);
+    // Fewer key tiles than a large GPU has room for: its CTAs share them.
+    list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 400, .head_dim = 64});
 }
 
 }  // namespace
