@@ -43,7 +43,7 @@ struct BackwardConfig {
     static constexpr int kKeyWarpgroups = 2;
     static constexpr bool kPipelined = kDim == 64;    // PipelinedKeyWorker
     static constexpr bool kTransposedDq = kDim == 64; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
-    static constexpr bool kBulkAdd = kDim == 64;      // dq is added by the copy engine
+    static constexpr bool kBulkAdd = kDim == 64 || kDim == 128;  // dq may be added by the copy engine
     static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
@@ -196,6 +196,7 @@ struct BackwardLaunch {
     int64_t tiles = 0;
     int32_t* finished = nullptr;  // shared key tiles: see BackwardWorkspace
     float4* parts = nullptr;
+    bool bulk_add = false;        // dq is added by the copy engine
 
     // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;
