@@ -11,6 +11,7 @@ enum class Direction : int { forward, backward };
 enum class MaskClass : int { full, band };       // full: only sequence ends are masked
 enum class Features : int {
     plain,
+    capped,   // plain and a softcap
     general,  // softcap, ALiBi, tensors of any alignment, by warp-uniform branches
     dropout,  // plain and dropout, whose integer work runs beside a matrix product
     tiled,    // plain and an additive bias whose tiles can be copied 16 bytes at a time; not its gradient

@@ -216,6 +216,24 @@ void add_many_heads(List& list) {
     }
 }
 
+/// Softcaps as models have them, and one so far out that it bends nothing: from half the softcap on scores are bent by another formula.
+void add_softcaps(List& list) {
+    for (DType dtype : kDTypes) {
+        for (double softcap : {20.0, 50.0, 1000.0}) {
+            for (Window window : {kFull, kCausal, Window{70, 30}}) {
+                for (bool loud : {false, true}) {
+                    Case c{.dtype = dtype, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 130, .seqlen_k = 300, .head_dim = 64};
+                    c.softcap = softcap;
+                    c.window_left = window.left;
+                    c.window_right = window.right;
+                    c.loud = loud;
+                    list.add(c);
+                }
+            }
+        }
+    }
+}
+
 /// So many causal rows that see no key that every worker of a large GPU gets a run of such tiles behind one with keys: dense, and in
 /// a varlen batch that uses a part of its rows. Few cases: they are the largest of the list.
 void add_rows_without_keys(List& list) {
@@ -322,6 +340,7 @@ std::vector<Case> verify_cases() {
     add_edges(list);
     add_published_shapes(list);
     add_many_heads(list);
+    add_softcaps(list);
     add_rows_without_keys(list);
     add_long_batches(list);
     add_kernel_rows(list);

@@ -33,7 +33,8 @@ constexpr int kSm80Bytes = 163 << 10, kSm86Bytes = 99 << 10, kSm90Bytes = 227 <<
 
 /// A problem that asks for these features and nothing else.
 cuda::Request request_for(Features features) {
-    return {.general = features == Features::general,
+    return {.general = features == Features::general || features == Features::capped,
+            .capped = features == Features::capped,
             .dropout = features == Features::dropout,
             .biased = has_bias(features),
             .tiled = features == Features::tiled,
@@ -51,7 +52,7 @@ TEST(Sm80Plan, EveryDeviceIsServed) {
     for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
         for (Direction direction : {Direction::forward, Direction::backward}) {
             for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-                for (Features features : {Features::plain, Features::general, Features::dropout, Features::tiled, Features::biased}) {
+                for (Features features : {Features::plain, Features::capped, Features::general, Features::dropout, Features::tiled, Features::biased}) {
                     for (int head_dim = 1; head_dim <= 256; ++head_dim) {
                         cuda::Request request = request_for(features);
                         request.direction = direction;
@@ -121,6 +122,11 @@ TEST(Sm80Plan, RowsOfOneOptionServeNothingElse) {
     };
     EXPECT_EQ(features({.tma_layout = true}), Features::plain);
     EXPECT_EQ(features({.general = true, .tma_layout = true}), Features::general);
+    EXPECT_EQ(features({.general = true, .capped = true, .tma_layout = true}), Features::capped);
+    EXPECT_EQ(features({.general = true, .capped = true}), Features::general);
+    EXPECT_EQ(features({.general = true, .capped = true, .dropout = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.general = true, .capped = true, .biased = true, .tiled = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.direction = Direction::backward, .general = true, .capped = true, .tma_layout = true}), Features::general);
     EXPECT_EQ(features({.dropout = true, .tma_layout = true}), Features::dropout);
     EXPECT_EQ(features({.biased = true, .tiled = true, .tma_layout = true}), Features::tiled);
     EXPECT_EQ(features({.biased = true, .tma_layout = true}), Features::biased);
