@@ -221,9 +221,10 @@ def time_rows(args, record):
         return Row([sys.executable, __file__, args.program, "--steps", str(args.steps), *(["--wait"] if wait else []),
                     "--torch-only", model, seqlen, rows, peer], wait)
 
-    for case in args.cases:
-        strobes = [":".join(["strobe", *option.split()]) for option in args.strobe]
-        rows += [(case, peer) for peer in [*args.peers, *strobes]]
+    strobes = [":".join(["strobe", *option.split()]) for option in args.strobe]
+    for spec in args.cases:
+        case, _, named = spec.partition("=")
+        rows += [(case, peer) for peer in (named.split(",") if named else [*args.peers, *strobes])]
     if args.compile_first:
         waiting = {(case, peer): torch_row(case, peer, True) for case, peer in rows if peer.endswith(":compile")}
         for key, row in list(waiting.items()):
@@ -264,7 +265,8 @@ def time_rows(args, record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", help="gpt_cuda_step_bench")
-    parser.add_argument("--cases", nargs="+", default=CASES, help="MODEL:SEQLENxROWS")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE",
+                        help="MODEL:SEQLENxROWS, or with =PEER,... the rows of this case instead of --peers and --strobe")
     parser.add_argument("--peers", nargs="*", default=PEERS,
                         help="math (standard attention), fa2, fa3 or cudnn, with :compile")
     parser.add_argument("--strobe", nargs="*", default=[""],
