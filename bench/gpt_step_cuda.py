@@ -34,6 +34,7 @@ PEERS = ["math", "fa2", "fa2:compile", "cudnn:compile", "fa3:compile"]
 VOCAB = 50304
 PEAK = 989e12  # dense bf16 of an H100
 WARM_UP = 3
+ROW_SECONDS = 150  # that a row may take once it is its turn
 COMPILED = "compiled"
 
 
@@ -198,7 +199,11 @@ class Row:
         return False
 
     def result(self):
-        text = self.process.communicate(b"go\n" if self.waits else None)[0].decode()
+        try:
+            text = self.process.communicate(b"go\n" if self.waits else None, timeout=ROW_SECONDS)[0].decode()
+        except subprocess.TimeoutExpired:
+            self.end()
+            return {"failed": f"no result within {ROW_SECONDS} s"}
         if self.process.returncode == 0:
             return json.loads(text[text.index("{"):])
         self.errors.seek(0)
@@ -209,7 +214,7 @@ class Row:
 
     def end(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()  # and not for the end of its output: a compiler's helper may hold that
 
 
 def time_rows(args, record):
