@@ -149,8 +149,9 @@ __global__ void __launch_bounds__(kThreads) row_product_kernel(int64_t in, int64
     y[row] = from_float<T>(sum);
 }
 
-// dx = sums W. A block: as many columns as eight threads hold, N each; its groups of eight take the rows of W in turn.
-constexpr int kColumnThreads = 1024, kLanes = 8;
+// dx = sums W. A block: as many columns as kLanes threads hold, N each (a sector of bf16); its groups of so many take the rows of W in
+// turn.
+constexpr int kColumnThreads = 1024, kLanes = 2;
 
 template <class T, int N>
 __global__ void __launch_bounds__(kColumnThreads) column_product_kernel(int64_t in, int64_t out, const T* weight, const float* sums, float* dx) {
