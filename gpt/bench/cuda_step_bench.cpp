@@ -79,14 +79,16 @@ void fill(const Weights& weights) {
         if (p.init == Init::ones || p.init == Init::zeros) continue;
         const double layers = static_cast<double>(weights.config.num_layers);
         const double std = weights.config.init_std / (p.init == Init::normal_residual ? std::sqrt(2.0 * layers) : 1.0);
-        const auto largest = static_cast<float>(std * std::sqrt(3.0));  // of a uniform distribution
+        const auto scale = static_cast<float>(std * std::sqrt(3.0));
         for (int64_t begin = 0; begin < p.size; begin += kPiece) {
             const int64_t count = std::min(kPiece, p.size - begin);
             const auto write = [&](int64_t from, int64_t to) {
                 Random random(static_cast<uint64_t>(begin + from), stream);
                 for (int64_t i = from; i < to; ++i) {
-                    const auto x = static_cast<float>(2.0 * random.uniform() - 1.0);
-                    bits[static_cast<size_t>(i)] = round_bf16(largest * x);
+                    // The sum of four numbers of 16 bits: nearly normal, and ten times as fast.
+                    const uint64_t four = random.next();
+                    const uint64_t sum = (four & 0xffff) + (four >> 16 & 0xffff) + (four >> 32 & 0xffff) + (four >> 48);
+                    bits[static_cast<size_t>(i)] = round_bf16(scale * (static_cast<float>(sum) * 0x1.0p-16f - 2.0f));
                 }
             };
             std::vector<std::jthread> threads;
