@@ -4,9 +4,10 @@
 // is free.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
 // Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed
-// again), processes=N. Sets of options with "vs" between them take turns in one process, on the same weights: what a
-// chip's temperature does to one it does to all. ROWS are those of one process. Of several, which a launcher may have
-// started too, rank 0 prints; there steps of all together and of each by itself take turns.
+// again), processes=N, contest (products are chosen anew, within the first steps, and kept as chosen). Sets of
+// options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one
+// it does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there
+// steps of all together and of each by itself take turns.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -210,6 +211,7 @@ struct Arguments {
     Precision moments = Precision::bf16, gradients = Precision::bf16;
     Recompute recompute = Recompute::none;
     int processes = 1;
+    bool contest = false;
 };
 
 Arguments parse(char** argv, const std::vector<std::string>& options) {
@@ -220,6 +222,7 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
         if (option == "deterministic") a.deterministic = true;
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
+        else if (option == "contest") a.contest = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
         else if (option == "fp32-gradients") a.gradients = Precision::fp32;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
@@ -327,6 +330,9 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     return 0;
 }
 
+/// Each step calls a block's product once per layer: ten give each of four candidates sixty calls in a model of 24.
+constexpr int kContestSteps = 10;
+
 /// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
 constexpr size_t kReserve = size_t{1} << 30;
 
@@ -376,6 +382,7 @@ int run_bench(Arguments a) {
         model.passes(together ? parallel.get() : nullptr);
         together ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
+    bool recorded = a.graph && !a.contest;
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
@@ -384,7 +391,7 @@ int run_bench(Arguments a) {
         together ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
         std::vector<int64_t> shape = model.step_shape();
         shape.push_back(together);
-        a.graph ? graphs.run(shape, enqueue) : enqueue();
+        recorded ? graphs.run(shape, enqueue) : enqueue();
         prepare();
         together ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
@@ -396,6 +403,12 @@ int run_bench(Arguments a) {
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
+    if (a.contest) {
+        exec.gemm->begin_contest();
+        for (int i = 0; i < kContestSteps; ++i) step();
+        exec.gemm->end_contest();
+        recorded = a.graph;
+    }
     const int warm_up = a.once ? 0 : 3;
     for (int i = 0; i < warm_up; ++i) step();
     std::vector<double> seconds, seconds_alone;
@@ -482,7 +495,7 @@ int main(int argc, char** argv) {
     if (argc < 5) {
         std::fprintf(stderr,
                      "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] "
-                     "[fp32-gradients] [once] [norms|pointwise|block] [processes=N] [vs OPTION...]...\n"
+                     "[fp32-gradients] [once] [norms|pointwise|block] [processes=N] [contest] [vs OPTION...]...\n"
                      "       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
