@@ -330,8 +330,8 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     return 0;
 }
 
-/// Each step calls a block's product once per layer: ten give each of four candidates sixty calls in a model of 24.
-constexpr int kContestSteps = 10;
+/// Each step calls a block's product once per layer: twelve give each of eight candidates 36 calls in a model of 24.
+constexpr int kContestSteps = 12;
 
 /// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
 constexpr size_t kReserve = size_t{1} << 30;

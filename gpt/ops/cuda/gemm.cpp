@@ -22,8 +22,8 @@ constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 constexpr int kCandidates = 16;
 constexpr int kTimedRuns = 3;
 // Who comes into a contest: so many, if they took no longer than so many times the fastest's.
-constexpr size_t kContestants = 4;
-constexpr float kContestMargin = 1.1f;
+constexpr size_t kContestants = 8;
+constexpr float kContestMargin = 1.15f;
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
