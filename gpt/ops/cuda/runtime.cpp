@@ -212,10 +212,11 @@ const Ops& table() {
     static const Ops ops{
         .embedding_forward = embedding_forward, .embedding_backward = embedding_backward, .norm_forward = norm_forward,
         .norm_backward = norm_backward, .linear_forward = linear_forward, .linear_backward = linear_backward,
+        .bias_backward = bias_backward,
         .activation_forward = activation_forward, .activation_backward = activation_backward, .rope = rope,
         .attention_forward = attention_forward, .attention_backward = attention_backward, .cache_append = cache_append,
         .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm,
-        .fuses_gelu = true, .fuses_residual = true, .norms_again = true,
+        .fuses_gelu = true, .fuses_residual = true, .norms_again = true, .avoids_row_sums = true,
         .uses_row_groups = true,
     };
     return ops;
