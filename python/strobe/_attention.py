@@ -131,11 +131,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
             return _run(q, k, v, with_lse, options)
         if _is_functorch_active():
             return _TransformedAttention.apply(q, k, v, bias, options, True)
-        if with_lse:
-            return _record(q, k, v, bias, options, True)
-        if len(options) == _ops.NUM_PLAIN_OPTIONS:
-            return _record_plain(q, k, v, *options), None
-        return _record(q, k, v, bias, options, False), None
+        result = _record(q, k, v, bias, options, with_lse)
+        return result if with_lse else (result, None)
     except RuntimeError:
         _check_tensors(q, k, v, bias)
         raise
@@ -186,27 +183,21 @@ def _float32_out(out_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
     return out_dtype == torch.float32 and q_dtype != torch.float32
 
 
-def _plain_calls_first(general: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`general` behind a way of few steps for calls without options but causal and softmax_scale: every parameter that has a default
-    costs each call something."""
-
-    @functools.wraps(general)
-    def attention(q, k, v, *, causal=False, softmax_scale=None, **options):
-        if not (options or _is_dynamo_compiling() or _has_torch_function(q, k, v)):
-            try:
-                if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
-                    return _direct(_plain, q, k, v, softmax_scale, causal)
-                if not (_is_deterministic() or _any_autocast() or _is_functorch_active()):
-                    return _record_plain(q, k, v, softmax_scale, causal)
-            except RuntimeError:
-                _check_tensors(q, k, v, None)
-                raise
-        return general(q, k, v, causal=causal, softmax_scale=softmax_scale, **options)
-
-    return attention
+def _plain_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor | None:
+    """The call without further options and without its log-sum-exp, in few steps; None where torch is in a mode that takes more."""
+    if _is_dynamo_compiling() or _has_torch_function(q, k, v):
+        return None
+    try:
+        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
+            return _direct(_plain, q, k, v, softmax_scale, causal)
+        if _is_deterministic() or _any_autocast() or _is_functorch_active():
+            return None
+        return _record_plain(q, k, v, softmax_scale, causal)
+    except RuntimeError:
+        _check_tensors(q, k, v, None)
+        raise
 
 
-@_plain_calls_first
 def attention(
     q: Tensor,
     k: Tensor,
@@ -281,13 +272,16 @@ def attention(
         and seqused_k is None and dropout_p == 0.0 and positions is None and out_dtype is None and implementation is None
         and max_seqlen_q is None and max_seqlen_k is None
     )  # fmt: skip
+    plain = common and left == right == -1 and softcap == 0.0
+    if plain and not (return_lse or return_rng_state or deterministic):
+        out = _plain_call(q, k, v, softmax_scale, causal)
+        if out is not None:
+            return out
     if deterministic is None:
         deterministic = _is_deterministic()
     if common and not deterministic:
         # Options that are left out cost nothing on the way to the operator.
-        options = (softmax_scale, causal)
-        if not left == right == -1 or softcap != 0.0:
-            options += (left, right, softcap)
+        options = (softmax_scale, causal) if plain else (softmax_scale, causal, left, right, softcap)
         rng_state = None
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
@@ -310,3 +304,21 @@ def attention(
     if not (return_lse or return_rng_state):
         return out
     return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))
+
+
+def _plain_calls_first(general: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`general`, quicker where there are no options but causal and softmax_scale: each parameter with a default costs every call."""
+
+    @functools.wraps(general)
+    def attention(q, k, v, *, causal=False, softmax_scale=None, **options):
+        if not options:
+            out = _plain_call(q, k, v, softmax_scale, causal)
+            if out is not None:
+                return out
+        return general(q, k, v, causal=causal, softmax_scale=softmax_scale, **options)
+
+    return attention
+
+
+attention_with_options = attention  # for callers who pass most options anyway
+attention = _plain_calls_first(attention_with_options)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import _extras
-from .._attention import attention, new_rng_state
+from .._attention import attention_with_options as attention
+from .._attention import new_rng_state
 from . import _debug
 
 
