@@ -1,5 +1,6 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, the shapes on which published test suites of attention libraries agree, and rows in plenty that see no key.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key, and
+// batches of long sequences.
 #include <array>
 #include <iterator>
 #include <set>
@@ -230,6 +231,26 @@ void add_rows_without_keys(List& list) {
     list.add(c);
 }
 
+/// More key heads, of 2048 queries and keys at most, than a large GPU works on when it begins and when it ends: the sm90 backward does
+/// the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part of their rows: the specification
+/// has to be through with them, too.
+void add_long_batches(List& list) {
+    Case window{.dtype = DType::bf16, .batch = 20, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
+    window.window_left = 1100;
+    window.window_right = 0;
+    window.varlen_q = window.varlen_k = window.dlse = true;
+    list.add(window);
+    Case full{.dtype = DType::f16, .batch = 20, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
+              .head_dim_v = 64};
+    full.varlen_q = full.varlen_k = full.seqused_q = true;
+    list.add(full);
+    Case dense{.dtype = DType::bf16, .batch = 18, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128};
+    dense.window_right = 0;
+    dense.seqused_q = dense.seqused_k = true;
+    dense.layout = Layout::bhsd;
+    list.add(dense);
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -241,6 +262,7 @@ std::vector<Case> verify_cases() {
     add_published_shapes(list);
     add_many_heads(list);
     add_rows_without_keys(list);
+    add_long_batches(list);
     return list.take();
 }
 
