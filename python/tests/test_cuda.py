@@ -121,6 +121,27 @@ def test_sdpa_on_strobe_in_deterministic_mode():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("rows", [8, 700, 2500])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_call_keeps_its_place_on_the_stream(rows, causal):
+    """It may be launched before the kernel in front of it has ended, which still writes what it reads or reads what it writes."""
+    _, k, v = qkv(rows=rows, heads_k=4)
+    start = torch.randn_like(k)
+    results = []
+    for wait in (torch.cuda.synchronize, lambda: None):
+        x = start.clone()
+        for i in range(100):
+            y = strobe.attention(x, k, v, causal=causal)
+            wait()
+            if i % 3 == 2:
+                x.mul_(0.5).add_(y)
+            else:
+                x = y
+            wait()
+        results.append(x)
+    assert torch.equal(*results)
+
+
 def test_a_captured_graph_repeats_forward_and_backward():
     static = qkv(grad=True)
     dout = torch.randn_like(static[0])

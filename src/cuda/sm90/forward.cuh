@@ -46,8 +46,6 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         prefetch_tensor_map(&args.v_map);
         prefetch_tensor_map(&args.out_map);
     }
-    // Every thread: what it reads may still be written, and what it writes still be read, by the kernel in front.
-    if (args.overlaps_upstream) wait_for_upstream_kernels();
     __syncthreads();
 
     if (threadIdx.x < Config::kConsumers * 128) {
