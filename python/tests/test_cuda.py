@@ -142,6 +142,23 @@ def test_a_call_keeps_its_place_on_the_stream(rows, causal):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_call_right_behind_a_backward(dim):
+    """Whose kernels let the next one start early."""
+    q, k, v = qkv(batch=4, rows=4096, heads=16, heads_k=16, dim=dim, grad=True)
+    out = strobe.attention(q, k, v)
+    dout = torch.randn_like(out)
+    results = []
+    for wait in (torch.cuda.synchronize, lambda: None, lambda: None):
+        torch.cuda.synchronize()
+        _, dk, dv = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        wait()
+        results.append(strobe.attention(dk, dv, dk))
+        del dk, dv
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_a_captured_graph_repeats_forward_and_backward():
     static = qkv(grad=True)
     dout = torch.randn_like(static[0])
