@@ -1,6 +1,6 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key, and
-// batches of long sequences.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key,
+// batches of long sequences, and what of the table of CUDA kernels all this leaves out.
 #include <array>
 #include <iterator>
 #include <set>
@@ -251,6 +251,63 @@ void add_long_batches(List& list) {
     list.add(dense);
 }
 
+/// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied by tiles, and the
+/// tiles for many keys. tests/unit/cuda_plan_test.cpp holds the list to reach every row.
+void add_kernel_rows(List& list) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        const Case base{.dtype = dtype, .batch = 2, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264};
+        for (int head_dim : {192, 256}) {
+            for (Window window : {kFull, kCausal}) {
+                Case c = base;
+                c.head_dim = head_dim;
+                c.window_left = window.left, c.window_right = window.right;
+                const auto add = [&](auto... set) {
+                    Case with = c;
+                    (set(with), ...);
+                    list.add(with);
+                };
+                add([](Case& x) { x.deterministic = true; });
+                add([](Case& x) { x.softcap = 1.5; });
+                add([](Case& x) { x.dropout_p = 0.17; });
+                add([](Case& x) { x.bias = BiasShape::full, x.dbias = true; });
+                add([](Case& x) { x.bias = BiasShape::heads, x.bias_in_dtype = true; }, [](Case& x) { x.dropout_p = 0.17; });
+                add([](Case& x) { x.softcap = 1.5; }, [](Case& x) { x.deterministic = true; });
+                add([](Case& x) { x.dropout_p = 0.17; }, [](Case& x) { x.deterministic = true; });
+            }
+        }
+        // Rows of 264 numbers of 16 bits begin on 16 bytes.
+        for (int head_dim : {40, 64, 128}) {
+            for (Window window : {kFull, kCausal}) {
+                for (BiasShape bias : {BiasShape::full, BiasShape::heads, BiasShape::keys}) {
+                    Case c = base;
+                    c.head_dim = head_dim;
+                    c.window_left = window.left, c.window_right = window.right;
+                    c.bias = bias, c.bias_in_dtype = true;
+                    list.add(c);
+                    c.bias_hides = bias == BiasShape::full;
+                    list.add(c);
+                }
+            }
+            Case ragged = base;
+            ragged.head_dim = head_dim;
+            ragged.batch = 5;
+            ragged.bias = BiasShape::full, ragged.bias_in_dtype = true;
+            ragged.varlen_q = ragged.varlen_k = true;
+            list.add(ragged);
+            ragged.varlen_q = ragged.varlen_k = false;
+            ragged.seqused_q = ragged.seqused_k = true;
+            list.add(ragged);
+        }
+        for (int head_dim : {64, 256}) {
+            for (Window window : {kFull, kCausal}) {
+                Case c{.dtype = dtype, .batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 140, .seqlen_k = 2090, .head_dim = head_dim};
+                c.window_left = window.left, c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -263,6 +320,7 @@ std::vector<Case> verify_cases() {
     add_many_heads(list);
     add_rows_without_keys(list);
     add_long_batches(list);
+    add_kernel_rows(list);
     return list.take();
 }
 
