@@ -141,8 +141,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
 def new_rng_state() -> Tensor:
     """A fresh dropout state: (2,) int64 on the CPU, a seed drawn from torch's default CPU generator and the offset 0.
 
-    ``torch.manual_seed`` therefore makes dropout repeatable, on every device, and activation checkpointing repeats it. Whoever
-    numbers his calls under one seed instead counts the offset up from there: ``rng_state=(seed, number)``.
+    ``torch.manual_seed`` therefore makes dropout repeatable, on every device, and activation checkpointing repeats it. Callers who
+    number their calls under one seed instead count the offset up from there: ``rng_state=(seed, number)``.
     """
     return torch.nn.functional.pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu"), (0, 1))
 
