@@ -184,6 +184,7 @@ struct BackwardLaunch {
     float scale_log2 = 1.0f;      // softmax_scale * log2(e)
     float* stats = nullptr;       // see BackwardWorkspace
     float* dq = nullptr;
+    int64_t private_tiles = 0;    // of each CTA or pair in dq, with whole heads
     int32_t* semaphore = nullptr;
     int32_t* counter = nullptr;
     int64_t tiles = 0;

@@ -1,11 +1,12 @@
-// The dq warpgroup: dq = dS K.
+// The dq warpgroup: dq = dS K, added to the fp32 accumulator in L2. Where a CTA has whole heads, nobody else adds: dq of the keys so
+// far waits in memory that only this thread touches, and goes out in its own type with the last of them.
 #pragma once
 
-#include "cuda/sm90/backward_config.cuh"
+#include "cuda/sm90/backward_epilogue.cuh"
 
 namespace strobe::sm90 {
 
-template <Variant V>
+template <Variant V, bool kWholeHeads>
 struct DqWorker {
     using C = BackwardConfig<V>;
 
@@ -15,23 +16,33 @@ struct DqWorker {
     const int thread;  // in the warpgroup
 
     __device__ __forceinline__ void run() {
-        wait_for_upstream_kernels();  // the accumulator has been cleared
+        wait_for_upstream_kernels();  // the accumulator has been cleared, the counter of claims too
         RingPosition ds_stage, slot;
         for (int t = 0;; ++t) {
             smem.k_full.wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
+            const int group = params.size.num_heads / params.size.num_heads_k;
+            Target target{};
+            if constexpr (kWholeHeads) target = first_target(tile, group);
 #pragma unroll 1
-            for (int i = iterations; i > 0; --i) {
-                smem.ds_full[ds_stage.index].wait(ds_stage.phase);
-                multiply_and_add(ds_stage.index, slot);
+            for (int i = (tile.m_end - tile.m_begin) * group; i > 0; --i) {
+                if constexpr (kWholeHeads) {
+                    const QueryShare share = query_share<V>(tile, target.m, target.seqlen_q);
+                    target.first = share.first;
+                    target.last = share.last;
+                }
+                multiply(ds_stage, slot, target);
                 ds_stage.template advance<C::kDsStages>();
                 slot.template advance<C::kSlots>();
+                if (kWholeHeads && ++target.head == group) {
+                    target.head = 0;
+                    ++target.m;
+                }
             }
             const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
             if (thread % 32 == 0) smem.kv_free.arrive();
-            if (C::kInnerRows && launch.inner_rows) {
+            if (C::kInnerRows && !kWholeHeads && launch.inner_rows) {
                 __syncwarp();
                 if (thread % 32 == 0) add_release(launch.done + key_head, 1);
             }
@@ -39,6 +50,22 @@ struct DqWorker {
     }
 
 private:
+    /// Whole heads: the query tile at work, whose rows are `first_row` of dq and behind.
+    struct Target {
+        int m, head;        // of the group
+        int rows, seqlen_q;
+        bool first, last;   // of the key tiles
+        int64_t first_row;  // of the sequence in dq, head 0 of the group
+    };
+
+    __device__ __forceinline__ Target first_target(const BackwardTile& tile, int group) const {
+        const Sequence seq = sequence_of(params, tile.batch);
+        const TensorRef& dq = params.dq;
+        const int64_t batch = params.seqlens.cu_seqlens_q ? 0 : tile.batch * dq.batch_stride;
+        return {tile.m_begin, 0, static_cast<int>(seq.rows_q), static_cast<int>(seq.seqlen_q), false, false,
+                batch + seq.q_row * dq.row_stride + static_cast<int64_t>(tile.head_k) * group * dq.head_stride};
+    }
+
     /// 64 queries (a unit of the tile) by at most 64 columns, which need few registers.
     struct Piece {
         int unit;
@@ -48,19 +75,19 @@ private:
     };
 
     /// dq (block_m queries x dim, or a pair's half of dim) += dS K.
-    __device__ __forceinline__ void multiply_and_add(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply(const RingPosition& ds, const RingPosition& slot, const Target& target) {
         if constexpr (C::kPair) {
-            add_half(ds_index, slot);
+            multiply_half(ds, slot, target);
         } else {
-            add_all(ds_index, slot);
+            multiply_all(ds, slot, target);
         }
-        if (params.deterministic) {
+        if (!kWholeHeads && params.deterministic) {
             __syncwarp();
             if (thread % 32 == 0) smem.added[slot.index].arrive();
         }
     }
 
-    __device__ __forceinline__ void add_all(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_all(const RingPosition& ds, const RingPosition& slot, const Target& target) {
         constexpr int kTail = C::kDim % 64;
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
@@ -70,21 +97,21 @@ private:
                 const bool tail = c + 1 == C::kChunks;
                 const Piece piece{u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
                 if (kTail == 0 || !tail) {
-                    multiply_piece<64>(piece, ds_index, slot);
+                    multiply_piece<64>(piece, ds, slot, target);
                 } else {
-                    multiply_piece<kTail == 0 ? 64 : kTail>(piece, ds_index, slot);
+                    multiply_piece<kTail == 0 ? 64 : kTail>(piece, ds, slot, target);
                 }
             }
         }
     }
 
     /// A whole chunk of this CTA's half, and the rest of it: another chunk, or at head_dim 192 half of the middle one.
-    __device__ __forceinline__ void add_half(int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_half(const RingPosition& ds, const RingPosition& slot, const Target& target) {
         constexpr int kRest = C::kDim / 2 - 64;
         constexpr bool kShared = kRest < 64;
         const int rank = C::rank();
-        multiply_piece<64>(pair_piece(kShared ? rank : 0, 0, true), ds_index, slot);
-        multiply_piece<kRest>(pair_piece(kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds_index, slot);
+        multiply_piece<64>(pair_piece(kShared ? rank : 0, 0, true), ds, slot, target);
+        multiply_piece<kRest>(pair_piece(kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds, slot, target);
     }
 
     /// From column `within` of the chunk that is `chunk` behind pair_chunk().
@@ -95,32 +122,87 @@ private:
         return {0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
     }
 
-    /// The first piece waits for the turn, the last one frees the dS buffer.
+    /// The first piece waits for dS and for the turn, the last one frees the dS buffer.
     template <int N>
-    __device__ __forceinline__ void multiply_piece(const Piece& piece, int ds_index, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds, const RingPosition& slot,
+                                                   const Target& target) {
         constexpr int kStep = 16 * C::kRowBytes >> 4;
         float acc[N / 2];
-        const uint64_t a = mn_major(smem_address(smem.ds) + (ds_index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes, C::kDsUnitBytes);
+        float* partial = nullptr;
+        if constexpr (kWholeHeads) {
+            // On its way while dS is waited for.
+            partial = private_tile(target) + place_in_tile(piece);
+            if (!target.first) load_partial(acc, partial);
+        }
+        if (piece.first) smem.ds_full[ds.index].wait(ds.phase);
+        const uint64_t a = mn_major(smem_address(smem.ds) + (ds.index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes, C::kDsUnitBytes);
         const uint64_t b[2] = {mn_major(piece.k[0], C::kKeyChunkBytes), mn_major(piece.k[1], C::kKeyChunkBytes)};
+        const int adds = kWholeHeads && !target.first;
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < V.block_n / 16; ++kk) {
-            Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + kk * kStep, b[kk / 4] + kk % 4 * kStep, kk != 0);
+            Wgmma<N>::template ss<V.dtype, 1, 1>(acc, a + kk * kStep, b[kk / 4] + kk % 4 * kStep, kk != 0 || adds);
         }
         wgmma_commit();
         wgmma_wait<0>();
         fence_registers(acc);
         if (piece.last && thread % 32 == 0) {
-            smem.ds_free[ds_index].arrive();
-            if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds_index]);
+            smem.ds_free[ds.index].arrive();
+            if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds.index]);
         }
-        if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
-        float* const out = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
-                           (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
+        if constexpr (kWholeHeads) {
+            if (target.last) {
+                store_result(acc, piece, target);
+            } else {
+                store_partial(partial, acc);
+            }
+        } else {
+            if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
+            float* const out = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
+                               place_in_tile(piece);
 #pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-            reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            for (int j = 0; j < N / 8; ++j) {
+                reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            }
         }
+    }
+
+    /// This thread's first element of a piece in a tile of the accumulator: (unit, dim / 8, 128 threads, 4).
+    __device__ __forceinline__ int place_in_tile(const Piece& piece) const {
+        return (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
+    }
+
+    __device__ __forceinline__ float* private_tile(const Target& target) const {
+        const int group = params.size.num_heads / params.size.num_heads_k;
+        const int64_t tile = static_cast<int64_t>(blockIdx.x / C::kCtas) * launch.private_tiles + target.m * group + target.head;
+        return launch.dq + tile * (C::kBlockM * C::kDim);
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ static void load_partial(float (&acc)[kCount], const float* from) {
+#pragma unroll
+        for (int j = 0; j < kCount / 4; ++j) {
+            asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(acc[4 * j]), "=f"(acc[4 * j + 1]), "=f"(acc[4 * j + 2]), "=f"(acc[4 * j + 3])
+                         : "l"(from + j * 512)
+                         : "memory");
+        }
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ static void store_partial(float* to, const float (&acc)[kCount]) {
+#pragma unroll
+        for (int j = 0; j < kCount / 4; ++j) {
+            *reinterpret_cast<float4*>(to + j * 512) = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        }
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ void store_result(const float (&acc)[kCount], const Piece& piece, const Target& target) const {
+        const int row = target.m * C::kBlockM + piece.unit * 64 + thread / 32 * 16 + thread % 32 / 4;
+        const GradRows rows{target.first_row + target.head * params.dq.head_stride, params.dq.row_stride, target.rows,
+                            params.size.head_dim, row, thread % 4};
+        store_gradient<V.dtype>(params, params.dq.data, rows, acc, params.score.softmax_scale, piece.column);
     }
 };
 

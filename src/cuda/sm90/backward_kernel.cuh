@@ -68,7 +68,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
     } else if (warpgroup == C::kKeyWarpgroups) {
         register_limit_lower<C::kDqRegisters>();
-        DqWorker<V>{smem, params, launch, thread}.run();
+        if (launch.schedule.whole_heads) {
+            DqWorker<V, true>{smem, params, launch, thread}.run();
+        } else {
+            DqWorker<V, false>{smem, params, launch, thread}.run();
+        }
     } else {
         register_limit_raise<C::kKeyRegisters>();
         if constexpr (!C::kSplit) {

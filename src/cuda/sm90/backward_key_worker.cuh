@@ -99,10 +99,11 @@ struct KeyWorker {
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
 
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, first_key(last), lane % 4};
-            store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
-            store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+            const auto rows = [&](const TensorRef& grad, int dim) {
+                return GradRows::of_keys(params, grad, dim, last, first_key(last), lane % 4);
+            };
+            store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
+            store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
         }
     }
 

@@ -19,12 +19,12 @@ struct LoadWorker {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
         // The row workers wait for work tiles; only a CTA that runs may own one.
-        int claimed = C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas;
+        int claimed = (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
         for (int t = 0;; ++t) {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
-                claimed = claim();
+                claimed = next_tile(launch.schedule, claimed, [&] { return claim(); });
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
@@ -42,7 +42,7 @@ struct LoadWorker {
             load_queries(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
-            if (C::rank() == 0) claimed = claim();
+            if (C::rank() == 0) claimed = next_tile(launch.schedule, claimed, [&] { return claim(); });
         }
     }
 

@@ -29,6 +29,8 @@ struct BackwardSchedule {
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
     int work_tiles = 0;       // heads * key_tiles
+    int claim_tiles = 1;      // work tiles claimed at a time: one, or with whole heads all of a head
+    bool whole_heads = false; // see takes_whole_heads
     WalkOrder order = WalkOrder::rounds;
 };
 
@@ -97,13 +99,18 @@ inline WalkOrder deterministic_order(const BackwardParams& p) {
 }
 
 inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
-    // Tiles at work at a time: above head_dim 128 a pair of CTAs has one. Another number costs L2 hits, nothing else.
-    const int machine = v.head_dim > 128 ? 66 : 132;
+    const int machine = machine_tiles(v);  // another number costs L2 hits, nothing else
     BackwardSchedule s;
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
     s.work_tiles = s.heads * s.key_tiles;
+    s.whole_heads = takes_whole_heads(v, p);
     if (s.work_tiles == 0) return s;
+    if (s.whole_heads) {
+        s.claim_tiles = s.round_tiles = s.key_tiles;
+        s.order = WalkOrder::up;
+        return s;
+    }
     const int heads = (machine + s.key_tiles / 2) / s.key_tiles;
     s.heads_per_group = heads < 1 ? 1 : heads > s.heads ? s.heads : heads;
     const int rounds = (s.key_tiles + machine / 2) / machine;
@@ -153,6 +160,23 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
     return true;
+}
+
+/// Whether no key tile adds to query tile m before this one, and none after it, where they come first to last.
+struct QueryShare {
+    bool first, last;
+};
+template <Variant V>
+STROBE_HD QueryShare query_share(const BackwardTile& tile, int m, int seqlen_q) {
+    const int first = m * V.block_m;
+    const int end = first + V.block_m < seqlen_q ? first + V.block_m : seqlen_q;
+    return {tile.mask.first_key(first) / V.block_n == tile.n_block, tile.mask.last_key(end - 1) / V.block_n == tile.n_block};
+}
+
+/// The tile to work on behind `index`: another of the same claim, or the first one of the next.
+template <typename Claim>
+STROBE_HD int next_tile(const BackwardSchedule& s, int index, Claim claim) {
+    return (index + 1) % s.claim_tiles != 0 ? index + 1 : claim() * s.claim_tiles;
 }
 
 /// How many key tiles add to query tile m before this one, in deterministic mode: those claimed earlier.

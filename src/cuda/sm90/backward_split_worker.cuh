@@ -81,9 +81,9 @@ struct ValueWorker {
             const BackwardTile last = tile;
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
-            store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
+            const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
+            store_gradient<V.dtype>(params, params.dv.data,
+                                    GradRows::of_keys(params, params.dv, params.size.head_dim_v, last, row, lane % 4), dv, 1.0f);
         }
     }
 };
@@ -154,9 +154,10 @@ struct KeyGradWorker {
             const BackwardTile last = tile;
             __syncwarp();
             if (lane == 0) smem.kv_free.arrive();
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
-            store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+            const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
+            store_gradient<V.dtype>(params, params.dk.data,
+                                    GradRows::of_keys(params, params.dk, params.size.head_dim, last, row, lane % 4), dk,
+                                    params.score.softmax_scale);
         }
     }
 

@@ -16,6 +16,8 @@ struct BackwardWorkspace {
     int64_t tiles = 0;             // padded query tiles of one head, over the whole batch
     int64_t stats_offset = 0;      // (num_heads, tiles, 2, block_m) fp32: -lse * log2(e), then -delta
     int64_t dq_offset = 0;         // (num_heads, tiles, block_m * bucket) fp32, in the order of the accumulator registers
+    int64_t dq_tiles = 0;          // of block_m * bucket, in all
+    int64_t private_tiles = 0;     // whole heads: dq is (CTAs or pairs, private_tiles, block_m * bucket) instead
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
     int64_t counter_offset = 0;    // int32 counters: the next work tile, the next ticket of each row worker
     int64_t progress_offset = 0;   // (2, batch * num_heads_k) int32: BackwardLaunch::ready, ::done
@@ -24,15 +26,39 @@ struct BackwardWorkspace {
 
 STROBE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-STROBE_HD BackwardWorkspace backward_workspace(const Variant& v, const BackwardParams& p) {
+/// Work tiles that a GH100 works on at a time: above head_dim 128 a pair of CTAs has one.
+STROBE_HD constexpr int machine_tiles(const Variant& v) { return v.head_dim > 128 ? 66 : 132; }
+
+/// Whole heads: a CTA (or pair) takes all key tiles of a key head, one after the other. It alone adds to the head's dq then: no
+/// atomics, no clearing, no conversion behind, the same bits every time. What it adds to stays in L2 between two key tiles; with
+/// one key tile there is no such thing. It pays while that and q and dout fit L2 and there are heads enough to go round.
+inline bool takes_whole_heads(const Variant& v, const BackwardParams& p) {
+    constexpr int64_t kMostKeyTiles = 2, kCacheBytes = 20 << 20;
+    const int64_t key_tiles = ceil_div(p.size.seqlen_k, v.block_n);
+    if (key_tiles <= 1) return true;
+    const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k;
+    const int64_t group = p.size.num_heads / p.size.num_heads_k;
+    const int64_t dq_bytes = machine_tiles(v) * group * ceil_div(p.size.seqlen_q, v.block_m) * v.block_m * v.head_dim * 4;
+    return key_tiles <= kMostKeyTiles && heads >= 2 * machine_tiles(v) && dq_bytes <= kCacheBytes;
+}
+
+inline BackwardWorkspace backward_workspace(const Variant& v, const BackwardParams& p) {
     const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 1024) * 1024; };
     BackwardWorkspace w;
     w.tiles = p.seqlens.cu_seqlens_q ? p.size.total_q / v.block_m + p.size.batch
                                      : p.size.batch * ceil_div(p.size.seqlen_q, v.block_m);
     const int64_t all_tiles = w.tiles * p.size.num_heads;
     w.dq_offset = aligned(all_tiles * 2 * v.block_m * 4);
-    w.semaphore_offset = w.dq_offset + aligned(all_tiles * v.block_m * v.head_dim * 4);
-    w.counter_offset = w.semaphore_offset + aligned(all_tiles * 4);
+    const bool whole = takes_whole_heads(v, p);
+    if (whole && p.size.seqlen_k > v.block_n) {
+        const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k;
+        w.private_tiles = p.size.num_heads / p.size.num_heads_k * ceil_div(p.size.seqlen_q, v.block_m);
+        w.dq_tiles = w.private_tiles * (heads < machine_tiles(v) ? heads : machine_tiles(v));
+    } else if (!whole) {
+        w.dq_tiles = all_tiles;
+    }
+    w.semaphore_offset = w.dq_offset + aligned(w.dq_tiles * v.block_m * v.head_dim * 4);
+    w.counter_offset = w.semaphore_offset + (whole ? 0 : aligned(all_tiles * 4));
     w.progress_offset = w.counter_offset + 1024;
     w.bytes = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
     return w;
