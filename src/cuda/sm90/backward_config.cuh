@@ -118,6 +118,14 @@ struct alignas(16) QuerySlot {
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
 };
 
+/// Where a query tile's dq goes when a CTA has whole heads.
+struct alignas(8) DqTarget {
+    int64_t dq;        // element of its first row
+    int64_t partial;   // element of launch.dq: what the keys before added up to
+    int rows;          // of the sequence, from the first one on
+    bool first, last;  // of the key tiles that the queries see
+};
+
 template <Variant V>
 struct BackwardSmem {
     using C = BackwardConfig<V>;
@@ -131,6 +139,7 @@ struct BackwardSmem {
     alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
+    DqTarget dq_target[4];
     TileRing tiles;
     Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
     Barrier kv_free;                  // every warp is done with the key tile

@@ -22,23 +22,13 @@ struct DqWorker {
             smem.k_full.wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            const int group = params.size.num_heads / params.size.num_heads_k;
-            Target target{};
-            if constexpr (kWholeHeads) target = first_target(tile, group);
+            const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
 #pragma unroll 1
-            for (int i = (tile.m_end - tile.m_begin) * group; i > 0; --i) {
-                if constexpr (kWholeHeads) {
-                    const QueryShare share = query_share<V>(tile, target.m, target.seqlen_q);
-                    target.first = share.first;
-                    target.last = share.last;
-                }
-                multiply(ds_stage, slot, target);
+            for (int i = 0; i < iterations; ++i) {
+                if constexpr (kWholeHeads) describe_target(tile, i);
+                multiply(ds_stage, slot);
                 ds_stage.template advance<C::kDsStages>();
-                slot.template advance<C::kSlots>();
-                if (kWholeHeads && ++target.head == group) {
-                    target.head = 0;
-                    ++target.m;
-                }
+                if (!kWholeHeads) slot.template advance<C::kSlots>();
             }
             const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
             if (thread % 32 == 0) smem.kv_free.arrive();
@@ -50,20 +40,32 @@ struct DqWorker {
     }
 
 private:
-    /// Whole heads: the query tile at work, whose rows are `first_row` of dq and behind.
-    struct Target {
-        int m, head;        // of the group
-        int rows, seqlen_q;
-        bool first, last;   // of the key tiles
-        int64_t first_row;  // of the sequence in dq, head 0 of the group
-    };
-
-    __device__ __forceinline__ Target first_target(const BackwardTile& tile, int group) const {
+    /// The i-th query tile of a work tile, in the order of the load warp. Kept in shared memory, for each warp, because registers are
+    /// few.
+    __device__ __forceinline__ void describe_target(const BackwardTile& tile, int i) {
+        const int group = params.size.num_heads / params.size.num_heads_k;
+        const int m = tile.m_begin + i / group;
+        const int head = i % group;
         const Sequence seq = sequence_of(params, tile.batch);
+        const QueryShare share = query_share<V>(tile, m, static_cast<int>(seq.seqlen_q));
         const TensorRef& dq = params.dq;
         const int64_t batch = params.seqlens.cu_seqlens_q ? 0 : tile.batch * dq.batch_stride;
-        return {tile.m_begin, 0, static_cast<int>(seq.rows_q), static_cast<int>(seq.seqlen_q), false, false,
-                batch + seq.q_row * dq.row_stride + static_cast<int64_t>(tile.head_k) * group * dq.head_stride};
+        const int64_t row = static_cast<int64_t>(m) * C::kBlockM;
+        __syncwarp();
+        if (thread % 32 == 0) {
+            DqTarget& to = target();
+            to.dq = batch + (seq.q_row + row) * dq.row_stride + (static_cast<int64_t>(tile.head_k) * group + head) * dq.head_stride;
+            to.partial = (static_cast<int64_t>(blockIdx.x / C::kCtas) * launch.private_tiles + m * group + head) * (C::kBlockM * C::kDim);
+            to.rows = static_cast<int>(seq.rows_q - row);
+            to.first = share.first;
+            to.last = share.last;
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ DqTarget& target() const { return smem.dq_target[thread / 32]; }
+    template <typename T>
+    __device__ __forceinline__ static T fresh(const T& x) {
+        return *static_cast<const volatile T*>(&x);
     }
 
     /// 64 queries (a unit of the tile) by at most 64 columns, which need few registers.
@@ -75,11 +77,11 @@ private:
     };
 
     /// dq (block_m queries x dim, or a pair's half of dim) += dS K.
-    __device__ __forceinline__ void multiply(const RingPosition& ds, const RingPosition& slot, const Target& target) {
+    __device__ __forceinline__ void multiply(const RingPosition& ds, const RingPosition& slot) {
         if constexpr (C::kPair) {
-            multiply_half(ds, slot, target);
+            multiply_half(ds, slot);
         } else {
-            multiply_all(ds, slot, target);
+            multiply_all(ds, slot);
         }
         if (!kWholeHeads && params.deterministic) {
             __syncwarp();
@@ -87,7 +89,7 @@ private:
         }
     }
 
-    __device__ __forceinline__ void multiply_all(const RingPosition& ds, const RingPosition& slot, const Target& target) {
+    __device__ __forceinline__ void multiply_all(const RingPosition& ds, const RingPosition& slot) {
         constexpr int kTail = C::kDim % 64;
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
@@ -97,47 +99,43 @@ private:
                 const bool tail = c + 1 == C::kChunks;
                 const Piece piece{u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
                 if (kTail == 0 || !tail) {
-                    multiply_piece<64>(piece, ds, slot, target);
+                    multiply_piece<64>(piece, ds, slot);
                 } else {
-                    multiply_piece<kTail == 0 ? 64 : kTail>(piece, ds, slot, target);
+                    multiply_piece<kTail == 0 ? 64 : kTail>(piece, ds, slot);
                 }
             }
         }
     }
 
     /// A whole chunk of this CTA's half, and the rest of it: another chunk, or at head_dim 192 half of the middle one.
-    __device__ __forceinline__ void multiply_half(const RingPosition& ds, const RingPosition& slot, const Target& target) {
+    __device__ __forceinline__ void multiply_half(const RingPosition& ds, const RingPosition& slot) {
         constexpr int kRest = C::kDim / 2 - 64;
         constexpr bool kShared = kRest < 64;
-        const int rank = C::rank();
-        multiply_piece<64>(pair_piece(kShared ? rank : 0, 0, true), ds, slot, target);
-        multiply_piece<kRest>(pair_piece(kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds, slot, target);
+        int rank = C::rank();
+        if constexpr (kWholeHeads) asm volatile("" : "+r"(rank));  // addresses are made anew, there are no registers to keep them
+        multiply_piece<64>(pair_piece(rank, kShared ? rank : 0, 0, true), ds, slot);
+        multiply_piece<kRest>(pair_piece(rank, kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds, slot);
     }
 
     /// From column `within` of the chunk that is `chunk` behind pair_chunk().
-    __device__ __forceinline__ Piece pair_piece(int chunk, int within, bool first) {
+    __device__ __forceinline__ Piece pair_piece(int rank, int chunk, int within, bool first) {
         const uint32_t mine = smem_address(smem.k) + (C::pair_chunk() + chunk) * C::kKeyChunkBytes + within * 2;
         const uint32_t theirs = smem_address(smem.k_peer) + chunk * C::kKeyChunkBytes + within * 2;
-        const bool upper = C::rank() == 0;
+        const bool upper = rank == 0;
         return {0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
     }
 
     /// The first piece waits for dS and for the turn, the last one frees the dS buffer.
     template <int N>
-    __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds, const RingPosition& slot,
-                                                   const Target& target) {
+    __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds, const RingPosition& slot) {
         constexpr int kStep = 16 * C::kRowBytes >> 4;
         float acc[N / 2];
-        float* partial = nullptr;
-        if constexpr (kWholeHeads) {
-            // On its way while dS is waited for.
-            partial = private_tile(target) + place_in_tile(piece);
-            if (!target.first) load_partial(acc, partial);
-        }
+        const bool adds = kWholeHeads && __any_sync(0xFFFFFFFFu, !fresh(target().first));
+        if (adds) load_partial(acc, partial(piece));  // on its way while dS is waited for
         if (piece.first) smem.ds_full[ds.index].wait(ds.phase);
+        if constexpr (kWholeHeads) __syncwarp();  // tells the assembler that the warp is one
         const uint64_t a = mn_major(smem_address(smem.ds) + (ds.index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes, C::kDsUnitBytes);
         const uint64_t b[2] = {mn_major(piece.k[0], C::kKeyChunkBytes), mn_major(piece.k[1], C::kKeyChunkBytes)};
-        const int adds = kWholeHeads && !target.first;
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < V.block_n / 16; ++kk) {
@@ -151,10 +149,10 @@ private:
             if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds.index]);
         }
         if constexpr (kWholeHeads) {
-            if (target.last) {
-                store_result(acc, piece, target);
+            if (__any_sync(0xFFFFFFFFu, fresh(target().last))) {
+                store_result(acc, piece);
             } else {
-                store_partial(partial, acc);
+                store_partial(partial(piece), acc);
             }
         } else {
             if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
@@ -172,10 +170,8 @@ private:
         return (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
     }
 
-    __device__ __forceinline__ float* private_tile(const Target& target) const {
-        const int group = params.size.num_heads / params.size.num_heads_k;
-        const int64_t tile = static_cast<int64_t>(blockIdx.x / C::kCtas) * launch.private_tiles + target.m * group + target.head;
-        return launch.dq + tile * (C::kBlockM * C::kDim);
+    __device__ __forceinline__ float* partial(const Piece& piece) const {
+        return launch.dq + fresh(target().partial) + place_in_tile(piece);
     }
 
     template <int kCount>
@@ -198,10 +194,9 @@ private:
     }
 
     template <int kCount>
-    __device__ __forceinline__ void store_result(const float (&acc)[kCount], const Piece& piece, const Target& target) const {
-        const int row = target.m * C::kBlockM + piece.unit * 64 + thread / 32 * 16 + thread % 32 / 4;
-        const GradRows rows{target.first_row + target.head * params.dq.head_stride, params.dq.row_stride, target.rows,
-                            params.size.head_dim, row, thread % 4};
+    __device__ __forceinline__ void store_result(const float (&acc)[kCount], const Piece& piece) const {
+        const int row = piece.unit * 64 + thread / 32 * 16 + thread % 32 / 4;
+        const GradRows rows{fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, thread % 4};
         store_gradient<V.dtype>(params, params.dq.data, rows, acc, params.score.softmax_scale, piece.column);
     }
 };
