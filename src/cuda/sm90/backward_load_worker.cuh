@@ -32,6 +32,8 @@ struct LoadWorker {
             // Every warp has read the entry that this one replaces: the keys of the tile before last have been released.
             if (lane == 0) smem.tiles.entry[t % TileRing::kEntries] = tile;
             __syncwarp();
+            const bool any = tile.batch >= 0 && tile.m_begin < tile.m_end;
+            if (any) load_queries<true>(tile, stage, slot);
             if (t > 0) smem.kv_free.wait(t - 1 & 1);
             if (tile.batch < 0) {
                 if (lane == 0) smem.k_full.arrive();
@@ -39,7 +41,7 @@ struct LoadWorker {
                 return;
             }
             load_keys(tile);
-            load_queries(tile, stage, slot);
+            if (any) load_queries<false>(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
             if (C::rank() == 0) claimed = next_tile(launch.schedule, claimed, [&] { return claim(); });
@@ -137,7 +139,9 @@ private:
     }
 
     /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
-    /// side by side, in the direction that their round goes, and find each other's traffic in L2.
+    /// side by side, in the direction that their round goes, and find each other's traffic in L2. kFirst: the first tile alone, which
+    /// need not wait for the keys to leave; otherwise those behind it.
+    template <bool kFirst>
     __device__ __forceinline__ void load_queries(const BackwardTile& tile, RingPosition& stage, RingPosition& slot_at) {
         const Sequence seq = sequence_of(params, tile.batch);
         const int group = params.size.num_heads / params.size.num_heads_k;
@@ -152,11 +156,12 @@ private:
             for (int w = 0; w < C::kKeyUnits; ++w) {
                 slot.masked |= !tile.mask.all_visible(slot.query0, C::kBlockM, C::first_key(tile) + w * 64, 64) << w;
             }
-            for (int h = 0; h < group; ++h) {
+            for (int h = !kFirst && i == 0; h < group; ++h) {
                 at.head = tile.head_k * group + h;
                 slot.padded = at.head * tiles + first + m;
                 load_query_tile(slot, at, stage, slot_at.index);
                 slot_at.template advance<C::kSlots>();
+                if (kFirst) return;
             }
         }
     }
