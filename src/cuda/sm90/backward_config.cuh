@@ -44,12 +44,14 @@ struct BackwardConfig {
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 88 : kDim == 128 ? 64 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 ? 32 : 24;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 80 : kDim <= 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
     static constexpr bool kInnerRows = kDim == 128;
     static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
-    static constexpr int kRowBufferBytes = 64 * 2 * 128;  // for each of the two row workers
+    static constexpr int kRowBufferBytes = 64 * 128 * (kInnerRows ? 2 : 1);  // for each of the two row workers
+    // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
+    static constexpr bool kOwnStatistics = !kSplit;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -116,6 +118,7 @@ struct alignas(16) QuerySlot {
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
+    int batch, head;
 };
 
 /// Where a query tile's dq goes when a CTA has whole heads.
@@ -134,7 +137,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
-    alignas(1024) uint8_t rows[2][C::kInnerRows ? C::kRowBufferBytes : 16];
+    alignas(1024) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
     // The other's K from pair_chunk() on.
     alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
@@ -198,6 +201,7 @@ struct BackwardLaunch {
     int32_t* counter = nullptr;
     int64_t tiles = 0;
 
+    bool own_statistics = false;  // no kernel in front
     // Row statistics and dq conversion in the main kernel (heads: key heads of all batch entries, as work tiles count them).
     bool inner_rows = false;
     int first_inner_head = 0;     // statistics before that: by the kernel in front

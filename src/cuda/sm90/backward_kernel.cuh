@@ -9,6 +9,7 @@
 #include "cuda/sm90/backward_order_worker.cuh"
 #include "cuda/sm90/backward_row_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
+#include "cuda/sm90/backward_statistics_worker.cuh"
 
 namespace strobe::sm90 {
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         smem.v_full.init(1);
         smem.kv_free.init(kKeyWarps + 4);
         for (int s = 0; s < C::kStages; ++s) {
-            smem.q_full[s].init(1);
+            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 3 : 1);
             smem.dout_full[s].init(1);
             smem.stage_free[s].init(kKeyWarps);
         }
@@ -54,6 +55,14 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
         if (warp == 0) {
             LoadWorker<V>{smem, params, launch, thread}.run();
+        } else if (C::kOwnStatistics && launch.own_statistics) {
+            if constexpr (C::kOwnStatistics) {
+                if (warp == 3) {
+                    clear_unseen_heads<V>(params, launch, thread % 32);
+                } else {
+                    OwnStatisticsWorker<V>{smem, params, launch, thread % 32, warp - 1}.run();
+                }
+            }
         } else if (C::kInnerRows && launch.inner_rows) {
             if constexpr (C::kInnerRows) {
                 if (warp == 1) StatisticsWorker<V>{{smem, params, launch, thread % 32, smem.row_job[0]}}.run();

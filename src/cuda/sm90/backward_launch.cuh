@@ -94,6 +94,12 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         args.done = args.ready + args.schedule.heads;
     }
 
+    if (C::kOwnStatistics && args.schedule.whole_heads && args.schedule.claim_tiles == 1 && args.schedule.work_tiles > 0 &&
+        p.out_dtype == V.dtype) {
+        const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
+        args.own_statistics = map(args.out, p.out, rows, C::kBlockM / 2) == cudaSuccess;
+    }
+
     const auto tiles = [&](int rows, int batches) {
         const int64_t count = ceil_div(n.seqlen_q, rows);
         return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),
@@ -101,7 +107,7 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
     };
     const int first_batches = args.inner_rows ? static_cast<int>(ceil_div(ends, n.num_heads_k)) : n.batch;
     const detail::LaunchShape before{tiles(C::kBlockM, first_batches), kRowThreads, 0, false};
-    status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
+    if (!args.own_statistics) status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
     if (status != cudaSuccess) return status;
 
     if (args.schedule.work_tiles > 0) {
@@ -114,7 +120,7 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         // Of a machine with more SMs than that, some have no memory of their own.
         const int most = args.schedule.whole_heads && machine_tiles(V) < room ? machine_tiles(V) : room;
         const int ctas = C::kCtas * (work < most ? work : most);
-        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true, C::kCtas};
+        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, !args.own_statistics, C::kCtas};
         status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }

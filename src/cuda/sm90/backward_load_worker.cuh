@@ -24,7 +24,7 @@ struct LoadWorker {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
-                claimed = next_tile(launch.schedule, claimed, [&] { return claim(); });
+                claimed = next(claimed);
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
@@ -37,18 +37,28 @@ struct LoadWorker {
             if (t > 0) smem.kv_free.wait(t - 1 & 1);
             if (tile.batch < 0) {
                 if (lane == 0) smem.k_full.arrive();
-                if (params.deterministic) publish_end(stage, slot);
+                if (slots_are_watched()) publish_end(stage, slot);
                 return;
             }
             load_keys(tile);
             if (any) load_queries<false>(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
-            if (C::rank() == 0) claimed = next_tile(launch.schedule, claimed, [&] { return claim(); });
+            if (C::rank() == 0) claimed = next(claimed);
         }
     }
 
 private:
+    __device__ __forceinline__ bool slots_are_watched() const {
+        return params.deterministic || (C::kOwnStatistics && launch.own_statistics);
+    }
+
+    /// With a single key tile all heads cost the same, and there is no kernel in front that would clear the counter.
+    __device__ __forceinline__ int next(int claimed) const {
+        if (C::kOwnStatistics && launch.own_statistics) return claimed + gridDim.x;
+        return next_tile(launch.schedule, claimed, [&] { return claim(); });
+    }
+
     __device__ __forceinline__ int claim() const {
         int next = 0;
         const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
@@ -151,13 +161,14 @@ private:
         const int tiles = static_cast<int>(launch.tiles);
         for (int i = 0; i < tile.m_end - tile.m_begin; ++i) {
             const int m = tile.down ? tile.m_end - 1 - i : tile.m_begin + i;
-            QuerySlot slot{0, query_turn<V>(tile, m, seq.seqlen_q), m * C::kBlockM, 0};
+            QuerySlot slot{0, query_turn<V>(tile, m, seq.seqlen_q), m * C::kBlockM, 0, tile.batch, 0};
 #pragma unroll
             for (int w = 0; w < C::kKeyUnits; ++w) {
                 slot.masked |= !tile.mask.all_visible(slot.query0, C::kBlockM, C::first_key(tile) + w * 64, 64) << w;
             }
             for (int h = !kFirst && i == 0; h < group; ++h) {
                 at.head = tile.head_k * group + h;
+                slot.head = at.head;
                 slot.padded = at.head * tiles + first + m;
                 load_query_tile(slot, at, stage, slot_at.index);
                 slot_at.template advance<C::kSlots>();
@@ -174,10 +185,13 @@ private:
         Barrier& dout_full = smem.dout_full[s];
         if (lane == 0) {
             smem.slot[slot_index] = slot;
-            if (params.deterministic) smem.slot_full[slot_index].arrive();
-            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, C::kStatsBytes, slot.query0, at);
-            bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
-                      launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
+            if (slots_are_watched()) smem.slot_full[slot_index].arrive();
+            const bool own = C::kOwnStatistics && launch.own_statistics;
+            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes, slot.query0, at);
+            if (!own) {
+                bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
+                          launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
+            }
             load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, dout_full, 0, slot.query0, at);
         }
         __syncwarp();
