@@ -25,7 +25,7 @@ struct Problem {
         ProblemSize& n = params.size;
         n.num_heads_k = pick(1, 3);
         n.num_heads = n.num_heads_k * pick(1, 3);
-        n.batch = pick(0, 4) ? pick(1, 4) : 80;  // several groups of heads
+        n.batch = pick(0, 4) ? pick(1, 4) : pick(0, 1) ? 80 : 270;  // several groups of heads, or enough to take them whole
         n.head_dim = n.head_dim_v = 128;
         params.deterministic = pick(0, 1);
         if (band) {
@@ -38,7 +38,7 @@ struct Problem {
             }
         }
         const bool varlen = pick(0, 1);
-        n.seqlen_q = pick(1, 500), n.seqlen_k = pick(1, 500);
+        n.seqlen_q = pick(1, 500), n.seqlen_k = pick(1, pick(0, 1) ? 250 : 500);
         n.total_q = n.batch * n.seqlen_q, n.total_k = n.batch * n.seqlen_k;
         if (varlen) {
             cu_q = {0}, cu_k = {0};
@@ -77,6 +77,7 @@ void check(std::mt19937& rng) {
     const BackwardWorkspace workspace = backward_workspace(V, p);
     std::set<std::tuple<int, int, int>> seen;
     std::map<std::tuple<int, int, int>, int> additions;  // to a query tile of one key head, by work tiles claimed so far
+    std::map<std::tuple<int, int, int>, bool> complete;  // such a query tile has had the last of its key tiles
     for (int index = 0; index < schedule.work_tiles; ++index) {
         BackwardTile tile;
         if (!decode_tile<V>(p, schedule, index, tile)) continue;
@@ -91,6 +92,12 @@ void check(std::mt19937& rng) {
             const int turn = query_turn<V>(tile, m, seq.seqlen_q);
             // Whoever waits for its turn waits for tiles that were claimed before it: they are running or done.
             ASSERT_EQ(turn, (additions[{tile.batch, tile.head_k, m}]++));
+            if (schedule.whole_heads) {
+                const QueryShare share = query_share<V>(tile, m, static_cast<int>(seq.seqlen_q));
+                ASSERT_EQ(share.first, turn == 0);
+                ASSERT_EQ(complete.count({tile.batch, tile.head_k, m}), 0u);
+                if (share.last) complete[{tile.batch, tile.head_k, m}] = true;
+            }
             for (int w = 0; w < V.block_n / 64; ++w) {
                 const int64_t keys = key0 + 64 * w;
                 if (tile.mask.all_visible(m * V.block_m, V.block_m, static_cast<int>(keys), 64)) {
@@ -113,6 +120,9 @@ void check(std::mt19937& rng) {
         ASSERT_LE(used, workspace.tiles);
     }
     ASSERT_EQ(seen.size(), expected);
+    if (schedule.whole_heads) {
+        ASSERT_EQ(complete.size(), additions.size());
+    }
 }
 
 TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
@@ -123,6 +133,33 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
         check<kBand>(rng);
         if (HasFatalFailure()) return;
     }
+}
+
+TEST(Sm90BackwardSchedule, WholeHeadsWhereKeysAreFewAndHeadsAreMany) {
+    BackwardParams p;
+    p.size = {2, 4, 4, 128, 128, 4096, 128, 8192, 256};
+    EXPECT_TRUE(takes_whole_heads(kFull, p));  // one key tile: always
+    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 0);
+    p.size.seqlen_k = 129;
+    EXPECT_FALSE(takes_whole_heads(kFull, p));
+    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 2 * 64 * 4);
+    p.size = {64, 16, 16, 128, 128, 256, 256, 64 * 256, 64 * 256};
+    EXPECT_TRUE(takes_whole_heads(kFull, p));
+    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 132 * 4);
+    p.size.batch = 16;
+    EXPECT_FALSE(takes_whole_heads(kFull, p));  // two rounds of the machine are not full
+    p.size.batch = 64, p.size.num_heads = 128;
+    EXPECT_FALSE(takes_whole_heads(kFull, p));  // dq of eight query heads does not stay in L2
+}
+
+TEST(Sm90BackwardSchedule, AClaimIsAHeadOrATile) {
+    BackwardSchedule s;
+    int next = 5;
+    const auto claim = [&] { return next++; };
+    EXPECT_EQ(next_tile(s, 2, claim), 5);
+    s.claim_tiles = 2;
+    EXPECT_EQ(next_tile(s, 4, claim), 5);
+    EXPECT_EQ(next_tile(s, 5, claim), 12);
 }
 
 TEST(Sm90BackwardSchedule, RowsMoveInsideWhereThereIsTimeForThem) {
@@ -145,9 +182,13 @@ TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
         const Problem problem(rng, true);
         const BackwardWorkspace w = backward_workspace(kBand, problem.params);
         const int64_t tiles = w.tiles * problem.params.size.num_heads;
+        const bool whole = takes_whole_heads(kBand, problem.params);
         EXPECT_LE(w.stats_offset + tiles * 2 * kBand.block_m * 4, w.dq_offset);
-        EXPECT_LE(w.dq_offset + tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
-        EXPECT_LE(w.semaphore_offset + tiles * 4, w.counter_offset);
+        EXPECT_LE(w.dq_offset + w.dq_tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
+        EXPECT_LE(w.semaphore_offset + (whole ? 0 : tiles * 4), w.counter_offset);
+        if (!whole) {
+            EXPECT_EQ(w.dq_tiles, tiles);
+        }
         EXPECT_LE(w.counter_offset + 1024, w.progress_offset);
         EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.bytes);
         for (const int64_t offset : {w.dq_offset, w.semaphore_offset, w.counter_offset, w.progress_offset}) {
