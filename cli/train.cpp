@@ -116,14 +116,14 @@ void run_train(const Arguments& a) {
 void add_model_options(CLI::App& command, Arguments& a) {
     ModelConfig& m = a.options.model;
     command.add_option("--arch", a.architecture, "gpt2 or llama")->check(CLI::IsMember({"gpt2", "llama"}))->capture_default_str()->group("Model");
-    command.add_option("--layers", m.num_layers)->capture_default_str()->group("Model");
+    command.add_option("--layers", m.num_layers, "Transformer blocks")->capture_default_str()->group("Model");
     command.add_option("--hidden", m.hidden_size, "Width of the residual stream")->capture_default_str()->group("Model");
-    command.add_option("--heads", m.num_heads)->capture_default_str()->group("Model");
+    command.add_option("--heads", m.num_heads, "Query heads")->capture_default_str()->group("Model");
     command.add_option("--kv-heads", a.num_heads_k, "llama: key and value heads (default: as many as heads)")->group("Model");
     command.add_option("--head-dim", a.head_dim, "llama: default hidden / heads")->group("Model");
     command.add_option("--ffn", a.ffn_size, "Default: 4 hidden (gpt2), 8/3 hidden (llama)")->group("Model");
     command.add_option("--context", m.context_length, "Longest sequence")->capture_default_str()->group("Model");
-    command.add_option("--rope-theta", m.rope_theta)->capture_default_str()->group("Model");
+    command.add_option("--rope-theta", m.rope_theta, "llama: base of the rotary frequencies")->capture_default_str()->group("Model");
     command.add_option("--init-std", m.init_std, "Of fresh weights")->capture_default_str()->group("Model");
     command.add_flag("--untied", a.untied, "llama: the head has a weight of its own")->group("Model");
     command.add_option("--init", a.options.init, "Start from this checkpoint's weights (and its model, and tokenizer)")->group("Model");
@@ -132,19 +132,20 @@ void add_model_options(CLI::App& command, Arguments& a) {
 void add_step_options(CLI::App& command, Arguments& a) {
     TrainOptions& o = a.options;
     OptimizerOptions& p = o.optimizer;
-    command.add_option("--steps", o.steps)->capture_default_str()->group("Training");
+    command.add_option("--steps", o.steps, "Optimizer steps")->capture_default_str()->group("Training");
     command.add_option("--batch", o.batch_size, "Rows in one pass")->capture_default_str()->group("Training");
     command.add_option("--seqlen", o.seqlen, "Tokens of a row (default: the context)")->group("Training");
     command.add_option("--accumulate", o.accumulate, "Passes per step")->capture_default_str()->group("Training");
     command.add_option("--lr", p.learning_rate, "Peak learning rate")->capture_default_str()->group("Training");
     command.add_option("--final-lr", p.final_fraction, "At the end, as a fraction of the peak")->capture_default_str()->group("Training");
     command.add_option("--warmup", p.warmup_steps, "Steps")->capture_default_str()->group("Training");
-    command.add_option("--weight-decay", p.weight_decay)->capture_default_str()->group("Training");
-    command.add_option("--beta1", p.beta1)->capture_default_str()->group("Training");
-    command.add_option("--beta2", p.beta2)->capture_default_str()->group("Training");
+    command.add_option("--weight-decay", p.weight_decay, "AdamW's, of matrices")->capture_default_str()->group("Training");
+    command.add_option("--beta1", p.beta1, "AdamW's")->capture_default_str()->group("Training");
+    command.add_option("--beta2", p.beta2, "AdamW's")->capture_default_str()->group("Training");
     command.add_option("--clip", p.clip_norm, "Largest gradient norm; 0: no limit")->capture_default_str()->group("Training");
-    command.add_option("--seed", o.seed)->capture_default_str()->group("Training");
-    command.add_option("--recompute", a.recompute, "What the backward computes again to save memory: none, norms, pointwise (norms and the MLP's nonlinearity) or block (all but a block's input)")
+    command.add_option("--seed", o.seed, "Of fresh weights and of the order of rows")->capture_default_str()->group("Training");
+    command.add_option("--recompute", a.recompute, "What the backward computes again to save memory: none, norms, pointwise (norms and the "
+                       "MLP's nonlinearity) or block (all but a block's input)")
         ->check(CLI::IsMember({"none", "norms", "pointwise", "block"}))->capture_default_str()->group("Training");
 }
 
@@ -166,9 +167,10 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--save-every", o.save_every, "Steps; 0: only at the end")->capture_default_str();
     command.add_option("--device", a.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
     command.add_option("--precision", a.precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
-    command.add_option("--moments", a.moments, "What AdamW's moments lie in: bf16 is rounded stochastically and takes half the memory")
+    command.add_option("--moments", a.moments, "Element type of AdamW's moments; bf16 takes half the memory and is rounded stochastically")
         ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
-    command.add_option("--gradients", a.gradients, "cuda: what those of matrices lie in; bf16 takes half the memory, of steps of one pass (no --accumulate)")
+    command.add_option("--gradients", a.gradients, "cuda: element type of the gradients of matrices; bf16 takes half the memory, where a step is "
+                       "one pass of one process")
         ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
     command.add_flag("--non-deterministic", a.nondeterministic, "cuda: attention's backward may differ by rounding between runs, and is faster");
     command.add_flag("--no-graph", a.no_graph, "cuda: ask for a step's operators one by one instead of replaying them as one CUDA graph");

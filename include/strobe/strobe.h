@@ -1,7 +1,8 @@
 /* strobe: exact attention (FlashAttention-2 and beyond) behind a C ABI.
  *
  * Plain structs, a status per call and a text for the last error of the calling thread; no exception crosses this
- * interface and no call keeps a pointer after it returned (on CUDA: after the stream passed it). Usable from C11.
+ * interface and no call keeps a pointer after it returned (on CUDA: after the stream passed it). Usable from C11. Any number
+ * of threads may call at once, each with outputs and a workspace of its own.
  *
  * Notation: B batch, Sq / Sk query / key rows, H / Hk query / key heads (H divisible by Hk), D head_dim, Dv head_dim_v,
  * Tq / Tk all query / key rows of a variable-length ("varlen") batch. Strides count elements, sizes count elements unless
@@ -54,7 +55,7 @@ typedef struct strobe_tensor {
     int64_t strides[STROBE_MAX_DIMS];
 } strobe_tensor;
 
-/* What is to be computed:  out = dropout(softmax(score(q k^T))) v.
+/* What is to be computed:  out = dropout(softmax(score(q k^T))) v. D and Dv may differ: 1 to 512 on the CPU, 1 to 256 on CUDA.
  *
  * score: s = softmax_scale * q.k;  softcap > 0: s = softcap * tanh(s / softcap);  s += bias;
  *        s -= alibi_slope * |i + diagonal - j|;  s = -inf where the mask hides key j from query i.
@@ -74,8 +75,8 @@ typedef struct strobe_attention {
     strobe_tensor cu_seqlens_k; /* (B + 1) i32; not given: k and v are (B, Sk, Hk, D) */
     strobe_tensor seqused_q;    /* (B) i32: rows of each sequence that count; those behind get out = 0, lse = -inf */
     strobe_tensor seqused_k;    /* (B) i32: keys of each sequence that count */
-    int64_t max_seqlen_q;       /* varlen: at least the longest query sequence */
-    int64_t max_seqlen_k;       /* varlen: at least the longest key sequence */
+    int64_t max_seqlen_q;       /* varlen: at least the longest query sequence; on CUDA not checked: less gives wrong results */
+    int64_t max_seqlen_k;       /* varlen: at least the longest key sequence; likewise */
 
     strobe_tensor alibi_slopes; /* (H) or (B, H) f32 */
     strobe_tensor bias;         /* (B, H, Sq, Sk), each extent may be 1 (broadcast), any strides; f32 or the dtype of q */
@@ -101,8 +102,8 @@ typedef struct strobe_forward {
     uint32_t reserved;
     strobe_tensor out; /* (B, Sq, H, Dv); varlen (Tq, H, Dv); the dtype of q, or f32 */
     strobe_tensor lse; /* (B, H, Sq); varlen (H, Tq); f32, natural log; -inf on a row that sees no key; may be left out */
-    void *workspace;
-    size_t workspace_bytes;
+    void *workspace;   /* scratch on the call's device, of any alignment and content; NULL where the plan asks for none */
+    size_t workspace_bytes; /* at least strobe_plan.workspace_bytes */
 } strobe_forward;
 
 typedef struct strobe_backward {
@@ -116,7 +117,7 @@ typedef struct strobe_backward {
     strobe_tensor dk;
     strobe_tensor dv;
     strobe_tensor dbias; /* shape of bias, f32 or the dtype of bias; not given: not computed */
-    void *workspace;
+    void *workspace;     /* as in strobe_forward */
     size_t workspace_bytes;
 } strobe_backward;
 
@@ -179,7 +180,8 @@ STROBE_API strobe_status strobe_attention_backward_plan(const strobe_attention *
                                                         const strobe_backward *backward, strobe_plan *plan);
 
 /* Merge partial results over disjoint key sets: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i).
- * Parts: out f32, bf16 or f16 of one shape, lse f32; `out` and `lse` may be the first part itself (in place). */
+ * Parts: out f32, bf16 or f16 of one shape, lse f32; `out` and `lse` may be the first part itself (in place). On CUDA at most
+ * 448 parts in one call. */
 STROBE_API strobe_status strobe_lse_merge(int32_t num_parts, const strobe_tensor *part_out, const strobe_tensor *part_lse,
                                           const strobe_tensor *out, const strobe_tensor *lse, void *stream);
 

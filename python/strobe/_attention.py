@@ -210,7 +210,7 @@ def attention(
 
     Args:
         q: (B, Sq, H, D), or (Tq, H, D) with ``cu_seqlens_q``. float32, bfloat16 or float16; any strides whose last is 1;
-            D up to 512.
+            D up to 512 on the CPU, up to 256 on CUDA.
         k: (B, Sk, Hk, D), or (Tk, Hk, D) with ``cu_seqlens_k``. Hk divides H: query head h reads key head h // (H // Hk).
         v: (B, Sk, Hk, Dv), or (Tk, Hk, Dv) with ``cu_seqlens_k``. Dv may differ from D.
         causal: hide the keys behind each query. Aligned bottom-right: query i sees keys j <= i + Sk - Sq.
@@ -223,7 +223,8 @@ def attention(
         alibi_slopes: (H) or (B, H) float32; scores get -slope * |i + Sk - Sq - j| (Press et al., ALiBi, 2022). Not
             differentiable.
         cu_seqlens_q, cu_seqlens_k: (B + 1) int32 prefix sums of the sequence lengths, starting with 0. Sequences may be empty.
-        max_seqlen_q, max_seqlen_k: the longest sequence; required beside cu_seqlens.
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more; required beside cu_seqlens. On CUDA, where the lengths are not
+            looked at, a smaller number is not refused and gives wrong results.
         seqused_q, seqused_k: (B) int32: how many rows of each sequence count. Query rows behind get out = 0, lse = -inf.
         dropout_p: probability of dropping an attention weight, in steps of 2^-16; kept ones are scaled by 1 / (1 - p).
         rng_state: (seed, offset) as two ints or a (2) int64 CPU tensor, to repeat an earlier call; drawn from torch's CPU
@@ -232,7 +233,7 @@ def attention(
             bottom-right alignment, for blocks of a longer sequence (ring attention: Liu et al., 2023).
         deterministic: the backward gives the same bits each time; ``torch.are_deterministic_algorithms_enabled()`` if None.
         out_dtype: torch.float32 for a result that will be merged (``strobe.merge``); the dtype of q if None.
-        implementation: a name from ``strobe.implementations()``; the fastest that serves the call if None.
+        implementation: a name from ``strobe.implementations()``; the first of them that serves the call if None.
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32, (B, H, Sq) or (H, Tq); -inf on a
             row that sees no key. Differentiable.
         return_rng_state: also return the (2) int64 CPU tensor that repeats this call's dropout; None without dropout.

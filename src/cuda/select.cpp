@@ -48,6 +48,14 @@ Request shared_request(const AttentionParams& p, Direction direction) {
 
 const char* name(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 
+/// What a refusal says about the options of a call.
+const char* options_text(const Request& request) {
+    if (request.biased) return ", bias";
+    if (request.rare) return ", dropout at such positions or so much of it";
+    if (request.dropout) return ", dropout";
+    return request.general ? ", softcap, ALiBi or a scale that is not positive" : "";
+}
+
 const char* name(Features features) {
     constexpr const char* kNames[] = {"plain", "general", "dropout", "tiled", "biased"};
     return kNames[static_cast<int>(features)];
@@ -56,7 +64,8 @@ const char* name(Features features) {
 Features features_wanted(const Request& request, Arch arch) {
     // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
     const bool general = request.general || (arch == Arch::sm80 && !request.tma_layout);
-    if (request.rare || ((request.biased || request.dropout) && general) || (request.biased && request.dropout)) return Features::biased;
+    const bool options = request.biased || request.dropout;
+    if (request.rare || (options && general) || (request.biased && request.dropout)) return Features::biased;
     if (request.biased) return request.tiled ? Features::tiled : Features::biased;
     if (request.dropout) return Features::dropout;
     return general ? Features::general : Features::plain;
@@ -110,6 +119,11 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = "needs addresses and strides that are multiples of 16 bytes, and head dimensions that are multiples of 8";
         return nullptr;
     }
+    constexpr int64_t kMostRows = (int64_t{1} << 30) - 1;  // bands are held in 32 bits: sm80::Band, sm90::TileMask, sm90::ForwardTile
+    if (const int64_t longest = std::max(request.seqlen_q, request.seqlen_k); longest > kMostRows) {
+        refusal = fmt::format("sequences go up to {} rows on CUDA, {} are wanted", kMostRows, longest);
+        return nullptr;
+    }
     int largest = 0;
     for (const Variant& v : rows) {
         if (v.arch == arch && v.direction == request.direction && v.dtype == request.dtype) largest = std::max(largest, v.head_dim);
@@ -136,8 +150,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
     if (!best) {
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
-                              request.head_dim, request.band ? "band" : "full",
-                              request.biased ? ", bias" : request.rare ? ", rare dropout" : request.dropout ? ", dropout" : request.general ? ", softcap / ALiBi" : "", device.smem_per_cta);
+                              request.head_dim, request.band ? "band" : "full", options_text(request), device.smem_per_cta);
     }
     return best;
 }

@@ -174,6 +174,21 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
     }
 }
 
+TEST(Sm80Plan, BandsHaveRoomForEverySequenceThatIsTaken) {
+    for (const Arch arch : {Arch::sm80, Arch::sm90}) {
+        for (const bool queries : {false, true}) {
+            cuda::Request request{.dtype = DType::bf16, .head_dim = 64, .band = true, .tma_layout = true};
+            int64_t& rows = queries ? request.seqlen_q : request.seqlen_k;
+            std::string refusal;
+            rows = (int64_t{1} << 30) - 1;
+            EXPECT_NE(cuda::select(kRows, arch, request, {90, 132, kSm90Bytes}, refusal), nullptr) << refusal;
+            rows = int64_t{1} << 30;
+            EXPECT_EQ(cuda::select(kRows, arch, request, {90, 132, kSm90Bytes}, refusal), nullptr);
+            EXPECT_NE(refusal.find("1073741823"), std::string::npos) << refusal;
+        }
+    }
+}
+
 TEST(Sm80Plan, RefusalsSayWhatIsPossible) {
     std::string refusal;
     cuda::Request request{.direction = Direction::backward, .dtype = DType::bf16, .head_dim = 257};

@@ -23,7 +23,8 @@ struct AnyHalvesKept {
 
     __device__ explicit AnyHalvesKept(uint32_t drop_below) : drop_below(drop_below) {}
     __device__ uint32_t operator()(uint32_t bits) const {
-        return (Dropout::rank(bits & 0xffffu) < drop_below ? 0u : 0xffffu) | (Dropout::rank(bits >> 16) < drop_below ? 0u : 0xffff0000u);
+        const uint32_t low = Dropout::rank(bits & 0xffffu) < drop_below ? 0u : 0xffffu;
+        return low | (Dropout::rank(bits >> 16) < drop_below ? 0u : 0xffff0000u);
     }
 };
 
@@ -70,9 +71,9 @@ struct DropoutBits {
           query0(origin.query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u)),
           key0(origin.key + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u)) {}
 
-    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask make_anywhere). One Philox call gives eight neighbours' bits. A thread of
-    /// an untransposed tile holds all eight of a group. In a transposed tile two threads, four lanes apart, hold half of the same
-    /// two groups: each makes one of them and sends the other's half.
+    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask make_anywhere).
+    /// One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight of a group. In a transposed
+    /// tile two threads, four lanes apart, hold half of the same two groups: each makes one of them and sends the other's half.
     template <typename Kept, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
         const Kept kept(dropout.drop_below);

@@ -13,7 +13,7 @@ struct Band {
     int high;
     int seqlen_k;
 
-    static constexpr int kUnbounded = 1 << 30;  // sequences are shorter (checked by the plan)
+    static constexpr int kUnbounded = 1 << 30;  // sequences are shorter (select.cpp)
 
     __device__ explicit Band(const BandMask& m)
         : low(m.left < 0 ? -kUnbounded : clamp(m.diagonal - m.left)),

@@ -78,6 +78,7 @@ struct BackwardConfig {
     static_assert(V.block_n == 128 && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
+    static_assert(!kInnerRows || kBlockM == 64);  // a row worker's unit is a tile
 };
 
 /// What the load warp tells the others about the tiles to come.

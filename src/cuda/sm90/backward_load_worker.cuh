@@ -70,7 +70,8 @@ private:
     __device__ __forceinline__ void wait_for_statistics(const BackwardTile& tile) const {
         const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
         if (key_head < launch.first_inner_head || tile.m_begin >= tile.m_end) return;
-        const int units = static_cast<int>(ceil_div(sequence_of(params, tile.batch).seqlen_q, 64));
+        const int64_t rows = min(sequence_of(params, tile.batch).seqlen_q, params.size.seqlen_q);
+        const int units = static_cast<int>(ceil_div(rows, 64));
         const int all = params.size.num_heads / params.size.num_heads_k * units;
         while (load_acquire(launch.ready + key_head) < all) {
         }

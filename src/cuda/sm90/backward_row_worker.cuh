@@ -61,14 +61,16 @@ struct RowWorkerBase {
 
 private:
     __device__ __forceinline__ void describe(int key_head, int batch, int head, int first) {
-        const Sequence seq = sequence_of(params, batch);
+        Sequence seq = sequence_of(params, batch);
+        // Of a sequence longer than it was said to be nothing more is done, and nobody waits for more (LoadWorker neither).
+        seq.seqlen_q = min(seq.seqlen_q, params.size.seqlen_q);
         const bool ragged = params.seqlens.cu_seqlens_q != nullptr;
         const int64_t batch_q = ragged ? 0 : batch;
         job.key_head = key_head;
         job.first = first;
         job.rows_q = static_cast<int>(seq.rows_q);
         job.seqlen_q = static_cast<int>(seq.seqlen_q);
-        job.work_tiles = static_cast<int>(ceil_div(seq.rows_k, V.block_n));
+        job.work_tiles = min(static_cast<int>(ceil_div(seq.rows_k, V.block_n)), launch.schedule.key_tiles);
         job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head, static_cast<int>(seq.q_row + seq.seqlen_q),
                   ragged ? 0 : batch};
         job.padded = head * launch.tiles + first_padded_tile(params, seq, batch, C::kBlockM);
