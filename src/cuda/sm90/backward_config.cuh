@@ -33,6 +33,8 @@ struct BackwardConfig {
     static constexpr int kBlockM = V.block_m;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kSlots = 8;                  // of QuerySlot
+    // Of k and v. Where a head has few query tiles the next keys should be there when they come; a third stage matters less.
+    static constexpr int kKeyStages = kDim <= 128 && kStages == 2 ? 2 : 1;
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
@@ -44,14 +46,14 @@ struct BackwardConfig {
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 80 : kDim <= 128 ? 64 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : 32;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 80 : kDim == 128 && kKeyStages == 2 ? 72 : kDim <= 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 && kKeyStages == 2 ? 24 : 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128;
+    static constexpr bool kInnerRows = kDim == 128 && kKeyStages == 1;
     static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
     static constexpr int kRowBufferBytes = 64 * 128 * (kInnerRows ? 2 : 1);  // for each of the two row workers
     // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
-    static constexpr bool kOwnStatistics = !kSplit;
+    static constexpr bool kOwnStatistics = kDim <= 64 || (!kSplit && kKeyStages == 1);
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -85,6 +87,15 @@ struct BackwardConfig {
 struct TileRing {
     static constexpr int kEntries = 4;
     BackwardTile entry[kEntries];
+};
+
+/// Where the t-th key tile of a CTA lies.
+template <int kCount>
+struct KeyStage {
+    int index;
+    uint32_t phase;
+
+    __device__ __forceinline__ explicit KeyStage(int t) : index(kCount == 1 ? 0 : t % kCount), phase(t / kCount & 1) {}
 };
 
 /// Position in a ring of buffers and the parity of the current trip round it.
@@ -133,8 +144,8 @@ struct alignas(8) DqTarget {
 template <Variant V>
 struct BackwardSmem {
     using C = BackwardConfig<V>;
-    alignas(1024) uint8_t k[C::kKeyTileBytes];
-    alignas(1024) uint8_t v[C::kKeyTileBytes];
+    alignas(1024) uint8_t k[C::kKeyStages][C::kKeyTileBytes];
+    alignas(1024) uint8_t v[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
@@ -145,8 +156,9 @@ struct BackwardSmem {
     QuerySlot slot[C::kSlots];
     DqTarget dq_target[4];
     TileRing tiles;
-    Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
-    Barrier kv_free;                  // every warp is done with the key tile
+    Barrier k_full[C::kKeyStages];    // a key tile has landed; also publishes its TileRing entry
+    Barrier v_full[C::kKeyStages];
+    Barrier kv_free[C::kKeyStages];   // every warp is done with the key tile
     Barrier q_full[C::kStages];       // q and the row statistics
     Barrier dout_full[C::kStages];
     Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
@@ -173,8 +185,10 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
             words[i] = make_uint4(0, 0, 0, 0);
         }
     };
-    clear(smem.k, C::kKeyChunkBytes, size.head_dim);
-    clear(smem.v, C::kKeyChunkBytes, size.head_dim_v);
+    for (int s = 0; s < C::kKeyStages; ++s) {
+        clear(smem.k[s], C::kKeyChunkBytes, size.head_dim);
+        clear(smem.v[s], C::kKeyChunkBytes, size.head_dim_v);
+    }
     for (int s = 0; s < C::kStages; ++s) {
         clear(smem.q[s], C::kQueryChunkBytes, size.head_dim);
         clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);

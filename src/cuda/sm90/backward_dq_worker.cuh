@@ -19,19 +19,20 @@ struct DqWorker {
         wait_for_upstream_kernels();  // the accumulator has been cleared, the counter of claims too
         RingPosition ds_stage, slot;
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
 #pragma unroll 1
             for (int i = 0; i < iterations; ++i) {
                 if constexpr (kWholeHeads) describe_target(tile, i);
-                multiply(ds_stage, slot);
+                multiply(key_stage.index, ds_stage, slot);
                 ds_stage.template advance<C::kDsStages>();
                 if (!kWholeHeads) slot.template advance<C::kSlots>();
             }
             const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
-            if (thread % 32 == 0) smem.kv_free.arrive();
+            if (thread % 32 == 0) smem.kv_free[key_stage.index].arrive();
             if (C::kInnerRows && !kWholeHeads && launch.inner_rows) {
                 __syncwarp();
                 if (thread % 32 == 0) add_release(launch.done + key_head, 1);
@@ -63,6 +64,12 @@ private:
         __syncwarp();
     }
     __device__ __forceinline__ DqTarget& target() const { return smem.dq_target[thread / 32]; }
+    /// Of what follows from it nothing is kept in registers.
+    __device__ __forceinline__ int thread_anew() const {
+        int x = thread;
+        if constexpr (kWholeHeads) asm volatile("" : "+r"(x));
+        return x;
+    }
     template <typename T>
     __device__ __forceinline__ static T fresh(const T& x) {
         return *static_cast<const volatile T*>(&x);
@@ -77,11 +84,11 @@ private:
     };
 
     /// dq (block_m queries x dim, or a pair's half of dim) += dS K.
-    __device__ __forceinline__ void multiply(const RingPosition& ds, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply(int key_stage, const RingPosition& ds, const RingPosition& slot) {
         if constexpr (C::kPair) {
             multiply_half(ds, slot);
         } else {
-            multiply_all(ds, slot);
+            multiply_all(key_stage, ds, slot);
         }
         if (!kWholeHeads && params.deterministic) {
             __syncwarp();
@@ -89,13 +96,13 @@ private:
         }
     }
 
-    __device__ __forceinline__ void multiply_all(const RingPosition& ds, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_all(int key_stage, const RingPosition& ds, const RingPosition& slot) {
         constexpr int kTail = C::kDim % 64;
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
-                const uint32_t k = smem_address(smem.k) + c * C::kKeyChunkBytes;
+                const uint32_t k = smem_address(smem.k) + key_stage * C::kKeyTileBytes + c * C::kKeyChunkBytes;
                 const bool tail = c + 1 == C::kChunks;
                 const Piece piece{u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
                 if (kTail == 0 || !tail) {
@@ -167,7 +174,7 @@ private:
 
     /// This thread's first element of a piece in a tile of the accumulator: (unit, dim / 8, 128 threads, 4).
     __device__ __forceinline__ int place_in_tile(const Piece& piece) const {
-        return (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread * 4;
+        return (piece.unit * (C::kDim / 8) + piece.column / 8) * 512 + thread_anew() * 4;
     }
 
     __device__ __forceinline__ float* partial(const Piece& piece) const {
@@ -195,8 +202,9 @@ private:
 
     template <int kCount>
     __device__ __forceinline__ void store_result(const float (&acc)[kCount], const Piece& piece) const {
-        const int row = piece.unit * 64 + thread / 32 * 16 + thread % 32 / 4;
-        const GradRows rows{fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, thread % 4};
+        const int me = thread_anew();
+        const int row = piece.unit * 64 + me / 32 * 16 + me % 32 / 4;
+        const GradRows rows{fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, me % 4};
         store_gradient<V.dtype>(params, params.dq.data, rows, acc, params.score.softmax_scale, piece.column);
     }
 };

@@ -23,9 +23,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
     release_downstream_kernel();
     if (threadIdx.x == 0) {
         constexpr int kKeyWarps = 4 * C::kKeyWarpgroups;
-        smem.k_full.init(1);
-        smem.v_full.init(1);
-        smem.kv_free.init(kKeyWarps + 4);
+        for (int s = 0; s < C::kKeyStages; ++s) {
+            smem.k_full[s].init(1);
+            smem.v_full[s].init(1);
+            smem.kv_free[s].init(kKeyWarps + 4);
+        }
         for (int s = 0; s < C::kStages; ++s) {
             smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 3 : 1);
             smem.dout_full[s].init(1);

@@ -23,16 +23,17 @@ struct KeyWorker {
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
-        const uint32_t k_rows = smem_address(smem.k) + warpgroup * 64 * C::kRowBytes;
-        const uint32_t v_rows = smem_address(smem.v) + warpgroup * 64 * C::kRowBytes;
         const DsAddress<V> ds_address(smem, warpgroup * 64, thread);
 
         RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            const uint32_t k_rows = smem_address(smem.k) + key_stage.index * C::kKeyTileBytes + warpgroup * 64 * C::kRowBytes;
+            const uint32_t v_rows = smem_address(smem.v) + key_stage.index * C::kKeyTileBytes + warpgroup * 64 * C::kRowBytes;
+            smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            smem.v_full.wait(t & 1);
+            smem.v_full[key_stage.index].wait(key_stage.phase);
 
             typename F::Gradient dk, dv;
 #pragma unroll
@@ -97,7 +98,7 @@ struct KeyWorker {
             if (iterations > 0) free_stage(previous, lane);
             const BackwardTile last = tile;
             __syncwarp();
-            if (lane == 0) smem.kv_free.arrive();
+            if (lane == 0) smem.kv_free[key_stage.index].arrive();
 
             const auto rows = [&](const TensorRef& grad, int dim) {
                 return GradRows::of_keys(params, grad, dim, last, first_key(last), lane % 4);

@@ -34,13 +34,14 @@ struct LoadWorker {
             __syncwarp();
             const bool any = tile.batch >= 0 && tile.m_begin < tile.m_end;
             if (any) load_queries<true>(tile, stage, slot);
-            if (t > 0) smem.kv_free.wait(t - 1 & 1);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            if (t >= C::kKeyStages) smem.kv_free[key_stage.index].wait(key_stage.phase ^ 1);
             if (tile.batch < 0) {
-                if (lane == 0) smem.k_full.arrive();
+                if (lane == 0) smem.k_full[key_stage.index].arrive();
                 if (slots_are_watched()) publish_end(stage, slot);
                 return;
             }
-            load_keys(tile);
+            load_keys(tile, key_stage.index);
             if (any) load_queries<false>(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
@@ -98,21 +99,21 @@ private:
 
     /// Without queries nothing is loaded: an empty sequence would make boxes that lie outside their tensor altogether, for
     /// which the hardware still looks at the map's base address, and that one need not exist (ragged_tensor_map.hpp).
-    __device__ __forceinline__ void load_keys(const BackwardTile& tile) {
+    __device__ __forceinline__ void load_keys(const BackwardTile& tile, int s) {
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
                                    static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
         const int row = C::first_key(tile);
         if (tile.m_begin >= tile.m_end) {
             if (lane == 0) {
-                smem.k_full.arrive();
-                smem.v_full.arrive();
+                smem.k_full[s].arrive();
+                smem.v_full[s].arrive();
             }
         } else if constexpr (C::kPair) {
             load_keys_of_pair(row, static_cast<int>(seq.seqlen_k), at);
         } else if (lane == 0) {
-            load_tile(smem.k, C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full, 0, row, at);
-            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+            load_tile(smem.k[s], C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full[s], 0, row, at);
+            load_tile(smem.v[s], C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full[s], 0, row, at);
         }
         __syncwarp();
     }
@@ -124,22 +125,22 @@ private:
         const int other_chunks = max(0, min(C::chunks_of(dim) - C::pair_chunk(), C::kPairChunks));
         const uint32_t other_bytes = other_row < seqlen_k ? other_chunks * C::kKeyChunkBytes : 0;
         if (row >= seqlen_k) {
-            clear(smem.k);
-            clear(smem.v);
+            clear(smem.k[0]);
+            clear(smem.v[0]);
         }
         if (other_row >= seqlen_k) clear(smem.k_peer);
         fence_async_proxy();
         __syncwarp();
         if (lane > 0) return;
         if (row < seqlen_k) {
-            load_tile(smem.k, C::kKeyChunkBytes, launch.k, dim, smem.k_full, other_bytes, row, at);
-            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+            load_tile(smem.k[0], C::kKeyChunkBytes, launch.k, dim, smem.k_full[0], other_bytes, row, at);
+            load_tile(smem.v[0], C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full[0], 0, row, at);
         } else {
-            smem.k_full.arrive_expect(other_bytes);
-            smem.v_full.arrive();
+            smem.k_full[0].arrive_expect(other_bytes);
+            smem.v_full[0].arrive();
         }
         for (int c = 0; other_bytes > 0 && c < other_chunks; ++c) {
-            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full, (C::pair_chunk() + c) * 64,
+            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0], (C::pair_chunk() + c) * 64,
                         other_row, at);
         }
     }

@@ -159,6 +159,10 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.mask = tile_mask<V>(p, seq);
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
+    // What a whole head keeps between its key tiles has room for sequences as long as they were said to be.
+    const int most = static_cast<int>(ceil_div(p.size.seqlen_q, V.block_m));
+    if (s.whole_heads && tile.m_end > most) tile.m_end = most;
+    if (tile.m_begin > tile.m_end) tile.m_begin = tile.m_end;
     return true;
 }
 
