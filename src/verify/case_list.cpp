@@ -230,6 +230,26 @@ void add_rows_without_keys(List& list) {
     list.add(c);
 }
 
+/// Two key tiles of a GPU and so many heads that a backend may give each CTA whole ones, which then adds up dq by itself.
+void add_short_sequences(List& list) {
+    for (int head_dim : {64, 96, 128, 256}) {
+        Case c{.dtype = DType::bf16, .batch = 34, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 70, .seqlen_k = 150, .head_dim = head_dim};
+        list.add(c);
+        c.window_right = 0;
+        list.add(c);
+        c.seqlen_q = 140, c.window_left = 20, c.window_right = 5;  // the last keys are out of the first queries' reach
+        list.add(c);
+        c.batch = 70, c.num_heads_k = 4, c.seqlen_q = 66, c.seqlen_k = 200, c.window_left = -1, c.window_right = 0;
+        c.varlen_q = c.varlen_k = c.seqused_q = c.seqused_k = c.dlse = true;
+        list.add(c);
+    }
+    Case c{.dtype = DType::f16, .batch = 34, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 140, .head_dim = 64};
+    c.deterministic = true;
+    list.add(c);
+    c.grad_f32 = c.accumulate = c.out_f32 = true;
+    list.add(c);
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -241,6 +261,7 @@ std::vector<Case> verify_cases() {
     add_published_shapes(list);
     add_many_heads(list);
     add_rows_without_keys(list);
+    add_short_sequences(list);
     return list.take();
 }
 

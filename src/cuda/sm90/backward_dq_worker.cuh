@@ -98,6 +98,7 @@ private:
 
     __device__ __forceinline__ void multiply_all(int key_stage, const RingPosition& ds, const RingPosition& slot) {
         constexpr int kTail = C::kDim % 64;
+        if constexpr (C::kKeyStages > 1) asm volatile("" : "+r"(key_stage));  // addresses are made anew, there are no registers to keep them
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
 #pragma unroll
