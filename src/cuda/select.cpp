@@ -77,7 +77,8 @@ bool covers(Features features, Features wanted) {
 
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
-/// costs more than the mask code of a lower one. In the sm80 backward the dQ pass of the deterministic mode wants the second
+/// costs more than the mask code of a lower one. The sm90 backward with fewer stages has two buffers for keys instead, which pays
+/// where a head has few of them. In the sm80 backward the dQ pass of the deterministic mode wants the second
 /// stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
@@ -85,7 +86,11 @@ bool suits_better(const Variant& v, const Variant& best, const Request& request)
     if (served(v) != served(best)) return false;
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     if (v.arch == Arch::sm90) {
-        if (v.direction != Direction::forward || v.mask < best.mask) return false;
+        if (v.mask < best.mask) return false;
+        if (v.direction == Direction::backward) {
+            const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
+            return v.mask == best.mask && (request.seqlen_k <= few_keys ? v.stages < best.stages : v.stages > best.stages);
+        }
         if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
         if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
         return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));

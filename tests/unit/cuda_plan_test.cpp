@@ -174,6 +174,22 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
     }
 }
 
+TEST(Sm90Plan, BackwardOfFewKeysHasTwoBuffersForThem) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        for (bool band : {false, true}) {
+            for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
+                const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = 128, .seqlen_q = 300,
+                                            .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
+                std::string refusal;
+                const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                ASSERT_NE(row, nullptr) << refusal;
+                EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
+                EXPECT_EQ(row->stages, seqlen_k <= (band ? 512 : 256) ? 2 : 3) << seqlen_k;
+            }
+        }
+    }
+}
+
 TEST(Sm80Plan, BandsHaveRoomForEverySequenceThatIsTaken) {
     for (const Arch arch : {Arch::sm80, Arch::sm90}) {
         for (const bool queries : {false, true}) {

@@ -15,6 +15,8 @@ namespace {
 
 constexpr Variant kFull{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 3, 16};
 constexpr Variant kBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 3, 16};
+constexpr Variant kFewKeys{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 2, 16};
+constexpr Variant kFewKeysBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 2, 16};
 
 struct Problem {
     BackwardParams params;
@@ -131,6 +133,8 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
         SCOPED_TRACE(i);
         check<kFull>(rng);
         check<kBand>(rng);
+        check<kFewKeys>(rng);
+        check<kFewKeysBand>(rng);
         if (HasFatalFailure()) return;
     }
 }
@@ -138,18 +142,25 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
 TEST(Sm90BackwardSchedule, WholeHeadsWhereKeysAreFewAndHeadsAreMany) {
     BackwardParams p;
     p.size = {2, 4, 4, 128, 128, 4096, 128, 8192, 256};
-    EXPECT_TRUE(takes_whole_heads(kFull, p));  // one key tile: always
-    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 0);
-    p.size.seqlen_k = 129;
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // one key tile: always
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 0);
     EXPECT_FALSE(takes_whole_heads(kFull, p));
-    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 2 * 64 * 4);
+    p.size.seqlen_k = 129;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // the machine is not full
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
     p.size = {64, 16, 16, 128, 128, 256, 256, 64 * 256, 64 * 256};
-    EXPECT_TRUE(takes_whole_heads(kFull, p));
-    EXPECT_EQ(backward_workspace(kFull, p).dq_tiles, 132 * 4);
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 132 * 4);
+    p.size.batch = 9;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // 144 heads: the second round would be all but empty
     p.size.batch = 16;
-    EXPECT_FALSE(takes_whole_heads(kFull, p));  // two rounds of the machine are not full
-    p.size.batch = 64, p.size.num_heads = 128;
-    EXPECT_FALSE(takes_whole_heads(kFull, p));  // dq of eight query heads does not stay in L2
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
+    p.size.num_heads = 128;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // dq of eight query heads is too much to wait in L2
+    p.size.num_heads = 16;
+    p.size.seqlen_q = p.size.seqlen_k = 512;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));
+    EXPECT_TRUE(takes_whole_heads(kFewKeysBand, p));  // half of it waits half as often
 }
 
 TEST(Sm90BackwardSchedule, AClaimIsAHeadOrATile) {
@@ -180,11 +191,11 @@ TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
     std::mt19937 rng(21);
     for (int i = 0; i < 100; ++i) {
         const Problem problem(rng, true);
-        const BackwardWorkspace w = backward_workspace(kBand, problem.params);
+        const BackwardWorkspace w = backward_workspace(kFewKeysBand, problem.params);
         const int64_t tiles = w.tiles * problem.params.size.num_heads;
-        const bool whole = takes_whole_heads(kBand, problem.params);
-        EXPECT_LE(w.stats_offset + tiles * 2 * kBand.block_m * 4, w.dq_offset);
-        EXPECT_LE(w.dq_offset + w.dq_tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
+        const bool whole = takes_whole_heads(kFewKeysBand, problem.params);
+        EXPECT_LE(w.stats_offset + tiles * 2 * kFewKeysBand.block_m * 4, w.dq_offset);
+        EXPECT_LE(w.dq_offset + w.dq_tiles * kFewKeysBand.block_m * kFewKeysBand.head_dim * 4, w.semaphore_offset);
         EXPECT_LE(w.semaphore_offset + (whole ? 0 : tiles * 4), w.counter_offset);
         if (!whole) {
             EXPECT_EQ(w.dq_tiles, tiles);

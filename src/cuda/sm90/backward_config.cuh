@@ -49,11 +49,12 @@ struct BackwardConfig {
     static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 80 : kDim == 128 && kKeyStages == 2 ? 72 : kDim <= 128 ? 64 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 && kKeyStages == 2 ? 24 : 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128 && kKeyStages == 1;
+    static constexpr bool kInnerRows = kDim == 128 && kStages == 3;
     static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
     static constexpr int kRowBufferBytes = 64 * 128 * (kInnerRows ? 2 : 1);  // for each of the two row workers
     // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
-    static constexpr bool kOwnStatistics = kDim <= 64 || (!kSplit && kKeyStages == 1);
+    static constexpr bool kWholeHeads = may_take_whole_heads(V);
+    static constexpr bool kOwnStatistics = kDim <= 96;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;

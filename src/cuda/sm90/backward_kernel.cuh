@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
     } else if (warpgroup == C::kKeyWarpgroups) {
         register_limit_lower<C::kDqRegisters>();
-        if (launch.schedule.whole_heads) {
-            DqWorker<V, true>{smem, params, launch, thread}.run();
+        if (C::kWholeHeads && launch.schedule.whole_heads) {
+            DqWorker<V, C::kWholeHeads>{smem, params, launch, thread}.run();
         } else {
             DqWorker<V, false>{smem, params, launch, thread}.run();
         }
