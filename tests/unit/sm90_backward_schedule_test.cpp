@@ -27,7 +27,7 @@ struct Problem {
         ProblemSize& n = params.size;
         n.num_heads_k = pick(1, 3);
         n.num_heads = n.num_heads_k * pick(1, 3);
-        n.batch = pick(0, 4) ? pick(1, 4) : pick(0, 1) ? 80 : 270;  // several groups of heads, or enough to take them whole
+        n.batch = pick(0, 4) ? pick(1, 4) : pick(0, 1) ? 80 : 264;  // several groups of heads, or enough to take them whole
         n.head_dim = n.head_dim_v = 128;
         params.deterministic = pick(0, 1);
         if (band) {
