@@ -335,8 +335,10 @@ void add_bench_command(CLI::App& app) {
     add_common_options(*command, options, true);
     command->add_option("--vs", options.vs, "run a peer in turn on the same inputs")->check(CLI::IsMember({"torch"}));
     command->add_option("--python", options.python, "the interpreter that has the peer")->capture_default_str();
-    command->add_option("--implementation", options.implementation, "the implementation to time (default: the first that serves)");
-    command->add_option("--seconds", options.seconds, "time to spend on each cell")->capture_default_str()->check(CLI::PositiveNumber);
+    command->add_option("--implementation", options.implementation,
+                        "the implementation to time (default: the first that serves)");
+    command->add_option("--seconds", options.seconds, "time to spend on each cell")
+        ->capture_default_str()->check(CLI::PositiveNumber);
     command->callback([] { bench(options); });
 }
 

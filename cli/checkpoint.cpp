@@ -49,7 +49,9 @@ void run_show(const CheckpointArguments& a) {
         fmt::print("{}\n", report.dump(2));
         return;
     }
-    for (const auto& [name, value] : report.items()) fmt::print("{:<14}{}\n", name, value.is_string() ? value.get<std::string>() : value.dump());
+    for (const auto& [name, value] : report.items()) {
+        fmt::print("{:<14}{}\n", name, value.is_string() ? value.get<std::string>() : value.dump());
+    }
 }
 
 void run_export(const CheckpointArguments& a) {
@@ -83,7 +85,8 @@ void add_checkpoint_command(CLI::App& app) {
     show->add_flag("--json", a.json, "Report as JSON");
     show->callback([] { run_show(a); });
 
-    CLI::App* export_model = command->add_subcommand("export", "Write model and tokenizer alone, fp32, as transformers load them");
+    CLI::App* export_model =
+        command->add_subcommand("export", "Write model and tokenizer alone, fp32, as transformers load them");
     export_model->add_option("source", a.source, kSource)->required();
     export_model->add_option("out", a.out, "A new or empty folder")->required();
     export_model->callback([] { run_export(a); });

@@ -16,6 +16,22 @@ namespace strobe::gpt {
 
 namespace {
 
+struct Arguments {
+    GenerateOptions options;
+    std::string device = "cpu", precision;
+    bool no_cache = false, endless = false, json = false;
+};
+
+/// Fills what follows from other options.
+GenerateOptions complete(const Arguments& a) {
+    GenerateOptions o = a.options;
+    o.cache = !a.no_cache;
+    o.stop_at_end_of_text = !a.endless;
+    o.device = device_from_string(a.device);
+    o.precision = precision_for(o.device, a.precision);
+    return o;
+}
+
 void run_generate(const GenerateOptions& options, bool json) {
     if (json) {
         const GenerateResult r = generate(options, {});
@@ -44,11 +60,6 @@ void run_generate(const GenerateOptions& options, bool json) {
 void add_generate_command(CLI::App& app) {
     CLI::App* command = app.add_subcommand("generate", "Sample text from a checkpoint");
     command->option_defaults()->take_last();
-    struct Arguments {
-        GenerateOptions options;
-        std::string device = "cpu", precision;
-        bool no_cache = false, endless = false, json = false;
-    };
     const auto a = std::make_shared<Arguments>();
     GenerateOptions& o = a->options;
     command->add_option("--checkpoint", o.checkpoint, "A checkpoint's folder, or a run's: its newest")->required();
@@ -56,21 +67,19 @@ void add_generate_command(CLI::App& app) {
     command->add_option("--tokens", o.max_tokens, "How many tokens to write")->capture_default_str();
     command->add_option("--temperature", o.sampling.temperature, "0: always the likeliest token")->capture_default_str();
     command->add_option("--top-k", o.sampling.top_k, "Only the k likeliest tokens; 0: all")->capture_default_str();
-    command->add_option("--top-p", o.sampling.top_p, "Only the likeliest tokens that together reach this probability")->capture_default_str();
-    command->add_option("--seed", o.sampling.seed, "Of the random numbers: the same seed gives the same text")->capture_default_str();
+    command->add_option("--top-p", o.sampling.top_p, "Only the likeliest tokens that together reach this probability")
+        ->capture_default_str();
+    command->add_option("--seed", o.sampling.seed, "Of the random numbers: the same seed gives the same text")
+        ->capture_default_str();
     command->add_flag("--no-cache", a->no_cache, "Read the whole text again for every token (to compare)");
     command->add_flag("--endless", a->endless, "Go on behind an end-of-text token");
     command->add_option("--threads", o.threads, "0: as many as the process may use")->capture_default_str();
-    command->add_option("--device", a->device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
-    command->add_option("--precision", a->precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")->check(CLI::IsMember({"bf16", "fp32"}));
+    command->add_option("--device", a->device, "cpu or cuda")
+        ->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+    command->add_option("--precision", a->precision, "bf16 or fp32 (default: bf16 on cuda, fp32 on the cpu)")
+        ->check(CLI::IsMember({"bf16", "fp32"}));
     command->add_flag("--json", a->json, "One JSON object on standard output instead of streamed text");
-    command->callback([a] {
-        a->options.cache = !a->no_cache;
-        a->options.device = device_from_string(a->device);
-        a->options.precision = precision_for(a->options.device, a->precision);
-        a->options.stop_at_end_of_text = !a->endless;
-        run_generate(a->options, a->json);
-    });
+    command->callback([a] { run_generate(complete(*a), a->json); });
 }
 
 }  // namespace strobe::gpt

@@ -9,7 +9,7 @@ namespace strobe::cli {
 /// program, version, commit, command line, UTC time, machine. `kind` names the record: "info", "verify", "bench".
 nlohmann::ordered_json record_header(const std::string& kind);
 
-/// The machine: processor, cores this process may use, memory, instruction sets, CUDA devices.
+/// The machine: processor, threads that a call uses, memory, instruction sets.
 nlohmann::ordered_json machine_json();
 
 /// Writes through a temporary file, so that a reader never sees half of it. Throws Exit when the file cannot be written.

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -46,22 +47,26 @@ std::string_view pattern_named(const std::string& name) {
 void print_summary(const Tokenizer& tokenizer, const std::string& source, bool json) {
     nlohmann::ordered_json specials = nlohmann::ordered_json::object();
     for (const SpecialToken& special : tokenizer.vocabulary().specials) specials[special.text] = special.id;
+    const size_t merges = tokenizer.vocabulary().merges.size();
+    const std::string fingerprint = to_hex(tokenizer.fingerprint());
     if (json) {
-        fmt::print("{}\n", nlohmann::ordered_json{{"source", source},
-                                                  {"vocab_size", tokenizer.vocab_size()},
-                                                  {"merges", tokenizer.vocabulary().merges.size()},
-                                                  {"pattern", tokenizer.vocabulary().pattern},
-                                                  {"special", specials},
-                                                  {"fingerprint", to_hex(tokenizer.fingerprint())}}.dump(2));
+        const nlohmann::ordered_json report{{"source", source},
+                                            {"vocab_size", tokenizer.vocab_size()},
+                                            {"merges", merges},
+                                            {"pattern", tokenizer.vocabulary().pattern},
+                                            {"special", specials},
+                                            {"fingerprint", fingerprint}};
+        fmt::print("{}\n", report.dump(2));
         return;
     }
-    fmt::print("{}: {} ids, {} merges, fingerprint {}\n", source, tokenizer.vocab_size(), tokenizer.vocabulary().merges.size(),
-               to_hex(tokenizer.fingerprint()));
+    fmt::print("{}: {} ids, {} merges, fingerprint {}\n", source, tokenizer.vocab_size(), merges, fingerprint);
     for (const auto& [text, id] : specials.items()) fmt::print("  {} = {}\n", text, id.get<int64_t>());
 }
 
 void run_train(const TokenizerArguments& a) {
-    BpeTrainer trainer({.vocab_size = a.vocab_size, .min_frequency = a.min_frequency, .pattern = std::string(pattern_named(a.pattern))});
+    BpeTrainer trainer({.vocab_size = a.vocab_size,
+                        .min_frequency = a.min_frequency,
+                        .pattern = std::string(pattern_named(a.pattern))});
     Corpus(a.data).for_each_document([&](std::string_view document) { trainer.add(document); });
     const Tokenizer tokenizer(trainer.train());
     tokenizer.save(a.out);
@@ -87,10 +92,12 @@ std::vector<TokenId> parse_ids(const std::string& text) {
     const char* at = text.data();
     const char* end = at + text.size();
     while (true) {
-        while (at < end && (*at == ' ' || *at == '\n' || *at == '\t' || *at == '\r' || *at == ',')) ++at;
+        while (at < end && std::string_view(" \n\t\r,").find(*at) != std::string_view::npos) ++at;
         if (at == end) return ids;
         const auto [stop, error] = std::from_chars(at, end, ids.emplace_back());
-        if (error != std::errc()) throw cli::Exit{cli::kExitUsage, fmt::format("byte {} of the input is not a token id", at - text.data())};
+        if (error != std::errc()) {
+            throw cli::Exit{cli::kExitUsage, fmt::format("byte {} of the input is not a token id", at - text.data())};
+        }
         at = stop;
     }
 }
@@ -100,7 +107,9 @@ void run_decode(const TokenizerArguments& a) {
     const std::string input = read_input(a.file);
     std::vector<TokenId> ids;
     if (a.binary) {
-        if (input.size() % sizeof(TokenId) != 0) throw cli::Exit{cli::kExitUsage, "the input is not a whole number of 32-bit ids"};
+        if (input.size() % sizeof(TokenId) != 0) {
+            throw cli::Exit{cli::kExitUsage, "the input is not a whole number of 32-bit ids"};
+        }
         ids.resize(input.size() / sizeof(TokenId));
         std::memcpy(ids.data(), input.data(), input.size());
     } else {
@@ -117,15 +126,20 @@ void add_tokenizer_command(CLI::App& app) {
     CLI::App* command = app.add_subcommand("tokenizer", "Train, inspect and apply vocabularies");
     command->require_subcommand(1);
     const auto add_tokenizer_option = [](CLI::App* sub) {
-        sub->add_option("--tokenizer", a.tokenizer, "bytes, or a vocabulary (folder, vocab.json, tokenizer.json, .tiktoken)")->capture_default_str();
+        sub->add_option("--tokenizer", a.tokenizer,
+                        "bytes, or a vocabulary (folder, vocab.json, tokenizer.json, .tiktoken)")
+            ->capture_default_str();
     };
 
     CLI::App* train = command->add_subcommand("train", "Learn a byte-level BPE vocabulary from text");
     train->add_option("--data", a.data, "A text file or a folder of text files")->required();
-    train->add_option("--out", a.out, "Folder for tokenizer.json and, with the gpt2 pattern, vocab.json and merges.txt")->required();
+    train->add_option("--out", a.out, "Folder for tokenizer.json and, with the gpt2 pattern, vocab.json and merges.txt")
+        ->required();
     train->add_option("--vocab-size", a.vocab_size, "With the 256 bytes and <|endoftext|>")->capture_default_str();
-    train->add_option("--min-frequency", a.min_frequency, "Pairs seen less often are not merged")->capture_default_str();
-    train->add_option("--pattern", a.pattern, "How text is split before merging")->check(CLI::IsMember({"gpt2", "cl100k", "o200k"}))->capture_default_str();
+    train->add_option("--min-frequency", a.min_frequency, "Pairs seen less often are not merged")
+        ->capture_default_str();
+    train->add_option("--pattern", a.pattern, "How text is split before merging")
+        ->check(CLI::IsMember({"gpt2", "cl100k", "o200k"}))->capture_default_str();
     train->add_flag("--json", a.json, "Report as JSON");
     train->callback([] { run_train(a); });
 

@@ -62,16 +62,16 @@ nlohmann::ordered_json result_json(const CaseResult& r) {
     return json;
 }
 
-std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const VerifyCommandOptions& options, const Device& device,
-                                  int workers) {
+std::vector<CaseResult> run_cases(const std::vector<verify::Case>& cases, const VerifyCommandOptions& options,
+                                  const Device& device) {
     std::vector<CaseResult> results(cases.size());
     Progress progress(static_cast<int64_t>(cases.size()));
     const auto make_subject = [&]() -> std::unique_ptr<verify::Subject> {
-        if (device.type == DeviceType::cpu) return std::make_unique<verify::LibrarySubject>(options.implementation, options.threads);
-        return std::make_unique<verify::LibrarySubject>(fenced_memory(device), STROBE_CUDA, device.index, options.implementation,
-                                                        nullptr);
+        if (device.type == DeviceType::cpu) return std::make_unique<verify::LibrarySubject>(options.implementation);
+        return std::make_unique<verify::LibrarySubject>(fenced_memory(device), STROBE_CUDA, device.index,
+                                                        options.implementation, nullptr);
     };
-    verify::verify_list(cases, workers, make_subject, {}, [&](size_t i, const CaseResult& result) {
+    verify::verify_list(cases, num_threads(), make_subject, {}, [&](size_t i, const CaseResult& result) {
         results[i] = result;
         if (result.outcome == Outcome::failed) {
             progress.clear();
@@ -91,7 +91,8 @@ void verify_command(const VerifyCommandOptions& options) {
         for (const verify::Case& c : cases) std::printf("%s\n", c.name().c_str());
         return;
     }
-    const std::vector<CaseResult> results = run_cases(cases, options, device, num_threads());
+    if (options.threads > 0) set_num_threads(options.threads);
+    const std::vector<CaseResult> results = run_cases(cases, options, device);
     Summary summary;
     for (const CaseResult& r : results) summary.add(r);
 

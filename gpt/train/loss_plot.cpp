@@ -98,7 +98,8 @@ std::string draw_svg(const LossPlot& plot) {
     const Axes axes = axes_of(plot, smooth);
     std::string out = fmt::format(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0} {1}\" width=\"{0}\" height=\"{1}\" "
-        "font-family=\"sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
+        "font-family=\"sans-serif\" font-size=\"13\" fill=\"#222\">\n"
+        "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
         "<text x=\"{2}\" y=\"26\" font-size=\"16\">{3}</text>\n",
         kWidth, kHeight, kLeft, escaped(plot.title));
     const double y_tick = tick_of(axes.y_max - axes.y_min, 6);
@@ -108,20 +109,25 @@ std::string draw_svg(const LossPlot& plot) {
                            kLeft, kWidth - kRight, axes.y(v), kLeft - 8, axes.y(v) + 4, v);
     const double x_tick = std::max(1.0, tick_of(axes.x_max, 8));
     for (double v = 0; v <= axes.x_max; v += x_tick)
-        out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:.0f}</text>\n", axes.x(v), kHeight - kBottom + 20, v);
-    out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">step</text>\n"
-                       "<text x=\"18\" y=\"{:.1f}\" transform=\"rotate(-90 18 {:.1f})\" text-anchor=\"middle\">{}</text>\n",
-                       (kLeft + kWidth - kRight) / 2, kHeight - 12, kHeight / 2, kHeight / 2, escaped(plot.unit));
+        out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:.0f}</text>\n", axes.x(v),
+                           kHeight - kBottom + 20, v);
+    out += fmt::format("<text x=\"{0:.1f}\" y=\"{1}\" text-anchor=\"middle\">step</text>\n"
+                       "<text x=\"18\" y=\"{2:.1f}\" transform=\"rotate(-90 18 {2:.1f})\" text-anchor=\"middle\">{3}"
+                       "</text>\n",
+                       (kLeft + kWidth - kRight) / 2, kHeight - 12, kHeight / 2, escaped(plot.unit));
     out += polyline(axes, plot.training, "stroke=\"#9ecae1\" stroke-width=\"1\"");
     out += polyline(axes, smooth, "stroke=\"#2171b5\" stroke-width=\"2\"");
     out += polyline(axes, plot.held_out, "stroke=\"#d94801\" stroke-width=\"2\"");
-    for (const CurvePoint& p : thinned(plot.held_out))
-        if (std::isfinite(p.loss))
-            out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3\" fill=\"#d94801\"/>\n", axes.x(static_cast<double>(p.step)), axes.y(p.loss));
+    for (const CurvePoint& p : thinned(plot.held_out)) {
+        if (!std::isfinite(p.loss)) continue;
+        out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3\" fill=\"#d94801\"/>\n",
+                           axes.x(static_cast<double>(p.step)), axes.y(p.loss));
+    }
     const double legend = kWidth - kRight - 190;
     out += fmt::format("<text x=\"{0}\" y=\"64\" fill=\"#2171b5\">training (running mean)</text>\n", legend);
     if (!plot.held_out.empty())
-        out += fmt::format("<text x=\"{}\" y=\"82\" fill=\"#d94801\">held out, last {:.4f}</text>\n", legend, plot.held_out.back().loss);
+        out += fmt::format("<text x=\"{}\" y=\"82\" fill=\"#d94801\">held out, last {:.4f}</text>\n", legend,
+                           plot.held_out.back().loss);
     return out + "</svg>\n";
 }
 

@@ -14,7 +14,8 @@ void OptimizerOptions::validate() const {
         if (!good) throw std::invalid_argument(fmt::format("{} is {}, must be {}", field, value, range));
     };
     require(learning_rate > 0.0f && learning_rate < 10.0f, "learning rate", learning_rate, "above 0 and below 10");
-    require(final_fraction >= 0.0f && final_fraction <= 1.0f, "final learning rate fraction", final_fraction, "between 0 and 1");
+    require(final_fraction >= 0.0f && final_fraction <= 1.0f, "final learning rate fraction", final_fraction,
+            "between 0 and 1");
     require(warmup_steps >= 0, "warm-up", static_cast<double>(warmup_steps), "0 or more steps");
     require(beta1 >= 0.0f && beta1 < 1.0f, "beta1", beta1, "at least 0 and below 1");
     require(beta2 >= 0.0f && beta2 < 1.0f, "beta2", beta2, "at least 0 and below 1");
@@ -51,20 +52,32 @@ void Optimizer::set_rates(int64_t step, float learning_rate) {
 
 void Optimizer::update(Exec& exec, const Weights& weights, const ParameterArena& gradients) {
     auto* square = squared_norm_.at<double>(0);
-    const int64_t matrices = gradients.matrices_begin(), sizes[] = {matrices, gradients.size() - matrices};
+    const bool narrow = weights.precision != Precision::fp32;
     // Vectors, which do not decay, then matrices.
+    const int64_t matrices = gradients.matrices_begin();
+    const int64_t sizes[] = {matrices, gradients.size() - matrices};
     if (gradients.precision() == Precision::fp32)
         run(exec, SquaredNorm{.size = gradients.size(), .values = gradients.at(0), .result = square});
     else
         for (const int part : {0, 1})
-            run(exec, SquaredNorm{.size = sizes[part], .values = gradients.at(part * matrices), .result = square, .add = part > 0});
+            run(exec, SquaredNorm{.size = sizes[part],
+                                  .values = gradients.at(part * matrices),
+                                  .result = square,
+                                  .add = part > 0});
     for (const int part : {0, 1})
-        run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + part, 1}, .size = sizes[part],
-                        .values = weights.values.at(part * matrices), .grads = gradients.at(part * matrices),
-                        .m = m_.at(part * matrices), .v = v_.at(part * matrices), .rates = rates_.at<AdamWRates>(0),
-                        .beta1 = options_.beta1, .beta2 = options_.beta2, .eps = options_.eps,
-                        .squared_norm = options_.clip_norm > 0.0f ? square : nullptr, .clip_norm = options_.clip_norm,
-                        .narrow = weights.precision == Precision::fp32 ? Buffer() : weights.all().offset(part * matrices)});
+        run(exec, AdamW{.segments = {segments_.at<AdamWSegment>(0) + part, 1},
+                        .size = sizes[part],
+                        .values = weights.values.at(part * matrices),
+                        .grads = gradients.at(part * matrices),
+                        .m = m_.at(part * matrices),
+                        .v = v_.at(part * matrices),
+                        .rates = rates_.at<AdamWRates>(0),
+                        .beta1 = options_.beta1,
+                        .beta2 = options_.beta2,
+                        .eps = options_.eps,
+                        .squared_norm = options_.clip_norm > 0.0f ? square : nullptr,
+                        .clip_norm = options_.clip_norm,
+                        .narrow = narrow ? weights.all().offset(part * matrices) : Buffer()});
 }
 
 double Optimizer::gradient_norm() const {
@@ -73,7 +86,8 @@ double Optimizer::gradient_norm() const {
     return std::sqrt(square);
 }
 
-double Optimizer::apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step, float learning_rate) {
+double Optimizer::apply(Exec& exec, const Weights& weights, const ParameterArena& gradients, int64_t step,
+                        float learning_rate) {
     set_rates(step, learning_rate);
     update(exec, weights, gradients);
     return gradient_norm();

@@ -21,8 +21,8 @@ struct OptimizerOptions {
     void validate() const;
 };
 
-/// Linear warm-up to the peak at warmup_steps, then half a cosine down to final_fraction of it at total_steps. `step` is 1 for
-/// the first.
+/// Linear warm-up to the peak at warmup_steps, then half a cosine down to final_fraction of it at total_steps. `step` is 1
+/// for the first.
 float learning_rate_at(const OptimizerOptions& options, int64_t step, int64_t total_steps);
 
 class Optimizer {

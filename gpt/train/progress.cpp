@@ -13,8 +13,8 @@ namespace strobe::gpt {
 
 namespace {
 
-constexpr auto kTerminalInterval = std::chrono::milliseconds(100);
-constexpr auto kFileInterval = std::chrono::seconds(10);
+constexpr std::chrono::milliseconds kTerminalInterval{100};
+constexpr std::chrono::milliseconds kFileInterval{10'000};
 constexpr int kBarCells = 24;
 
 int terminal_columns() {
@@ -60,13 +60,14 @@ void Progress::show(const ProgressValues& v) {
     if (quiet_) return;
     const auto now = std::chrono::steady_clock::now();
     const bool last_step = v.step == v.total_steps;
-    if (last_ && !last_step && now - *last_ < (terminal_ ? std::chrono::nanoseconds(kTerminalInterval) : kFileInterval)) return;
+    const std::chrono::milliseconds interval = terminal_ ? kTerminalInterval : kFileInterval;
+    if (last_ && !last_step && now - *last_ < interval) return;
     last_ = now;
     const double fraction = static_cast<double>(v.step) / static_cast<double>(std::max<int64_t>(1, v.total_steps));
     std::string text = fmt::format("step {}/{}  loss {:.4f}", v.step, v.total_steps, v.loss);
     if (v.held_out_loss) text += fmt::format("  held out {:.4f}", *v.held_out_loss);
-    text += fmt::format("  {}tok/s  {}FLOP/s  MFU {:.0f} %  {} left", scaled(v.tokens_per_second), scaled(v.flops_per_second),
-                        100.0 * v.utilisation, clock_text(v.seconds_left));
+    text += fmt::format("  {}tok/s  {}FLOP/s  MFU {:.0f} %  {} left", scaled(v.tokens_per_second),
+                        scaled(v.flops_per_second), 100.0 * v.utilisation, clock_text(v.seconds_left));
     if (!terminal_) {
         fmt::print(stderr, "{}\n", text);
         return;

@@ -1,5 +1,5 @@
-// The record of a run: one JSON object per line, flushed line by line. A resumed run goes on where its checkpoint was: what
-// a killed run logged after that is dropped, for it will be computed again.
+// The record of a run: one JSON object per line, flushed line by line. A resumed run goes on where its checkpoint was:
+// what a killed run logged after that is dropped, for it will be computed again.
 #pragma once
 
 #include <cstdint>

@@ -57,14 +57,15 @@ void TrainOptions::validate() const {
     require(steps >= 1, "steps", steps, "1 or more");
     require(device == Device::cuda || precision == Precision::fp32, "precision", to_string(precision), "fp32 on the cpu");
     if (gradients != Precision::fp32 && (accumulate > 1 || launch.size > 1 || precision == Precision::fp32))
-        throw std::invalid_argument("gradients in bf16 are those of one pass in bf16 by one process: give --gradients fp32, or neither "
-                                    "--accumulate nor --processes nor --precision fp32");
+        throw std::invalid_argument("gradients in bf16 are those of one pass in bf16 by one process: give --gradients fp32, "
+                                    "or neither --accumulate nor --processes nor --precision fp32");
     require(threads >= 0 && threads <= 1024, "threads", threads, "between 0 (all) and 1024");
     require(eval_every >= 0, "eval-every", eval_every, "0 (only at the end) or more");
     require(eval_rows >= 1, "eval-rows", eval_rows, "1 or more");
     require(save_every >= 0, "save-every", save_every, "0 (only at the end) or more");
     model.validate();
-    require(seqlen >= 0 && seqlen <= model.context_length, "seqlen", seqlen, "0 (the model's context) up to the model's context");
+    require(seqlen >= 0 && seqlen <= model.context_length, "seqlen", seqlen,
+            "0 (the model's context) up to the model's context");
     require(row_length() <= (int64_t{1} << 30) / batch_size, "batch size * seqlen", batch_size * row_length(),
             "at most 2^30 tokens");
     optimizer.validate();
@@ -91,8 +92,9 @@ void check_resumable(const TrainOptions& asked, const TrainOptions& stored) {
     const nlohmann::ordered_json a = to_json(asked), s = to_json(stored), plain = to_json(defaults);
     for (const auto& [name, value] : a.items())
         if (value != plain[name] && value != s[name])
-            throw std::invalid_argument(fmt::format("resume: {} is {} but the run was started with {}; leave the option out, or "
-                                                    "start a new run in another folder", name, value.dump(), s[name].dump()));
+            throw std::invalid_argument(
+                fmt::format("resume: {} is {} but the run was started with {}; leave the option out, or start a new run in "
+                            "another folder", name, value.dump(), s[name].dump()));
 }
 
 }  // namespace strobe::gpt

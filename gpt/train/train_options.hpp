@@ -1,5 +1,5 @@
-// What a training run is: everything that its result depends on, and a few things that it does not. The first part goes into
-// every checkpoint, so that a run can be resumed by naming its folder.
+// What a training run is: everything that its result depends on, and a few things that it does not. The first part goes
+// into every checkpoint, so that a run can be resumed by naming its folder.
 #pragma once
 
 #include <cstdint>
@@ -30,16 +30,16 @@ struct TrainOptions {
     uint64_t seed = 1;
     OptimizerOptions optimizer;
 
-    // The result does not depend on these, but for rounding: a checkpoint is fp32 and goes on anywhere.
+    // On these it depends by rounding alone: a checkpoint is fp32 and goes on anywhere.
     Device device = Device::cpu;
     Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
     Precision moments = Precision::fp32;    // what AdamW's moments lie in; bf16 is rounded stochastically
     Precision gradients = Precision::fp32;  // what those of matrices lie in; bf16: of a step of one pass
     bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
     bool graph = true;                      // cuda: steps are recorded and replayed whole
+    Launch launch;                          // among how many processes, and as which one
 
-    // The result does not depend on these.
-    Launch launch;                    // among how many processes, and as which one; but for rounding
+    // On these it does not depend.
     std::filesystem::path out = "out/gpt";
     bool resume = false;
     bool overwrite = false;
@@ -61,8 +61,8 @@ nlohmann::ordered_json to_json(const TrainOptions& options);
 /// Replaces that part. Throws std::invalid_argument when the JSON is not what to_json writes.
 void from_json(const nlohmann::json& json, TrainOptions& options);
 
-/// Throws std::invalid_argument if `asked` differs from the defaults in something and from `stored` too: the user wants what
-/// a resumed run cannot give.
+/// Throws std::invalid_argument if `asked` differs from the defaults in something and from `stored` too: the user wants
+/// what a resumed run cannot give.
 void check_resumable(const TrainOptions& asked, const TrainOptions& stored);
 
 }  // namespace strobe::gpt

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cmath>
 #include <stdexcept>
@@ -18,6 +17,7 @@
 #include "gpt/step_graphs.hpp"
 #include "gpt/train/interrupt.hpp"
 #include "gpt/train/loss_plot.hpp"
+#include "gpt/train/start.hpp"
 
 namespace strobe::gpt {
 
@@ -51,54 +51,6 @@ nlohmann::ordered_json operator_times(OpTimes& times) {
     return out;
 }
 
-/// Where a run starts: from a checkpoint of its own, from somebody's weights, or from nothing.
-struct Start {
-    TrainOptions options;
-    std::optional<TrainingState> state;
-    std::optional<Checkpoint> checkpoint;
-    Tokenizer tokenizer;
-};
-
-Start resume_from(const TrainOptions& asked, Checkpoint checkpoint) {
-    if (!checkpoint.state())
-        throw std::invalid_argument(fmt::format("resume: {} holds weights but no training state", checkpoint.folder().string()));
-    TrainOptions options = asked;
-    from_json(checkpoint.state()->trainer.at("options"), options);
-    check_resumable(asked, options);
-    options.validate();
-    std::optional<TrainingState> state = checkpoint.state();
-    Tokenizer tokenizer = checkpoint.tokenizer();
-    return {std::move(options), std::move(state), std::move(checkpoint), std::move(tokenizer)};
-}
-
-Start find_start(const TrainOptions& asked, Progress& progress) {
-    const bool has_run = std::filesystem::exists(asked.out) && !list_checkpoints(asked.out).empty();
-    if (has_run && asked.resume) {
-        std::vector<std::string> refused;
-        Checkpoint checkpoint = open_checkpoint(asked.out, &refused);
-        for (const std::string& text : refused) progress.message("passed over a checkpoint: " + text);
-        return resume_from(asked, std::move(checkpoint));
-    }
-    if (has_run && !asked.overwrite)
-        throw std::invalid_argument(fmt::format("{} holds checkpoints of a run: give --resume to go on with it, --overwrite to "
-                                                "start anew, or another --out", asked.out.string()));
-    TrainOptions options = asked;
-    std::optional<Checkpoint> checkpoint;
-    if (!options.init.empty()) checkpoint.emplace(open_checkpoint(options.init));
-    const bool own_tokenizer = checkpoint && checkpoint->has_tokenizer() && options.tokenizer == "bytes";
-    Tokenizer tokenizer = own_tokenizer ? checkpoint->tokenizer() : Tokenizer::load(options.tokenizer);
-    if (checkpoint) {
-        options.model = checkpoint->config();
-        if (options.model.vocab_size < tokenizer.vocab_size())
-            throw std::invalid_argument(fmt::format("init: the tokenizer has {} tokens, the checkpoint's model {}",
-                                                    tokenizer.vocab_size(), options.model.vocab_size));
-    } else {
-        options.model.vocab_size = tokenizer.vocab_size();
-    }
-    options.validate();
-    return {std::move(options), std::nullopt, std::move(checkpoint), std::move(tokenizer)};
-}
-
 class Run {
 public:
     /// group: null for a single process. Rank 0 writes and reports; the others compute.
@@ -111,12 +63,25 @@ private:
         SamplerPosition position;  // behind its batches
         StepTotals totals;
     };
+    /// And what is known behind it.
+    struct Made {
+        double loss;
+        float learning_rate;
+        double gradient_norm;  // before clipping
+        StepTotals totals;
+        double seconds;
+    };
 
+    void fill_weights();
+    void take_up(const TrainingState& state);
     Ahead prepare();
     void step(int64_t number);
+    void report(const Made& made);
     std::optional<double> evaluate(uint64_t max_rows);
     void save(int64_t number);
     void draw();
+    void announce();
+    void conclude();
     bool leads() const { return !group_ || group_->leads(); }
     int num_processes() const { return group_ ? group_->size() : 1; }
     bool shall_stop() const { return group_ ? voted_to_stop_ : InterruptGuard::requested(); }
@@ -134,7 +99,7 @@ private:
     Backend backend_;
     Weights weights_;
     Model model_;
-    std::optional<Optimizer> optimizer_;       // of a single process
+    std::optional<Optimizer> optimizer_;      // of a single process
     std::unique_ptr<DataParallel> parallel_;  // of several
     StepGraphs graphs_;
     std::optional<RunLog> log_;
@@ -150,47 +115,6 @@ private:
     std::optional<double> last_held_out_;
     bool voted_to_stop_ = false;
 };
-
-/// The processes were started with the same options and see the same checkpoint.
-void check_agreement(const Start& start, ProcessGroup& group) {
-    nlohmann::ordered_json mine = to_json(start.options);
-    mine["device"] = to_string(start.options.device);
-    mine["precision"] = to_string(start.options.precision);
-    mine["moments"] = to_string(start.options.moments);
-    mine["gradients"] = to_string(start.options.gradients);
-    mine["eval-every"] = start.options.eval_every;
-    mine["eval-rows"] = start.options.eval_rows;
-    mine["save-every"] = start.options.save_every;
-    mine["step to resume from"] = start.state ? start.state->step : 0;
-    const std::vector<std::string> all = group.exchange(mine.dump());
-    const auto leaders = nlohmann::ordered_json::parse(all.front());
-    for (size_t rank = 1; rank < all.size(); ++rank) {
-        const auto theirs = nlohmann::ordered_json::parse(all[rank]);
-        for (const auto& [name, value] : theirs.items())
-            if (value != leaders[name])
-                throw std::invalid_argument(fmt::format("{} is {} for rank {} and {} for rank 0: all processes need the same options and "
-                                                        "must see the same files", name, value.dump(), rank, leaders[name].dump()));
-    }
-}
-
-Dataset load(const Start& start, Progress& progress, ProcessGroup* group) {
-    progress.message("reading " + start.options.data);
-    // One process of a machine makes the shards, the others find them.
-    const bool first = !group || group->launch().local_rank == 0;
-    if (!first) group->barrier();
-    Dataset data = load_dataset({.source = start.options.data, .cache = {}, .held_out = start.options.held_out,
-                                 .num_threads = std::max(1, start.options.threads), .progress = {}},
-                                start.tokenizer);
-    if (start.state && start.state->data_fingerprint != data.fingerprint)
-        throw std::invalid_argument(fmt::format("resume: {} is not the text that the run was started with", start.options.data));
-    if (!group) return data;
-    if (first) group->barrier();
-    const std::vector<std::string> all = group->exchange(std::to_string(data.fingerprint));
-    for (size_t rank = 1; rank < all.size(); ++rank)
-        if (all[rank] != all.front())
-            throw std::invalid_argument(fmt::format("data: {} is another text for rank {} than for rank 0", start.options.data, rank));
-    return data;
-}
 
 StepRowsOptions rows_of(const TrainOptions& o, const ProcessGroup* group) {
     return {.row = {.seqlen = o.row_length(), .split_documents = o.split_documents},
@@ -214,46 +138,24 @@ Run::Run(Start start, Progress& progress, ProcessGroup* group)
       start_(std::move(start)),
       options_(start_.options),
       store_(leads() ? std::optional<CheckpointStore>(std::in_place, options_.out) : std::nullopt),
-      data_(load(start_, progress, group)),
+      data_(load_data(start_, progress, group)),
       rows_(data_.train, rows_of(options_, group)),
       backend_(options_.device, threads_of(options_, group)),
       weights_(options_.model, backend_.memory(), options_.precision, num_processes()),
-      model_(weights_, backend_, {.max_rows = rows_.largest_pass() * options_.row_length(), .recompute = options_.recompute, .gradients = options_.gradients}),
+      model_(weights_, backend_,
+             {.max_rows = rows_.largest_pass() * options_.row_length(),
+              .recompute = options_.recompute,
+              .gradients = options_.gradients}),
       graphs_(backend_) {
     if (group)
-        parallel_ = std::make_unique<DataParallel>(*group, backend_, weights_, model_.gradients(), options_.optimizer, options_.moments);
+        parallel_ = std::make_unique<DataParallel>(*group, backend_, weights_, model_.gradients(), options_.optimizer,
+                                                   options_.moments);
     else
         optimizer_.emplace(weights_.layout, options_.optimizer, backend_.memory(), options_.moments);
     if (leads()) log_.emplace(options_.out / "log.jsonl", start_.state ? start_.state->step : 0);
     backend_.exec().deterministic = options_.deterministic;
-    fill_by_host(weights_, [&](const ParameterArena& values) {
-        if (start_.checkpoint)
-            start_.checkpoint->read_values(weights_.layout, values);
-        else
-            initialize(weights_.layout, options_.model, options_.seed, values);
-    });
-    if (start_.state) {
-        if (parallel_) {
-            const ParameterArena first(weights_.layout), second(weights_.layout);
-            start_.checkpoint->read_moments(weights_.layout, first, second);
-            parallel_->set_moments(first, second);
-        } else {
-            fill_by_host(weights_.layout, optimizer_->first_moments(), [&](const ParameterArena& first) {
-                fill_by_host(weights_.layout, optimizer_->second_moments(),
-                             [&](const ParameterArena& second) { start_.checkpoint->read_moments(weights_.layout, first, second); });
-            });
-        }
-        rows_.seek(start_.state->data_position);
-        result_.steps = start_.state->step;
-        const int processes = start_.state->trainer.value("processes", 1);
-        if (processes != num_processes())
-            progress_.message(fmt::format("resuming on {} processes a run of {}: sums are ordered differently from here on",
-                                          num_processes(), processes));
-        const int threads = start_.state->trainer.value("threads", 0);
-        if (backend_.device() == Device::cpu && threads != backend_.team().size())
-            progress_.message(fmt::format("resuming on {} threads a run of {}: sums are ordered differently from here on",
-                                          backend_.team().size(), threads));
-    }
+    fill_weights();
+    if (start_.state) take_up(*start_.state);
     start_.checkpoint.reset();
     position_ = rows_.position();
     result_.parameters = options_.model.num_parameters();
@@ -261,6 +163,40 @@ Run::Run(Start start, Progress& progress, ProcessGroup* group)
     result_.plot = options_.out / "loss.svg";
     result_.peak_flops_per_second = backend_.peak(options_.precision);
     if (group_) group_->sum({&result_.peak_flops_per_second, 1});
+}
+
+void Run::fill_weights() {
+    fill_by_host(weights_, [&](const ParameterArena& values) {
+        if (start_.checkpoint)
+            start_.checkpoint->read_values(weights_.layout, values);
+        else
+            initialize(weights_.layout, options_.model, options_.seed, values);
+    });
+}
+
+/// Goes on where the checkpoint was: the optimizer's moments and the place in the data.
+void Run::take_up(const TrainingState& state) {
+    if (parallel_) {
+        const ParameterArena first(weights_.layout), second(weights_.layout);
+        start_.checkpoint->read_moments(weights_.layout, first, second);
+        parallel_->set_moments(first, second);
+    } else {
+        fill_by_host(weights_.layout, optimizer_->first_moments(), [&](const ParameterArena& first) {
+            fill_by_host(weights_.layout, optimizer_->second_moments(), [&](const ParameterArena& second) {
+                start_.checkpoint->read_moments(weights_.layout, first, second);
+            });
+        });
+    }
+    rows_.seek(state.data_position);
+    result_.steps = state.step;
+    const auto warn_of_other = [&](const char* things, int now, int before) {
+        if (now == before) return;
+        progress_.message(
+            fmt::format("resuming on {} {} a run of {}: sums are ordered differently from here on", now, things, before));
+    };
+    warn_of_other("processes", num_processes(), state.trainer.value("processes", 1));
+    if (backend_.device() == Device::cpu)
+        warn_of_other("threads", backend_.team().size(), state.trainer.value("threads", 0));
 }
 
 Run::Ahead Run::prepare() {
@@ -273,7 +209,8 @@ void Run::step(int64_t number) {
     const auto begin = Clock::now();
     if (!ahead_) ahead_ = prepare();
     const auto [position, totals] = *std::exchange(ahead_, std::nullopt);
-    // A GPU's marks around each operator cost time: there the clock looks at every 16th step, once all shapes have been met.
+    // A GPU's marks around each operator cost time: there the clock looks at every 16th step, once all shapes have been
+    // met.
     Exec& exec = backend_.exec();
     exec.times = backend_.device() == Device::cpu || steps_here_ % 16 == 1 ? times_ : nullptr;
     ++steps_here_;
@@ -293,33 +230,51 @@ void Run::step(int64_t number) {
     position_ = position;
     if (exec.times) backend_.times();
     if (!std::isfinite(loss))
-        throw std::runtime_error(fmt::format("the loss is {} at step {}: lower the learning rate or raise the warm-up; the last "
-                                             "checkpoint is as it was", loss, number));
-
-    const double seconds = seconds_since(begin);
-    smooth_step_seconds_ = smooth_step_seconds_ == 0.0 ? seconds : 0.95 * smooth_step_seconds_ + 0.05 * seconds;
-    const auto tokens = static_cast<double>(totals.tokens);
-    const double flops = flops_of(options_.model, totals);
-    result_.seconds += seconds;
-    tokens_done_ += totals.tokens;
-    step_flops_sum_ += flops;
+        throw std::runtime_error(
+            fmt::format("the loss is {} at step {}: lower the learning rate or raise the warm-up; the last checkpoint is as "
+                        "it was", loss, number));
     result_.steps = number;
-    const double rate_of_flops = flops / seconds;
-    log({{"step", number}, {"loss", loss}, {"learning_rate", rate}, {"gradient_norm", norm}, {"tokens", totals.tokens},
-         {"seconds", seconds}, {"tokens_per_second", tokens / seconds}, {"flops_per_second", rate_of_flops},
-         {"mfu", rate_of_flops / result_.peak_flops_per_second}});
+    report({.loss = loss,
+            .learning_rate = rate,
+            .gradient_norm = norm,
+            .totals = totals,
+            .seconds = seconds_since(begin)});
+}
+
+/// Into the log and before a person's eyes: the step that result_.steps counts last.
+void Run::report(const Made& made) {
+    const double seconds = made.seconds;
+    const auto tokens = static_cast<double>(made.totals.tokens);
+    const double flops = flops_of(options_.model, made.totals);
+    smooth_step_seconds_ = smooth_step_seconds_ == 0.0 ? seconds : 0.95 * smooth_step_seconds_ + 0.05 * seconds;
     const double smooth_flops = flops / smooth_step_seconds_;
-    progress_.show({.step = number, .total_steps = options_.steps, .loss = loss, .held_out_loss = last_held_out_,
-                    .tokens_per_second = tokens / smooth_step_seconds_, .flops_per_second = smooth_flops,
+    result_.seconds += seconds;
+    tokens_done_ += made.totals.tokens;
+    step_flops_sum_ += flops;
+    log({{"step", result_.steps},
+         {"loss", made.loss},
+         {"learning_rate", made.learning_rate},
+         {"gradient_norm", made.gradient_norm},
+         {"tokens", made.totals.tokens},
+         {"seconds", seconds},
+         {"tokens_per_second", tokens / seconds},
+         {"flops_per_second", flops / seconds},
+         {"mfu", flops / seconds / result_.peak_flops_per_second}});
+    progress_.show({.step = result_.steps,
+                    .total_steps = options_.steps,
+                    .loss = made.loss,
+                    .held_out_loss = last_held_out_,
+                    .tokens_per_second = tokens / smooth_step_seconds_,
+                    .flops_per_second = smooth_flops,
                     .utilisation = smooth_flops / result_.peak_flops_per_second,
-                    .seconds_left = smooth_step_seconds_ * static_cast<double>(options_.steps - number)});
+                    .seconds_left = smooth_step_seconds_ * static_cast<double>(options_.steps - result_.steps)});
 }
 
 /// Mean loss per held-out token; nothing without held-out text, or when a signal came meanwhile. 0: all rows.
 std::optional<double> Run::evaluate(uint64_t max_rows) {
     if (data_.held_out.num_tokens() < 2) return std::nullopt;
-    SequentialBatches batches(data_.held_out, {.seqlen = options_.row_length(), .split_documents = options_.split_documents},
-                              rows_.largest_pass(), max_rows);
+    const RowOptions row{.seqlen = options_.row_length(), .split_documents = options_.split_documents};
+    SequentialBatches batches(data_.held_out, row, rows_.largest_pass(), max_rows);
     // The clock says where training steps spend their time.
     backend_.exec().times = nullptr;
     double sum = 0.0, targets = 0.0;
@@ -343,19 +298,22 @@ void Run::save(int64_t number) {
                               .trainer = {{"options", nlohmann::json(to_json(options_))},
                                           {"threads", backend_.team().size()},
                                           {"processes", num_processes()}}};
-    std::array<ParameterArena, 2> gathered;
+    ParameterArena gathered_first, gathered_second;
     if (parallel_) {
         parallel_->gather_values();
-        for (size_t i = 0; i < gathered.size(); ++i) {
-            const ParameterArena& whole = i == 0 ? parallel_->gather_first_moments() : parallel_->gather_second_moments();
-            if (!leads()) continue;
-            gathered[i] = ParameterArena(weights_.layout);
-            gathered[i].copy_from(whole);
-        }
+        // The second one is put together where the first one was.
+        const auto keep = [&](const ParameterArena& whole, ParameterArena& copy) {
+            if (!leads()) return;
+            copy = ParameterArena(weights_.layout);
+            copy.copy_from(whole);
+        };
+        keep(parallel_->gather_first_moments(), gathered_first);
+        keep(parallel_->gather_second_moments(), gathered_second);
     }
     if (!leads()) return;
-    const HostView values(weights_), first(weights_.layout, parallel_ ? gathered[0] : optimizer_->first_moments()),
-        second(weights_.layout, parallel_ ? gathered[1] : optimizer_->second_moments());
+    const HostView values(weights_);
+    const HostView first(weights_.layout, parallel_ ? gathered_first : optimizer_->first_moments());
+    const HostView second(weights_.layout, parallel_ ? gathered_second : optimizer_->second_moments());
     result_.checkpoint = store_->save({.config = &weights_.config, .layout = &weights_.layout, .values = values.get(),
                                       .first_moment = first.get(), .second_moment = second.get(),
                                       .tokenizer = &start_.tokenizer, .state = &state});
@@ -364,42 +322,36 @@ void Run::save(int64_t number) {
 void Run::draw() {
     const std::string title = fmt::format("{}, {:.2f} M parameters", to_string(options_.model.architecture),
                                           static_cast<double>(result_.parameters) * 1e-6);
-    const std::string svg = draw_svg({.title = title, .unit = "loss, nats per token", .training = log_->training(), .held_out = log_->held_out()});
+    const std::string svg = draw_svg({.title = title,
+                                      .unit = "loss, nats per token",
+                                      .training = log_->training(),
+                                      .held_out = log_->held_out()});
     write_file_atomically(result_.plot, [&](DurableFile& file) { file.write(svg); });
 }
 
-TrainResult Run::go() {
-    const InterruptGuard guard;
-    std::string where = backend_.device() == Device::cpu
-                                  ? fmt::format("{} threads, measured peak", backend_.team().size())
-                                  : fmt::format("{} in {}, stated peak", backend_.runtime().name(), to_string(options_.precision));
-    if (parallel_) where = fmt::format("{} processes over {}, each {}, together", num_processes(), parallel_->communicator().name(), where);
+void Run::announce() {
+    std::string where =
+        backend_.device() == Device::cpu
+            ? fmt::format("{} threads, measured peak", backend_.team().size())
+            : fmt::format("{} in {}, stated peak", backend_.runtime().name(), to_string(options_.precision));
+    if (parallel_)
+        where = fmt::format("{} processes over {}, each {}, together", num_processes(),
+                            parallel_->communicator().name(), where);
     progress_.message(fmt::format("{} parameters, {} tokens per step, {} steps, {} {:.1f} GFLOP/s", result_.parameters,
-                                  options_.tokens_per_step(), options_.steps, where, result_.peak_flops_per_second * 1e-9));
+                                  options_.tokens_per_step(), options_.steps, where,
+                                  result_.peak_flops_per_second * 1e-9));
     if (result_.steps > 0) progress_.message(fmt::format("resumed behind step {}", result_.steps));
-    int64_t saved = start_.state ? start_.state->step : -1;
-    while (result_.steps < options_.steps && !shall_stop()) {
-        const int64_t number = result_.steps + 1;
-        step(number);
-        if (number == options_.steps) break;
-        if (options_.eval_every > 0 && number % options_.eval_every == 0) {
-            last_held_out_ = evaluate(static_cast<uint64_t>(options_.eval_rows));
-            if (last_held_out_) log({{"step", number}, {"held_out_loss", *last_held_out_}, {"rows", options_.eval_rows}});
-        }
-        if (options_.save_every > 0 && number % options_.save_every == 0) save(saved = number);
-    }
-    result_.interrupted = result_.steps < options_.steps;
-    if (saved != result_.steps) save(result_.steps);
-    else if (leads()) result_.checkpoint = list_checkpoints(options_.out).front();
+}
 
-    if (!result_.interrupted) {
-        result_.held_out_loss = evaluate(0);
-        if (result_.held_out_loss) {
-            log({{"step", result_.steps}, {"held_out_loss", *result_.held_out_loss}, {"rows", "all"}});
-            if (data_.held_out.num_text_bytes() > 0)
-                result_.held_out_loss_per_byte = *result_.held_out_loss * static_cast<double>(data_.held_out.num_tokens()) /
-                                                 static_cast<double>(data_.held_out.num_text_bytes());
-        }
+/// The result over the whole held-out part, and the averages of the run.
+void Run::conclude() {
+    result_.interrupted = result_.steps < options_.steps;
+    if (!result_.interrupted) result_.held_out_loss = evaluate(0);
+    if (result_.held_out_loss) {
+        log({{"step", result_.steps}, {"held_out_loss", *result_.held_out_loss}, {"rows", "all"}});
+        const auto tokens = static_cast<double>(data_.held_out.num_tokens());
+        const auto bytes = static_cast<double>(data_.held_out.num_text_bytes());
+        if (bytes > 0) result_.held_out_loss_per_byte = *result_.held_out_loss * tokens / bytes;
     }
     result_.operators = operator_times(backend_.times());
     if (result_.seconds > 0.0) {
@@ -408,59 +360,29 @@ TrainResult Run::go() {
         log({{"step", result_.steps}, {"operators", result_.operators}});
     }
     if (leads()) draw();
+}
+
+TrainResult Run::go() {
+    const InterruptGuard guard;
+    announce();
+    int64_t saved = start_.state ? start_.state->step : -1;
+    while (result_.steps < options_.steps && !shall_stop()) {
+        const int64_t number = result_.steps + 1;
+        step(number);
+        if (number == options_.steps) break;
+        if (options_.eval_every > 0 && number % options_.eval_every == 0) {
+            last_held_out_ = evaluate(static_cast<uint64_t>(options_.eval_rows));
+            if (last_held_out_)
+                log({{"step", number}, {"held_out_loss", *last_held_out_}, {"rows", options_.eval_rows}});
+        }
+        if (options_.save_every > 0 && number % options_.save_every == 0) save(saved = number);
+    }
+    if (saved != result_.steps)
+        save(result_.steps);
+    else if (leads())
+        result_.checkpoint = list_checkpoints(options_.out).front();
+    conclude();
     return result_;
-}
-
-/// The largest n up to `most` for which needs(n) is at most `bytes`; 0: not one. More of n never needs less.
-template <class Needs>
-int64_t largest_that_fits(size_t bytes, int64_t most, Needs&& needs) {
-    int64_t fits = 0, over = most + 1;
-    while (over - fits > 1) {
-        const int64_t middle = (fits + over) / 2;
-        (needs(middle) <= bytes ? fits : over) = middle;
-    }
-    return fits;
-}
-
-constexpr int64_t kLongestRow = int64_t{1} << 24;
-
-/// What a GPU of so many bytes has room for, by kind of recomputation: rows of the run's length in a batch, and tokens of a single
-/// row, in multiples of 1024. Learned positions grow with the row.
-nlohmann::ordered_json room(const TrainOptions& o, size_t bytes) {
-    nlohmann::ordered_json rows, tokens;
-    for (const Recompute recompute : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block}) {
-        const auto needs = [&](const ModelConfig& model, int64_t max_rows) {
-            return plan_memory(model, {.max_rows = max_rows, .recompute = recompute, .gradients = o.gradients, .device = o.device,
-                                       .precision = o.precision, .moments = o.moments, .processes = o.launch.size}).total();
-        };
-        const std::string name(to_string(recompute));
-        rows[name] = largest_that_fits(bytes, (int64_t{1} << 30) / o.row_length(), [&](int64_t n) { return needs(o.model, n * o.row_length()); });
-        tokens[name] = 1024 * largest_that_fits(bytes, kLongestRow / 1024, [&](int64_t n) {
-            ModelConfig longer = o.model;
-            longer.context_length = std::max(longer.context_length, 1024 * n);
-            return needs(longer, 1024 * n);
-        });
-    }
-    return {{"rows_by_recompute", rows}, {"tokens_of_one_row_by_recompute", tokens}};
-}
-
-/// Whether the run has room on this machine's GPU, and what would have. On a machine without one: on one of 80 GB.
-nlohmann::ordered_json fit(const TrainOptions& o, const MemoryPlan& memory) {
-    constexpr size_t kUsualBytes = size_t{79} << 30;
-    constexpr size_t kReserve = size_t{1} << 30;  // the context, cuBLAS and its workspace
-    std::string name = "a GPU of 80 GB";
-    size_t bytes = kUsualBytes;
-    try {
-        const std::unique_ptr<Runtime> runtime = cuda::make_runtime();
-        name = runtime->name();
-        bytes = runtime->free_bytes();
-    } catch (const std::invalid_argument&) {
-        // No GPU here.
-    }
-    bytes -= std::min(bytes, kReserve);
-    nlohmann::ordered_json out{{"gpu", name}, {"bytes", bytes}, {"run", memory.total() <= bytes}};
-    out.update(room(o, bytes));
-    return out;
 }
 
 }  // namespace
@@ -483,31 +405,6 @@ TrainResult train(const TrainOptions& options) {
         if (group) group->fail(e.what());
         throw;
     }
-}
-
-nlohmann::ordered_json describe(const TrainOptions& o) {
-    const int64_t rows = largest_pass(o.batch_size * o.accumulate, o.batch_size, o.launch.size);
-    const MemoryPlan memory = plan_memory(o.model, {.max_rows = rows * o.row_length(), .recompute = o.recompute, .gradients = o.gradients,
-                                                    .device = o.device, .precision = o.precision, .moments = o.moments, .processes = o.launch.size});
-    nlohmann::ordered_json out{{"architecture", to_string(o.model.architecture)},
-                               {"device", to_string(o.device)},
-                               {"precision", to_string(o.precision)},
-                               {"moments", to_string(o.moments)},
-                               {"gradients", to_string(o.gradients)},
-                               {"processes", o.launch.size},
-                               {"parameters", o.model.num_parameters()},
-                               {"tokens_per_step", o.tokens_per_step()},
-                               {"steps", o.steps},
-                               {"flops_per_token", o.model.flops_per_token(o.row_length())},
-                               {"bytes",
-                                {{"weights", memory.values + memory.narrow_values},
-                                 {"gradients", memory.gradients},
-                                 {"moments", memory.moments},
-                                 {"activations", memory.activations},
-                                 {"scratch", memory.scratch},
-                                 {"total", memory.total()}}}};
-    if (o.device == Device::cuda) out["fits"] = fit(o, memory);
-    return out;
 }
 
 }  // namespace strobe::gpt

@@ -29,11 +29,8 @@ struct TrainResult {
     nlohmann::ordered_json operators;      // where the time went
 };
 
-/// Runs until the last step or a signal. Throws FileError, std::invalid_argument, and std::runtime_error when the loss is no
-/// number any more.
+/// Runs until the last step or a signal. Throws FileError, std::invalid_argument, and std::runtime_error when the loss is
+/// no number any more.
 TrainResult train(const TrainOptions& options);
-
-/// What the run would need, without touching the data: sizes, memory, FLOPs.
-nlohmann::ordered_json describe(const TrainOptions& options);
 
 }  // namespace strobe::gpt

@@ -1,5 +1,6 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, the shapes on which published test suites of attention libraries agree, and rows in plenty that see no key.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key, and
+// batches of long sequences.
 #include <array>
 #include <iterator>
 #include <set>
@@ -230,20 +231,41 @@ void add_rows_without_keys(List& list) {
     list.add(c);
 }
 
-/// Two key tiles of a GPU and so many heads that a backend may give each CTA whole ones, which then adds up dq by itself.
+/// More key heads, of 2048 queries and keys at most, than a large GPU works on when it begins and when it ends: the sm90 backward does
+/// the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part of their rows: the specification
+/// has to be through with them, too.
+void add_long_batches(List& list) {
+    Case window{.dtype = DType::bf16, .batch = 20, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
+    window.window_left = 1100;
+    window.window_right = 0;
+    window.varlen_q = window.varlen_k = window.dlse = true;
+    list.add(window);
+    Case full{.dtype = DType::f16, .batch = 20, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
+              .head_dim_v = 64};
+    full.varlen_q = full.varlen_k = full.seqused_q = true;
+    list.add(full);
+    Case dense{.dtype = DType::bf16, .batch = 18, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128};
+    dense.window_right = 0;
+    dense.seqused_q = dense.seqused_k = true;
+    dense.layout = Layout::bhsd;
+    list.add(dense);
+}
+
+/// Two tiles of 128 keys, and heads that go round a large GPU twice: the sm90 backward gives each CTA whole ones, which then adds up dq
+/// by itself (takes_whole_heads). With one tile, as in most of this list, it does so anyway.
 void add_short_sequences(List& list) {
     for (int head_dim : {64, 96, 128, 256}) {
-        Case c{.dtype = DType::bf16, .batch = 34, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 70, .seqlen_k = 150, .head_dim = head_dim};
+        Case c{.dtype = DType::bf16, .batch = 33, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 70, .seqlen_k = 150, .head_dim = head_dim};
         list.add(c);
         c.window_right = 0;
         list.add(c);
         c.seqlen_q = 140, c.window_left = 20, c.window_right = 5;  // the last keys are out of the first queries' reach
         list.add(c);
-        c.batch = 70, c.num_heads_k = 4, c.seqlen_q = 66, c.seqlen_k = 200, c.window_left = -1, c.window_right = 0;
+        c.batch = 66, c.num_heads_k = 4, c.seqlen_q = 66, c.seqlen_k = 200, c.window_left = -1, c.window_right = 0;
         c.varlen_q = c.varlen_k = c.seqused_q = c.seqused_k = c.dlse = true;
         list.add(c);
     }
-    Case c{.dtype = DType::f16, .batch = 34, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 140, .head_dim = 64};
+    Case c{.dtype = DType::f16, .batch = 33, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 140, .head_dim = 64};
     c.deterministic = true;
     list.add(c);
     c.grad_f32 = c.accumulate = c.out_f32 = true;
@@ -261,6 +283,7 @@ std::vector<Case> verify_cases() {
     add_published_shapes(list);
     add_many_heads(list);
     add_rows_without_keys(list);
+    add_long_batches(list);
     add_short_sequences(list);
     return list.take();
 }

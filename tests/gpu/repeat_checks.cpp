@@ -16,7 +16,8 @@ namespace {
 using cuda::check;
 using verify::Case;
 
-/// Shapes with several tiles per CTA and several CTAs per sequence, where a missing barrier shows.
+/// Shapes with several tiles per CTA and several CTAs per sequence, where a missing barrier shows; and one in which the sm90 backward
+/// does the rows of some heads inside its main kernel (see inner_rows_pay), where CTAs wait for one another.
 std::vector<Case> race_cases(bool deterministic) {
     std::vector<Case> cases;
     for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
@@ -30,6 +31,11 @@ std::vector<Case> race_cases(bool deterministic) {
             }
         }
     }
+    Case inner{.dtype = DType::bf16, .batch = 20, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128};
+    inner.window_right = 0;
+    inner.varlen_q = inner.varlen_k = true;
+    inner.deterministic = deterministic;
+    cases.push_back(inner);
     return cases;
 }
 

@@ -56,10 +56,12 @@ def test_verify_lists_its_cases():
     assert only == [n for n in names if "bf16" in n and "dropout" in n.split("bf16", 1)[1] and "varlen" not in n]
 
 
-def test_verify_takes_an_implementation_and_threads():
+def test_verify_takes_an_implementation_and_threads(tmp_path):
     for options in (("--implementation", "reference"), ("--implementation", "cpu", "--threads", 1)):
-        done = strobe("verify", "--filter", SMALL, *options)
+        done = strobe("verify", "--filter", SMALL, *options, "--json", tmp_path / "verify.json")
         assert done.returncode == 0, done.stdout + done.stderr
+    # One thread altogether, those that compute the references included.
+    assert json.loads((tmp_path / "verify.json").read_text())["machine"]["threads"] == 1
 
 
 def test_bench_times_both_directions(tmp_path):

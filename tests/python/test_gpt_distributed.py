@@ -1,8 +1,7 @@
-"""Runs of `strobe train` by several processes: the same result for any number of them, resumable with any other number, ended
-together when one of them ends, started by every launcher's variables."""
+"""Runs of `strobe train` by several processes: the same result for any number of them, resumable with any other number,
+ended together when one of them ends, started by every launcher's variables."""
 
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -16,56 +15,32 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-BUILD = pathlib.Path(os.environ.get("STROBE_BUILD_DIR", "build"))
-STROBE = (BUILD / "bin" / "strobe").absolute()
+from training_runs import STROBE, Trainer, checkpoint, log, sentence, wait_for_log, wait_until
+
 STEPS = 24
 # 6 rows per step: 3 for each of two processes, 2 for each of three; 4 processes have 1 or 2.
-OPTIONS = ["--layers", "3", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "3", "--accumulate", "2",
-           "--steps", str(STEPS), "--warmup", "5", "--lr", "3e-3", "--eval-every", "8", "--eval-rows", "7", "--save-every", "8",
-           "--threads", "1"]
+OPTIONS = ["--layers", "3", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32",
+           "--batch", "3", "--accumulate", "2", "--steps", str(STEPS), "--warmup", "5", "--lr", "3e-3",
+           "--eval-every", "8", "--eval-rows", "7", "--save-every", "8", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = random.Random(3)
-    paragraphs = []
-    for _ in range(120):
-        lines = [" ".join(words.choice(["strobe", "lights", "the", "room", "and", "stops", "a", "wheel"]) for _ in range(8))
-                 for _ in range(words.randint(1, 12))]
-        paragraphs.append("\n".join(lines))
-    (folder / "text.txt").write_text("<|endoftext|>".join(paragraphs))
-    return folder / "text.txt"
-
-
-def environment(text, **more):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return dict(inherited, STROBE_CACHE=str(text.parent / "cache"), **more)
-
-
-def command(text, out, *more):
-    return [STROBE, "train", "--data", text, "--out", out, *OPTIONS, *more]
-
-
-def train(text, out, *more):
-    done = subprocess.run(command(text, out, "--json", *more), capture_output=True, text=True, env=environment(text), timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def log(out, key="loss"):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
+def trainer(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    dice = random.Random(3)
+    documents = ["\n".join(sentence(dice) for _ in range(dice.randint(1, 12))) for _ in range(120)]
+    text.write_text("<|endoftext|>".join(documents))
+    return Trainer(text, OPTIONS)
 
 
 def states(out, step=STEPS):
-    folder = out / f"step-{step:08d}"
+    folder = checkpoint(out, step)
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
 
 
 def assert_alike(a, b, tolerance):
-    """Every tensor within `tolerance` of its size. AdamW makes whole steps of gradients that are nothing but rounding, so this is
-    no matter of a few digits."""
+    """Every tensor within `tolerance` of its size. AdamW makes whole steps of gradients that are nothing but rounding, so
+    this is no matter of a few digits."""
     assert a.keys() == b.keys()
     for name in a:
         difference = np.linalg.norm(a[name] - b[name]) / max(np.linalg.norm(b[name]), 1e-12)
@@ -73,14 +48,14 @@ def assert_alike(a, b, tolerance):
 
 
 @pytest.fixture(scope="module")
-def single(text, tmp_path_factory):
+def single(trainer, tmp_path_factory):
     out = tmp_path_factory.mktemp("single")
-    return out, train(text, out)
+    return out, trainer.run(out)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes_trains_alike(text, single, tmp_path, processes):
-    result = train(text, tmp_path / "run", "--processes", str(processes))
+def test_any_number_of_processes_trains_alike(trainer, single, tmp_path, processes):
+    result = trainer.run(tmp_path / "run", "--processes", str(processes))
     assert result["steps"] == STEPS and result["operators"]["communication"]["calls"] > 0
     for key in ("loss", "gradient_norm", "held_out_loss", "tokens"):
         expected, actual = log(single[0], key), log(tmp_path / "run", key)
@@ -90,21 +65,21 @@ def test_any_number_of_processes_trains_alike(text, single, tmp_path, processes)
     assert result["held_out_loss"] == pytest.approx(single[1]["held_out_loss"], rel=2e-4)
     assert_alike(states(tmp_path / "run"), states(single[0]), 2e-2)
     # And the same number of processes the same bits.
-    train(text, tmp_path / "again", "--processes", str(processes))
-    weights = "step-%08d/model.safetensors" % STEPS
-    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
+    trainer.run(tmp_path / "again", "--processes", str(processes))
+    first, second = (checkpoint(tmp_path / name, STEPS) / "model.safetensors" for name in ("run", "again"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("before,after", [(1, 3), (3, 1), (3, 2), (2, 4)])
-def test_resumes_with_any_other_number(text, single, tmp_path, before, after):
+def test_resumes_with_any_other_number(trainer, single, tmp_path, before, after):
     start = single[0]
     if before > 1:
         start = tmp_path / "start"
-        train(text, start, "--processes", str(before))
+        trainer.run(start, "--processes", str(before))
     out = tmp_path / "run"
-    shutil.copytree(start / "step-00000016", out / "step-00000016")
+    shutil.copytree(checkpoint(start, 16), checkpoint(out, 16))
     shutil.copy(start / "log.jsonl", out)
-    train(text, out, "--resume", "--processes", str(after))
+    trainer.run(out, "--resume", "--processes", str(after))
     expected, actual = log(single[0]), log(out)
     assert expected.keys() == actual.keys()
     for step in expected:
@@ -112,58 +87,62 @@ def test_resumes_with_any_other_number(text, single, tmp_path, before, after):
     assert_alike(states(out), states(single[0]), 2e-2)
 
 
-def ranks(text, out, count, *more, launcher="torchrun", **variables):
-    """One process per rank, started by hand; returns them."""
+def launcher_variables(launcher, rank, count, port):
+    if launcher == "torchrun":
+        return {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "mpirun":
+        return {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": count, "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+                "OMPI_COMM_WORLD_LOCAL_SIZE": count, "MASTER_PORT": port}
+    assert launcher == "srun"
+    return {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank, "SLURM_NODEID": 0,
+            "SLURM_STEP_TASKS_PER_NODE": count, "SLURM_STEP_NODELIST": "here", "MASTER_PORT": port}
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(count):
-        names = {"torchrun": {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": port},
-                 "mpirun": {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": count, "OMPI_COMM_WORLD_LOCAL_RANK": rank,
-                            "OMPI_COMM_WORLD_LOCAL_SIZE": count, "MASTER_PORT": port},
-                 "srun": {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank, "SLURM_NODEID": 0,
-                          "SLURM_STEP_TASKS_PER_NODE": count, "SLURM_STEP_NODELIST": "here", "MASTER_PORT": port}}[launcher]
-        ours = {**names, **variables.get(f"rank{rank}", {})}
-        processes.append(subprocess.Popen(command(text, out, "--quiet", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                          env=environment(text, **{k: str(v) for k, v in ours.items() if v is not None})))
-    return processes
+        return probe.getsockname()[1]
+
+
+def start_ranks(trainer, out, count, *more, launcher="torchrun", changes=None):
+    """One process per rank, started as a launcher does it; `changes`, by rank, are variables unlike the launcher's."""
+    port = free_port()
+    return [trainer.start(out, "--quiet", *more, stderr=subprocess.PIPE,
+                          **{**launcher_variables(launcher, rank, count, port), **(changes or {}).get(rank, {})})
+            for rank in range(count)]
 
 
 def ends(processes, timeout=60):
-    out = []
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=timeout)
-        out.append((process.returncode, stdout, stderr))
-    return out
+    """Exit status, standard output and standard error of each."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "srun"])
-def test_launchers_variables_make_a_group(text, single, tmp_path, launcher):
-    done = ends(ranks(text, tmp_path / "run", 2, launcher=launcher))
+def test_launchers_variables_make_a_group(trainer, single, tmp_path, launcher):
+    done = ends(start_ranks(trainer, tmp_path / "run", 2, launcher=launcher))
     assert [code for code, _, _ in done] == [0, 0], done
     assert "held-out loss" in done[0][1] and done[1][1] == ""
     assert log(tmp_path / "run")[STEPS] == pytest.approx(log(single[0])[STEPS], rel=2e-4)
 
 
-def test_under_torchrun_itself(text, single, tmp_path):
+def test_under_torchrun_itself(trainer, single, tmp_path):
     torchrun = pathlib.Path(sys.executable).with_name("torchrun")
     if not torchrun.exists():
         pytest.skip("PyTorch is not installed")
-    done = subprocess.run([torchrun, "--standalone", "--nproc-per-node", "2", "--no-python", *command(text, tmp_path / "run", "--quiet")],
-                          capture_output=True, text=True, env=environment(text), timeout=180)
+    done = subprocess.run([torchrun, "--standalone", "--nproc-per-node", "2", "--no-python",
+                           *trainer.command(tmp_path / "run", "--quiet")],
+                          capture_output=True, text=True, env=trainer.environment(), timeout=180)
     assert done.returncode == 0, done.stderr
     assert log(tmp_path / "run")[STEPS] == pytest.approx(log(single[0])[STEPS], rel=2e-4)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_ends_all_with_a_message(text, tmp_path, victim):
+def test_a_killed_rank_ends_all_with_a_message(trainer, tmp_path, victim):
     out = tmp_path / "run"
-    processes = ranks(text, out, 3, "--steps", "100000", "--eval-every", "0", "--save-every", "5")
-    while not (out / "step-00000005").exists():
-        assert all(p.poll() is None for p in processes), ends(processes)
-        time.sleep(0.01)
+    processes = start_ranks(trainer, out, 3, "--steps", "100000", "--eval-every", "0", "--save-every", "5")
+    wait_until(checkpoint(out, 5).exists, *processes)
     processes[victim].send_signal(signal.SIGKILL)
     start = time.monotonic()
     done = ends(processes)
@@ -172,46 +151,43 @@ def test_a_killed_rank_ends_all_with_a_message(text, tmp_path, victim):
         if rank == victim:
             assert code == -signal.SIGKILL
         else:
-            assert code == 1 and f"rank {rank} of 3 ends: rank {victim} (process {processes[victim].pid} on " in stderr, stderr
+            assert code == 1, stderr
+            assert f"rank {rank} of 3 ends: rank {victim} (process {processes[victim].pid} on " in stderr, stderr
     # What was saved before is whole.
     subprocess.run([STROBE, "checkpoint", "show", sorted(out.glob("step-*"))[-1]], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_killed_and_resumed_by_two_as_if_left_alone(text, tmp_path, victim):
+def test_killed_and_resumed_by_two_as_if_left_alone(trainer, tmp_path, victim):
     options = ["--steps", "300", "--save-every", "100", "--eval-every", "0"]
     whole, out = tmp_path / "whole", tmp_path / "run"
-    train(text, whole, "--processes", "2", *options)
-    processes = ranks(text, out, 2, *options)
-    while not (out / "step-00000100").exists():
-        assert all(p.poll() is None for p in processes), ends(processes)
-        time.sleep(0.002)
+    trainer.run(whole, "--processes", "2", *options)
+    processes = start_ranks(trainer, out, 2, *options)
+    wait_until(checkpoint(out, 100).exists, *processes, interval=0.002)
     processes[victim].send_signal(signal.SIGKILL)
     assert ends(processes)[1 - victim][0] == 1
-    assert not (out / "step-00000300").exists()
-    train(text, out, "--resume", "--processes", "2", *options)
+    assert not checkpoint(out, 300).exists()
+    trainer.run(out, "--resume", "--processes", "2", *options)
     assert log(out) == log(whole) and len(log(out)) == 300
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (out / "step-00000300" / name).read_bytes() == (whole / "step-00000300" / name).read_bytes(), name
+        assert (checkpoint(out, 300) / name).read_bytes() == (checkpoint(whole, 300) / name).read_bytes(), name
 
 
-def test_rows_that_do_not_divide_evenly(text, tmp_path):
+def test_rows_that_do_not_divide_evenly(trainer, tmp_path):
     """9 rows, one in a pass, and 15 rows, 3 at most in a pass: of the latter 3 rows are one pass, 4 are two."""
     for batch, accumulate in (("1", "9"), ("3", "5")):
         options = ["--batch", batch, "--accumulate", accumulate, "--steps", "4"]
         one, four = tmp_path / f"one-{batch}", tmp_path / f"four-{batch}"
-        train(text, one, *options)
-        train(text, four, "--processes", "4", *options)
+        trainer.run(one, *options)
+        trainer.run(four, "--processes", "4", *options)
         assert log(four) == pytest.approx(log(one), rel=2e-4)
 
 
-def test_a_rank_that_fails_by_itself_ends_all(text, tmp_path):
+def test_a_rank_that_fails_by_itself_ends_all(trainer, tmp_path):
     """Rank 0 cannot write its checkpoint: the others hear why."""
     out = tmp_path / "run"
-    processes = ranks(text, out, 2, "--steps", "100000", "--eval-every", "0", "--save-every", "1000")
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
-        assert all(p.poll() is None for p in processes), ends(processes)
-        time.sleep(0.01)
+    processes = start_ranks(trainer, out, 2, "--steps", "100000", "--eval-every", "0", "--save-every", "1000")
+    wait_for_log(out, 3, *processes)
     (out / ".lock").unlink()
     (out / "log.jsonl").unlink()
     out.rmdir()
@@ -221,24 +197,19 @@ def test_a_rank_that_fails_by_itself_ends_all(text, tmp_path):
     assert "run" in done[0][2] and "rank 0 (process" in done[1][2] and "failed:" in done[1][2], done
 
 
-def test_interrupt_of_one_rank_saves_and_ends_all(text, single, tmp_path):
+def test_interrupt_of_one_rank_saves_and_ends_all(trainer, single, tmp_path):
     out = tmp_path / "run"
-    processes = ranks(text, out, 3, "--save-every", "0", "--eval-every", "0", "--steps", "100000")
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
-        assert all(p.poll() is None for p in processes), ends(processes)
-        time.sleep(0.01)
+    processes = start_ranks(trainer, out, 3, "--save-every", "0", "--eval-every", "0", "--steps", "100000")
+    wait_for_log(out, 5, *processes)
     processes[1].send_signal(signal.SIGINT)
     assert [code for code, _, _ in ends(processes)] == [128 + signal.SIGINT] * 3
     assert len(list(out.glob("step-*"))) == 1
 
 
-def test_interrupt_of_the_parent_reaches_its_processes(text, tmp_path):
+def test_interrupt_of_the_parent_reaches_its_processes(trainer, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(text, out, "--quiet", "--processes", "2", "--save-every", "0", "--steps", "100000"),
-                               stdout=subprocess.PIPE, text=True, env=environment(text))
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = trainer.start(out, "--quiet", "--processes", "2", "--save-every", "0", "--steps", "100000")
+    wait_for_log(out, 5, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and "stopped after" in output
@@ -251,34 +222,38 @@ def refusals(processes):
     return [stderr for _, _, stderr in done]
 
 
-def test_what_cannot_be_is_refused_by_name_and_value(text, single, tmp_path):
-    quick = {"STROBE_RENDEZVOUS_SECONDS": 3}
+def test_what_cannot_be_is_refused_by_name_and_value(trainer, single, tmp_path):
     out = tmp_path / "run"
-    for stderr in refusals(ranks(text, out, 2, rank0=quick, rank1={**quick, "WORLD_SIZE": 3})):
+    quick = {"STROBE_RENDEZVOUS_SECONDS": 3}
+
+    def alone(**variables):
+        """What rank 0 says that is started by itself."""
+        return refusals(start_ranks(trainer, out, 1, changes={0: variables}))[0]
+
+    for stderr in refusals(start_ranks(trainer, out, 2, changes={0: quick, 1: {**quick, "WORLD_SIZE": 3}})):
         assert "rank 1 (process" in stderr and "as one of 3 processes" in stderr and "as one of 2" in stderr, stderr
-    assert "RANK is '7'" in refusals(ranks(text, out, 1, rank0={"RANK": 7, "WORLD_SIZE": 2}))[0]
-    assert "MASTER_PORT is 'http'" in refusals(ranks(text, out, 1, rank0={"WORLD_SIZE": 2, "MASTER_PORT": "http"}))[0]
-    assert "MASTER_ADDR is not set" in refusals(ranks(text, out, 1, rank0={"WORLD_SIZE": 2, "MASTER_ADDR": None}))[0]
-    assert "within 3 s: rank 1" in refusals(ranks(text, out, 1, rank0={**quick, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}))[0]
+    assert "RANK is '7'" in alone(RANK=7, WORLD_SIZE=2)
+    assert "MASTER_PORT is 'http'" in alone(WORLD_SIZE=2, MASTER_PORT="http")
+    assert "MASTER_ADDR is not set" in alone(WORLD_SIZE=2, MASTER_ADDR=None)
+    assert "within 3 s: rank 1" in alone(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, **quick)
     # Ranks that disagree.
-    processes = ranks(text, out, 1, "--lr", "1e-3", rank0={"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29641})
-    processes += [subprocess.Popen(command(text, out, "--quiet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env=environment(text, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2",
-                                                   MASTER_ADDR="127.0.0.1", MASTER_PORT="29641"))]
+    port = free_port()
+    processes = [trainer.start(out, "--quiet", *options, stderr=subprocess.PIPE,
+                               **launcher_variables("torchrun", rank, 2, port))
+                 for rank, options in enumerate((["--lr", "1e-3"], []))]
     for stderr in refusals(processes):
         assert "learning_rate is 0.00" in stderr and "for rank 1" in stderr and "for rank 0" in stderr, stderr
     # More processes than rows.
-    for stderr in refusals(ranks(text, out, 2, "--batch", "1", "--accumulate", "1")):
+    for stderr in refusals(start_ranks(trainer, out, 2, "--batch", "1", "--accumulate", "1")):
         assert "1 rows" in stderr and "2 processes" in stderr, stderr
-    done = subprocess.run(command(text, out, "--processes", "3"), capture_output=True, text=True,
-                          env=environment(text, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                                          MASTER_PORT="29642"))
+    done = trainer.attempt(out, "--processes", "3", **launcher_variables("torchrun", 0, 2, free_port()))
     assert done.returncode != 0 and "processes is 3" in done.stderr and "started 2" in done.stderr
 
 
-def test_the_plan_knows_of_the_processes(text, tmp_path):
+def test_the_plan_knows_of_the_processes(trainer, tmp_path):
     def plan(*more):
-        done = subprocess.run(command(text, tmp_path / "run", "--plan", *more), check=True, capture_output=True, text=True, env=environment(text))
+        done = trainer.attempt(tmp_path / "run", "--plan", *more)
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     one, three = plan(), plan("--processes", "3")

@@ -1,11 +1,11 @@
-"""Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without cache.
+"""Runs of `strobe train`: repeatable, resumable from any moment of death, stoppable; `strobe generate` with and without
+cache.
 
 STROBE_DEVICE=cuda runs all of it on a GPU; STROBE_KILLS says how often a run is killed."""
 
 import fcntl
 import json
 import os
-import pathlib
 import random
 import re
 import signal
@@ -16,69 +16,48 @@ import time
 
 import pytest
 
-BUILD = pathlib.Path(os.environ.get("STROBE_BUILD_DIR", "build"))
-STROBE = BUILD / "bin" / "strobe"
+from training_runs import STROBE, Trainer, checkpoint, log, log_lines, sentence, wait_for_log
+
 KILLS = int(os.environ.get("STROBE_KILLS", "24"))
 STEPS = 60
 
 OPTIONS = ["--layers", "2", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--context", "32", "--batch", "4",
-           "--steps", str(STEPS), "--warmup", "5", "--lr", "5e-3", "--accumulate", "2", "--eval-every", "20", "--save-every", "4",
-           "--threads", "2", "--device", os.environ.get("STROBE_DEVICE", "cpu")]
+           "--steps", str(STEPS), "--warmup", "5", "--lr", "5e-3", "--accumulate", "2", "--eval-every", "20",
+           "--save-every", "4", "--threads", "2", "--device", os.environ.get("STROBE_DEVICE", "cpu")]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Sentences with enough regularity to learn something from in a few steps."""
-    folder = tmp_path_factory.mktemp("text")
-    words = random.Random(3)
-    lines = []
-    for _ in range(2000):
-        lines.append(" ".join(words.choice(["strobe", "lights", "the", "room", "and", "stops", "a", "wheel"]) for _ in range(8)))
-    (folder / "text.txt").write_text("\n".join(lines))
-    return folder / "text.txt"
-
-
-def command(text, out, *more):
-    return [STROBE, "train", "--data", text, "--out", out, *OPTIONS, *more]
-
-
-def environment(tmp_path_factory_or_folder):
-    return dict(os.environ, STROBE_CACHE=str(tmp_path_factory_or_folder))
-
-
-def train(text, out, *more):
-    done = subprocess.run(command(text, out, "--json", *more), check=True, capture_output=True, text=True,
-                          env=environment(text.parent / "cache"))
-    return json.loads(done.stdout)
+def trainer(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    dice = random.Random(3)
+    text.write_text("\n".join(sentence(dice) for _ in range(2000)))
+    return Trainer(text, OPTIONS)
 
 
 def weights(out):
-    return (out / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+    return (checkpoint(out, STEPS) / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
+def finished(trainer, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
-    return out, train(text, out)
+    return out, trainer.run(out)
 
 
 def test_learns_and_reports(finished):
     out, result = finished
     assert result["steps"] == STEPS and not result["interrupted"]
     assert result["held_out_loss_per_byte"] < 2.6 < 5.5  # of 5.55 at the start
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [20, 40, 60]
+    assert [line["step"] for line in log_lines(out) if "loss" in line] == list(range(1, STEPS + 1))
+    assert list(log(out, "held_out_loss")) == [20, 40, 60]
     svg = (out / "loss.svg").read_text()
     assert svg.startswith("<svg") and svg.count("<polyline") == 3
 
 
-def test_a_person_sees_how_it_goes(text, tmp_path):
+def test_a_person_sees_how_it_goes(trainer, tmp_path):
     terminal, end = os.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-    process = subprocess.Popen(command(text, tmp_path / "run"), stdout=subprocess.PIPE, stderr=end, text=True,
-                               env=environment(text.parent / "cache"))
+    process = trainer.start(tmp_path / "run", stderr=end)
     os.close(end)
     seen = b""
     while True:
@@ -90,23 +69,25 @@ def test_a_person_sees_how_it_goes(text, tmp_path):
     summary, _ = process.communicate()
     assert process.returncode == 0
     lines = seen.decode().split("\r")
-    assert any(re.match(r" +\d+ % │[█▏▎▍▌▋▊▉ ]{24}│ step \d+/60  loss \d\.\d{4}  held out \d\.\d{4}  [\d.]+ [kM]?tok/s  "
-                        r"[\d.]+ [MGT]FLOP/s  MFU \d+ %  \d+:\d\d left", line) for line in lines), lines[-3:]
+    shape = (r" +\d+ % │[█▏▎▍▌▋▊▉ ]{24}│ step \d+/60  loss \d\.\d{4}  held out \d\.\d{4}  [\d.]+ [kM]?tok/s  "
+             r"[\d.]+ [MGT]FLOP/s  MFU \d+ %  \d+:\d\d left")
+    assert any(re.match(shape, line) for line in lines), lines[-3:]
     assert any("100 %" in line and "step 60/60" in line for line in lines)
-    for word in ("held-out loss", "nats per byte", "linear", "attention", str(tmp_path / "run" / "loss.svg"), "log.jsonl"):
+    picture = str(tmp_path / "run" / "loss.svg")
+    for word in ("held-out loss", "nats per byte", "linear", "attention", picture, "log.jsonl"):
         assert word in summary, summary
 
 
-def test_same_seed_same_bits_and_other_seed_other_bits(text, finished, tmp_path):
-    train(text, tmp_path / "again")
+def test_same_seed_same_bits_and_other_seed_other_bits(trainer, finished, tmp_path):
+    trainer.run(tmp_path / "again")
     assert weights(tmp_path / "again") == weights(finished[0])
-    train(text, tmp_path / "other", "--seed", "2")
+    trainer.run(tmp_path / "other", "--seed", "2")
     assert weights(tmp_path / "other") != weights(finished[0])
 
 
 @pytest.mark.parametrize("recompute", ["norms", "pointwise", "block"])
-def test_recomputation_changes_no_bit(text, finished, tmp_path, recompute):
-    train(text, tmp_path / "run", "--recompute", recompute)
+def test_recomputation_changes_no_bit(trainer, finished, tmp_path, recompute):
+    trainer.run(tmp_path / "run", "--recompute", recompute)
     assert weights(tmp_path / "run") == weights(finished[0])
 
 
@@ -120,24 +101,22 @@ def wait_for_a_write(process, out, saves):
             return
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(text, tmp_path):
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(trainer, tmp_path):
     """kill -9 at random moments of a run, and at random moments of its checkpoint writes."""
     long_run = ["--steps", "300", "--save-every", "3", "--eval-every", "0"]
     reference = tmp_path / "reference"
     duration = -time.monotonic()
-    train(text, reference, *long_run)
+    trainer.run(reference, *long_run)
     duration += time.monotonic()
-    last = pathlib.Path("step-00000300") / "model.safetensors"
-    expected = (reference / last).read_bytes()
+    expected = (checkpoint(reference, 300) / "model.safetensors").read_bytes()
 
     def start(out):
-        return subprocess.Popen(command(text, out, "--resume", "--quiet", *long_run), stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True, env=environment(text.parent / "cache"))
+        return trainer.start(out, "--resume", "--quiet", *long_run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def finished_well(process, out):
         """The process ended by itself: so it came to the end of the run."""
         assert process.wait() == 0, process.stderr.read()
-        assert (out / last).read_bytes() == expected, f"{out.name} after kills {kills}"
+        assert (checkpoint(out, 300) / "model.safetensors").read_bytes() == expected, f"{out.name} after kills {kills}"
 
     dice = random.Random(11)
     kills = {"anywhere": 0, "in a write": 0}
@@ -167,25 +146,22 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(text, tmp_path):
     finished_well(start(out), out)
 
 
-def test_interrupt_saves_and_resume_goes_on(text, finished, tmp_path):
+def test_interrupt_saves_and_resume_goes_on(trainer, finished, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(text, out, "--quiet", "--save-every", "0"), stdout=subprocess.PIPE, text=True,
-                               env=environment(text.parent / "cache"))
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = trainer.start(out, "--quiet", "--save-every", "0")
+    wait_for_log(out, 5, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert "stopped after" in output and "--resume" in output
     assert len(list(out.glob("step-*"))) == 1
-    train(text, out, "--resume")
+    trainer.run(out, "--resume")
     assert weights(out) == weights(finished[0])
 
 
-def test_refuses_what_would_destroy_or_mislead(text, finished, tmp_path):
+def test_refuses_what_would_destroy_or_mislead(trainer, finished, tmp_path):
     def refusal(*more):
-        done = subprocess.run(command(text, finished[0], *more), capture_output=True, text=True, env=environment(text.parent / "cache"))
+        done = trainer.attempt(finished[0], *more)
         assert done.returncode != 0
         return done.stderr
 
@@ -196,22 +172,27 @@ def test_refuses_what_would_destroy_or_mislead(text, finished, tmp_path):
     assert weights(finished[0])
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, " * 400)
-    done = subprocess.run([STROBE, "train", "--resume", "--data", other, "--out", finished[0]], capture_output=True, text=True,
-                          env=environment(text.parent / "cache"))
+    done = Trainer(other, []).attempt(finished[0], "--resume")
     assert done.returncode != 0 and "data" in done.stderr
 
 
-def test_fine_tunes_from_a_checkpoint(text, finished, tmp_path):
-    result = train(text, tmp_path / "tuned", "--init", finished[0], "--lr", "1e-3")
+def test_fine_tunes_from_a_checkpoint(trainer, finished, tmp_path):
+    result = trainer.run(tmp_path / "tuned", "--init", finished[0], "--lr", "1e-3")
     assert result["held_out_loss"] < finished[1]["held_out_loss"]
 
 
-@pytest.mark.parametrize("sampling", [["--temperature", "0"], ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "5"]])
+def generate(checkpoint, *options):
+    return subprocess.run([STROBE, "generate", "--checkpoint", checkpoint, "--prompt", "the room", *options],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("sampling", [["--temperature", "0"],
+                                      ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "5"]])
 def test_cache_and_no_cache_give_the_same_tokens(finished, sampling):
     def tokens(*more):
         # More than the context of 32 tokens: the window slides too.
-        done = subprocess.run([STROBE, "generate", "--checkpoint", finished[0], "--prompt", "the room", "--tokens", "80", "--json",
-                               *sampling, *more], check=True, capture_output=True, text=True)
+        done = generate(finished[0], "--tokens", "80", "--json", *sampling, *more)
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["tokens"]
 
     assert len(tokens()) == 80
@@ -219,14 +200,14 @@ def test_cache_and_no_cache_give_the_same_tokens(finished, sampling):
 
 
 def test_generate_prints_the_prompt_and_the_text(finished):
-    arguments = [STROBE, "generate", "--checkpoint", finished[0], "--prompt", "the room", "--tokens", "20", "--temperature", "0"]
-    text = json.loads(subprocess.run([*arguments, "--json"], check=True, capture_output=True, text=True).stdout)["text"]
-    assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout == "the room" + text + "\n"
+    options = ("--tokens", "20", "--temperature", "0")
+    text = json.loads(generate(finished[0], *options, "--json").stdout)["text"]
+    assert generate(finished[0], *options).stdout == "the room" + text + "\n"
 
 
 def test_generate_refuses_before_it_prints(tmp_path, finished):
-    for arguments, said in ((["--checkpoint", tmp_path / "none"], str(tmp_path / "none")),
-                            (["--checkpoint", finished[0], "--tokens", "0"], "tokens is 0")):
-        done = subprocess.run([STROBE, "generate", "--prompt", "the room", *arguments], capture_output=True, text=True)
+    for checkpoint_of, options, said in ((tmp_path / "none", (), str(tmp_path / "none")),
+                                         (finished[0], ("--tokens", "0"), "tokens is 0")):
+        done = generate(checkpoint_of, *options)
         assert done.returncode != 0 and said in done.stderr
         assert done.stdout == ""

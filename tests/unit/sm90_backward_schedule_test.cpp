@@ -4,11 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <random>
 #include <set>
 #include <tuple>
 #include <vector>
+
+#include "verify/case.hpp"
 
 namespace strobe::sm90 {
 namespace {
@@ -185,6 +188,70 @@ TEST(Sm90BackwardSchedule, RowsMoveInsideWhereThereIsTimeForThem) {
     EXPECT_FALSE(inner_rows_pay(kBand, p));
     p.size.seqlen_k = 2047;
     EXPECT_FALSE(inner_rows_pay(kFull, p));
+}
+
+/// As the launch decides it, of a case's sizes.
+struct InnerHeads {
+    int total = 0, outer = 0;
+
+    explicit operator bool() const { return total > outer; }
+};
+InnerHeads inner_heads(const verify::Case& c) {
+    const int dim = std::max(c.head_dim, c.dim_v());
+    if (c.dtype == DType::f32 || c.out_f32 || c.grad_f32 || c.deterministic || dim <= 96 || dim > 128) return {};
+    BackwardParams p;
+    p.size.batch = c.batch, p.size.num_heads = c.num_heads, p.size.num_heads_k = c.num_heads_k;
+    p.size.seqlen_q = c.seqlen_q, p.size.seqlen_k = c.seqlen_k;
+    p.mask.window_left = c.window_left, p.mask.window_right = c.window_right;
+    const Variant& v = p.mask.is_band() ? kBand : kFull;
+    const BackwardSchedule schedule = backward_schedule(v, p);
+    return inner_rows_pay(v, p) ? InnerHeads{schedule.heads, outer_heads(schedule)} : InnerHeads{};
+}
+
+TEST(Sm90BackwardSchedule, TheCaseListHasInnerRows) {
+    int full = 0, band = 0, grouped = 0, varlen = 0, used = 0, narrower_v = 0;
+    for (const verify::Case& c : verify::verify_cases()) {
+        const InnerHeads heads = inner_heads(c);
+        if (!heads) continue;
+        // Of heads whose statistics, and of heads whose dq the main kernel makes, some have queries and keys.
+        const std::vector<int64_t> rows = c.used_q(), keys = c.used_k();
+        bool begins = false, ends = false;
+        for (size_t b = 0; b < rows.size(); ++b) {
+            if (rows[b] == 0 || keys[b] == 0) continue;
+            const int head = static_cast<int>(b) * c.num_heads_k;
+            begins = begins || head >= heads.outer;
+            ends = ends || head < heads.total - heads.outer;
+        }
+        EXPECT_TRUE(begins && ends) << c.name();
+        (c.window_left < 0 && c.window_right < 0 ? full : band) += 1;
+        grouped += c.num_heads > c.num_heads_k;
+        varlen += c.varlen_q && c.varlen_k;
+        used += c.seqused_q;
+        narrower_v += c.dim_v() < c.head_dim;
+    }
+    for (const int count : {full, band, grouped, varlen, used, narrower_v}) EXPECT_GT(count, 0);
+}
+
+TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
+    int one_tile = 0, full = 0, band = 0, grouped = 0, varlen = 0, accumulating = 0;
+    for (const verify::Case& c : verify::verify_cases()) {
+        if (c.dtype == DType::f32 || c.head_dim > 256) continue;
+        BackwardParams p;
+        p.size.batch = c.batch, p.size.num_heads = c.num_heads, p.size.num_heads_k = c.num_heads_k;
+        p.size.seqlen_q = c.seqlen_q, p.size.seqlen_k = c.seqlen_k;
+        const bool is_band = c.window_left >= 0 || c.window_right >= 0;
+        Variant v = is_band ? kFewKeysBand : kFewKeys;
+        v.head_dim = c.head_dim <= 64 ? 64 : c.head_dim <= 128 ? 128 : 256;
+        v.block_m = v.head_dim == 64 ? 128 : 64;
+        if (!takes_whole_heads(v, p)) continue;
+        one_tile += c.seqlen_k <= v.block_n;
+        if (c.seqlen_k <= v.block_n) continue;
+        (is_band ? band : full) += 1;
+        grouped += c.num_heads > c.num_heads_k;
+        varlen += c.varlen_q && c.varlen_k && c.seqused_q;
+        accumulating += c.accumulate;
+    }
+    for (const int count : {one_tile, full, band, grouped, varlen, accumulating}) EXPECT_GT(count, 0);
 }
 
 TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {

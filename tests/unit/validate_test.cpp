@@ -1,186 +1,210 @@
-// Every refusal: the status, and a text that names the argument, what was given and what is possible.
+// Every refusal of an attention call: the status, and a text that names the argument, what was given and what is
+// possible.
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
-#include <functional>
+#include <algorithm>
+#include <cstdint>
 #include <limits>
-#include <vector>
 
-#include "dense_call.hpp"
+#include "refusals.hpp"
 
 namespace strobe {
 namespace {
 
-using Change = std::function<void(DenseCall&)>;
-
-struct Refusal {
-    Change change;
-    std::vector<const char*> says;  // pieces of the text, in any order
-};
-
-void expect_text(const Refusal& r) {
-    const std::string text = strobe_last_error();
-    for (const char* piece : r.says) EXPECT_NE(text.find(piece), std::string::npos) << "\"" << piece << "\" is not in: " << text;
+void expect_forward_refused(const Change& change, const Says& says) {
+    DenseCall call;
+    ASSERT_EQ(forward(call), STROBE_OK) << strobe_last_error();
+    change(call);
+    EXPECT_EQ(forward(call), STROBE_INVALID_ARGUMENT) << says[0];
+    expect_error_says(says);
 }
 
-void expect_forward_refused(const Refusal& r) {
+void expect_backward_refused(const Change& change, const Says& says) {
     DenseCall call;
-    ASSERT_EQ(strobe_attention_forward(&call.attention, &call.forward, nullptr), STROBE_OK) << strobe_last_error();
-    r.change(call);
-    EXPECT_EQ(strobe_attention_forward(&call.attention, &call.forward, nullptr), STROBE_INVALID_ARGUMENT) << r.says[0];
-    expect_text(r);
+    ASSERT_EQ(forward(call), STROBE_OK) << strobe_last_error();
+    ASSERT_EQ(backward(call), STROBE_OK) << strobe_last_error();
+    change(call);
+    EXPECT_EQ(backward(call), STROBE_INVALID_ARGUMENT) << says[0];
+    expect_error_says(says);
 }
 
-void expect_backward_refused(const Refusal& r) {
-    DenseCall call;
-    ASSERT_EQ(strobe_attention_forward(&call.attention, &call.forward, nullptr), STROBE_OK) << strobe_last_error();
-    ASSERT_EQ(strobe_attention_backward(&call.attention, &call.backward, nullptr), STROBE_OK) << strobe_last_error();
-    r.change(call);
-    EXPECT_EQ(strobe_attention_backward(&call.attention, &call.backward, nullptr), STROBE_INVALID_ARGUMENT) << r.says[0];
-    expect_text(r);
+/// Refused by forward and backward alike, with the same words, for what memory holds.
+void expect_contents_refused(const Change& change, const Says& says) {
+    expect_forward_refused(change, says);
+    expect_backward_refused(change, says);
 }
 
-/// Refused by forward and backward alike, with the same words, and by the plan functions where contents do not matter.
-void expect_refused(const Refusal& r, bool plan_too = true) {
-    expect_forward_refused(r);
-    expect_backward_refused(r);
-    if (!plan_too) return;
+/// The same for what a call looks like: the plan functions, which look at no memory, refuse it too.
+void expect_refused(const Change& change, const Says& says) {
+    expect_contents_refused(change, says);
     DenseCall call;
-    r.change(call);
+    change(call);
     strobe_plan plan{};
     plan.struct_size = sizeof plan;
     EXPECT_EQ(strobe_attention_forward_plan(&call.attention, &call.forward, &plan), STROBE_INVALID_ARGUMENT);
-    expect_text(r);
+    expect_error_says(says);
     EXPECT_EQ(strobe_attention_backward_plan(&call.attention, &call.backward, &plan), STROBE_INVALID_ARGUMENT);
-    expect_text(r);
+    expect_error_says(says);
 }
 
 TEST(Validate, ASoundCallPasses) {
     DenseCall dense;
-    EXPECT_EQ(strobe_attention_forward(&dense.attention, &dense.forward, nullptr), STROBE_OK) << strobe_last_error();
-    EXPECT_EQ(strobe_attention_backward(&dense.attention, &dense.backward, nullptr), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(forward(dense), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(backward(dense), STROBE_OK) << strobe_last_error();
     EXPECT_STREQ(strobe_last_error(), "");
     DenseCall varlen;
     varlen.make_varlen();
-    EXPECT_EQ(strobe_attention_forward(&varlen.attention, &varlen.forward, nullptr), STROBE_OK) << strobe_last_error();
-    EXPECT_EQ(strobe_attention_backward(&varlen.attention, &varlen.backward, nullptr), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(forward(varlen), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(backward(varlen), STROBE_OK) << strobe_last_error();
 }
 
 TEST(Validate, ElementTypes) {
-    expect_refused({[](DenseCall& c) { c.attention.q.dtype = STROBE_U8; }, {"q: dtype is 4 (u8)", "f32 or bf16 or f16"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.dtype = 77; }, {"v: dtype is 77 (an unknown dtype)", "f32 or bf16 or f16"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.dtype = STROBE_F16; }, {"k: dtype is f16, but q is f32"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.dtype = STROBE_F16; }, {"out: dtype is 2 (f16)", "f32"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.lse.dtype = STROBE_BF16; }, {"lse: dtype is 1 (bf16)", "must be f32"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dout.dtype = STROBE_BF16; }, {"dout: dtype is 1 (bf16)", "must be f32"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dq.dtype = STROBE_I32; }, {"dq: dtype is 3 (i32)", "f32"}});
-    expect_backward_refused({[](DenseCall& c) {
-                                 for (strobe_tensor* t : {&c.attention.q, &c.attention.k, &c.attention.v, &c.backward.out, &c.backward.dout,
-                                                          &c.backward.dq, &c.backward.dk}) {
-                                     t->dtype = STROBE_BF16;
-                                 }
-                             },
-                             {"dv: dtype is f32, but dq is bf16", "share one dtype"}});
+    expect_refused([](DenseCall& c) { c.attention.q.dtype = STROBE_U8; }, {"q: dtype is 4 (u8)", "f32 or bf16 or f16"});
+    expect_refused([](DenseCall& c) { c.attention.v.dtype = 77; },
+                   {"v: dtype is 77 (an unknown dtype)", "f32 or bf16 or f16"});
+    expect_refused([](DenseCall& c) { c.attention.k.dtype = STROBE_F16; }, {"k: dtype is f16, but q is f32"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.dtype = STROBE_F16; }, {"out: dtype is 2 (f16)", "f32"});
+    expect_forward_refused([](DenseCall& c) { c.forward.lse.dtype = STROBE_BF16; },
+                           {"lse: dtype is 1 (bf16)", "must be f32"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dout.dtype = STROBE_BF16; },
+                            {"dout: dtype is 1 (bf16)", "must be f32"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dq.dtype = STROBE_I32; }, {"dq: dtype is 3 (i32)", "f32"});
+    expect_backward_refused(
+        [](DenseCall& c) {
+            for (strobe_tensor* t : {&c.attention.q, &c.attention.k, &c.attention.v, &c.backward.out, &c.backward.dout,
+                                     &c.backward.dq, &c.backward.dk}) {
+                t->dtype = STROBE_BF16;
+            }
+        },
+        {"dv: dtype is f32, but dq is bf16", "share one dtype"});
 }
 
 TEST(Validate, Dimensions) {
-    expect_refused({[](DenseCall& c) { c.attention.q.ndim = 0; }, {"q: is not given", "(B, Sq, H, D)"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.ndim = 3; }, {"k: has 3 dimensions", "(B, Sk, Hk, D)"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.ndim = 5; }, {"v: has 5 dimensions", "(B, Sk, Hk, D)"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.ndim = -1; }, {"q: has -1 dimensions"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.ndim = 1 << 30; }, {"q: has 1073741824 dimensions"}});
-    expect_refused({[](DenseCall& c) {
-                        c.make_varlen();
-                        c.attention.q.ndim = 4;
-                    },
-                    {"q: has 4 dimensions", "(Tq, H, D) since cu_seqlens_q is given"}},
-                   false);
+    expect_refused([](DenseCall& c) { c.attention.q.ndim = 0; }, {"q: is not given", "(B, Sq, H, D)"});
+    expect_refused([](DenseCall& c) { c.attention.k.ndim = 3; }, {"k: has 3 dimensions", "(B, Sk, Hk, D)"});
+    expect_refused([](DenseCall& c) { c.attention.v.ndim = 5; }, {"v: has 5 dimensions", "(B, Sk, Hk, D)"});
+    expect_refused([](DenseCall& c) { c.attention.q.ndim = -1; }, {"q: has -1 dimensions"});
+    expect_refused([](DenseCall& c) { c.attention.q.ndim = 1 << 30; }, {"q: has 1073741824 dimensions"});
+    expect_refused(
+        [](DenseCall& c) {
+            c.make_varlen();
+            c.attention.q.ndim = 4;
+        },
+        {"q: has 4 dimensions", "(Tq, H, D) since cu_seqlens_q is given"});
 }
 
 TEST(Validate, Extents) {
-    expect_refused({[](DenseCall& c) { c.attention.q.shape[1] = -5; }, {"q: shape is (2, -5, 4, 8)", "must not be negative"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.shape[3] = 0; }, {"q: head_dim is 0", "from 1 to 512"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.shape[3] = 513; }, {"q: head_dim is 513", "from 1 to 512"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.shape[3] = 513; }, {"v: head_dim_v is 513", "from 1 to 512"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.shape[3] = 0; }, {"v: head_dim_v is 0", "from 1 to 512"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.shape[3] = 7; }, {"k: head_dim is 7, but q has 8"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.shape[1] = 6; }, {"v: shape is (2, 6, 2, 6)", "those of k, (2, 7, 2, 8)"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.shape[2] = 1; }, {"v: shape is (2, 7, 1, 6)", "those of k, (2, 7, 2, 8)"}});
-    expect_refused({[](DenseCall& c) { c.attention.v.shape[0] = 1; }, {"v: shape is (1, 7, 2, 6)", "the batch must be that of k"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.shape[2] = 0; }, {"q: shape is (2, 5, 0, 8)", "at least one head"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.shape[2] = c.attention.v.shape[2] = 0; }, {"k: has 0 heads", "the 4 of q"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.shape[2] = c.attention.v.shape[2] = 3; }, {"k: has 3 heads", "the 4 of q"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.shape[0] = c.attention.v.shape[0] = 1; }, {"k: says a batch of 1, but q says 2"}});
-    expect_refused({[](DenseCall& c) {
-                        c.attention.q.shape[0] = c.attention.k.shape[0] = c.attention.v.shape[0] = int64_t{1} << 30;
-                    },
-                    {"q: batch 1073741824 times heads 4 is over 2147483647"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.shape[1] = int64_t{1} << 31; }, {"q: has 2147483648 rows", "at most 2147483647"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.shape[1] = c.attention.v.shape[1] = int64_t{1} << 31; },
-                    {"k: has 2147483648 rows", "at most 2147483647"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.shape[3] = 8; }, {"out: shape is (2, 5, 4, 8)", "= (2, 5, 4, 6)"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.ndim = 0; }, {"out: shape is not given", "= (2, 5, 4, 6)"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.lse.shape[2] = 6; }, {"lse: shape is (2, 4, 6)", "(B, H, Sq) = (2, 4, 5)"}});
+    expect_refused([](DenseCall& c) { c.attention.q.shape[1] = -5; },
+                   {"q: shape is (2, -5, 4, 8)", "must not be negative"});
+    expect_refused([](DenseCall& c) { c.attention.q.shape[3] = 0; }, {"q: head_dim is 0", "from 1 to 512"});
+    expect_refused([](DenseCall& c) { c.attention.q.shape[3] = 513; }, {"q: head_dim is 513", "from 1 to 512"});
+    expect_refused([](DenseCall& c) { c.attention.v.shape[3] = 513; }, {"v: head_dim_v is 513", "from 1 to 512"});
+    expect_refused([](DenseCall& c) { c.attention.v.shape[3] = 0; }, {"v: head_dim_v is 0", "from 1 to 512"});
+    expect_refused([](DenseCall& c) { c.attention.k.shape[3] = 7; }, {"k: head_dim is 7, but q has 8"});
+    expect_refused([](DenseCall& c) { c.attention.v.shape[1] = 6; },
+                   {"v: shape is (2, 6, 2, 6)", "those of k, (2, 7, 2, 8)"});
+    expect_refused([](DenseCall& c) { c.attention.v.shape[2] = 1; },
+                   {"v: shape is (2, 7, 1, 6)", "those of k, (2, 7, 2, 8)"});
+    expect_refused([](DenseCall& c) { c.attention.v.shape[0] = 1; },
+                   {"v: shape is (1, 7, 2, 6)", "the batch must be that of k"});
+    expect_refused([](DenseCall& c) { c.attention.q.shape[2] = 0; }, {"q: shape is (2, 5, 0, 8)", "at least one head"});
+    expect_refused([](DenseCall& c) { c.attention.k.shape[2] = c.attention.v.shape[2] = 0; },
+                   {"k: has 0 heads", "the 4 of q"});
+    expect_refused([](DenseCall& c) { c.attention.k.shape[2] = c.attention.v.shape[2] = 3; },
+                   {"k: has 3 heads", "the 4 of q"});
+    expect_refused([](DenseCall& c) { c.attention.k.shape[0] = c.attention.v.shape[0] = 1; },
+                   {"k: says a batch of 1, but q says 2"});
+    expect_refused(
+        [](DenseCall& c) {
+            c.attention.q.shape[0] = c.attention.k.shape[0] = c.attention.v.shape[0] = int64_t{1} << 30;
+        },
+        {"q: batch 1073741824 times heads 4 is over 2147483647"});
+    expect_refused([](DenseCall& c) { c.attention.q.shape[1] = int64_t{1} << 31; },
+                   {"q: has 2147483648 rows", "at most 2147483647"});
+    expect_refused([](DenseCall& c) { c.attention.k.shape[1] = c.attention.v.shape[1] = int64_t{1} << 31; },
+                   {"k: has 2147483648 rows", "at most 2147483647"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.shape[3] = 8; },
+                           {"out: shape is (2, 5, 4, 8)", "= (2, 5, 4, 6)"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.ndim = 0; }, {"out: shape is not given", "= (2, 5, 4, 6)"});
+    expect_forward_refused([](DenseCall& c) { c.forward.lse.shape[2] = 6; },
+                           {"lse: shape is (2, 4, 6)", "(B, H, Sq) = (2, 4, 5)"});
     const auto wrong = [](strobe_tensor strobe_backward::*member) {
         return [member](DenseCall& c) { (c.backward.*member).shape[1] += 1; };
     };
-    expect_backward_refused({wrong(&strobe_backward::out), {"out: shape is (2, 6, 4, 6)", "= (2, 5, 4, 6)"}});
-    expect_backward_refused({wrong(&strobe_backward::dout), {"dout: shape is (2, 6, 4, 6)", "= (2, 5, 4, 6)"}});
-    expect_backward_refused({wrong(&strobe_backward::lse), {"lse: shape is (2, 5, 5)", "= (2, 4, 5)"}});
-    expect_backward_refused({wrong(&strobe_backward::dq), {"dq: shape is (2, 6, 4, 8)", "= (2, 5, 4, 8)"}});
-    expect_backward_refused({wrong(&strobe_backward::dk), {"dk: shape is (2, 8, 2, 8)", "= (2, 7, 2, 8)"}});
-    expect_backward_refused({wrong(&strobe_backward::dv), {"dv: shape is (2, 8, 2, 6)", "= (2, 7, 2, 6)"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.lse.ndim = 0; }, {"lse: shape is not given", "= (2, 4, 5)"}});
-    expect_backward_refused({[](DenseCall& c) {
-                                 c.backward.dlse = c.backward.lse;
-                                 c.backward.dlse.shape[0] = 1;
-                             },
-                             {"dlse: shape is (1, 4, 5)", "= (2, 4, 5)"}});
+    expect_backward_refused(wrong(&strobe_backward::out), {"out: shape is (2, 6, 4, 6)", "= (2, 5, 4, 6)"});
+    expect_backward_refused(wrong(&strobe_backward::dout), {"dout: shape is (2, 6, 4, 6)", "= (2, 5, 4, 6)"});
+    expect_backward_refused(wrong(&strobe_backward::lse), {"lse: shape is (2, 5, 5)", "= (2, 4, 5)"});
+    expect_backward_refused(wrong(&strobe_backward::dq), {"dq: shape is (2, 6, 4, 8)", "= (2, 5, 4, 8)"});
+    expect_backward_refused(wrong(&strobe_backward::dk), {"dk: shape is (2, 8, 2, 8)", "= (2, 7, 2, 8)"});
+    expect_backward_refused(wrong(&strobe_backward::dv), {"dv: shape is (2, 8, 2, 6)", "= (2, 7, 2, 6)"});
+    expect_backward_refused([](DenseCall& c) { c.backward.lse.ndim = 0; }, {"lse: shape is not given", "= (2, 4, 5)"});
+    expect_backward_refused(
+        [](DenseCall& c) {
+            c.backward.dlse = c.backward.lse;
+            c.backward.dlse.shape[0] = 1;
+        },
+        {"dlse: shape is (1, 4, 5)", "= (2, 4, 5)"});
 }
 
 TEST(Validate, Strides) {
-    expect_refused({[](DenseCall& c) { c.attention.k.strides[1] = -16; }, {"k: strides are (112, -16, 8, 1)", "negative"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.strides[3] = 2; }, {"q: the last stride is 2", "must be 1"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.strides[0] = int64_t{1} << 61; },
-                    {"q: shape (2, 5, 4, 8)", "2305843009213693952", "2^63 bytes"}});
-    expect_refused({[](DenseCall& c) {
-                        c.attention.q.shape[0] = int64_t{1} << 40;
-                        c.attention.q.shape[1] = int64_t{1} << 40;
-                    },
-                    {"q: shape (1099511627776, 1099511627776, 4, 8)", "2^63 bytes"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.strides[2] = 0; }, {"out: shape (2, 5, 4, 6)", "several elements in one place"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.lse.strides[1] = 4; }, {"lse:", "several elements in one place"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.lse.strides[2] = 2; }, {"lse: the last stride is 2", "must be 1"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dk.strides[0] = 0; }, {"dk:", "several elements in one place"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dout.strides[3] = 3; }, {"dout: the last stride is 3", "must be 1"}});
+    expect_refused([](DenseCall& c) { c.attention.k.strides[1] = -16; },
+                   {"k: strides are (112, -16, 8, 1)", "negative"});
+    expect_refused([](DenseCall& c) { c.attention.q.strides[3] = 2; }, {"q: the last stride is 2", "must be 1"});
+    expect_refused([](DenseCall& c) { c.attention.q.strides[0] = int64_t{1} << 61; },
+                   {"q: shape (2, 5, 4, 8)", "2305843009213693952", "2^63 bytes"});
+    expect_refused(
+        [](DenseCall& c) {
+            c.attention.q.shape[0] = int64_t{1} << 40;
+            c.attention.q.shape[1] = int64_t{1} << 40;
+        },
+        {"q: shape (1099511627776, 1099511627776, 4, 8)", "2^63 bytes"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.strides[2] = 0; },
+                           {"out: shape (2, 5, 4, 6)", "several elements in one place"});
+    expect_forward_refused([](DenseCall& c) { c.forward.lse.strides[1] = 4; },
+                           {"lse:", "several elements in one place"});
+    expect_forward_refused([](DenseCall& c) { c.forward.lse.strides[2] = 2; },
+                           {"lse: the last stride is 2", "must be 1"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dk.strides[0] = 0; },
+                            {"dk:", "several elements in one place"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dout.strides[3] = 3; },
+                            {"dout: the last stride is 3", "must be 1"});
 }
 
 TEST(Validate, Pointers) {
-    expect_refused({[](DenseCall& c) { c.attention.q.data = nullptr; }, {"q: data is NULL", "(2, 5, 4, 8)"}}, false);
-    expect_refused({[](DenseCall& c) { c.attention.v.data = static_cast<char*>(c.attention.v.data) + 1; },
-                    {"v: data 0x", "not aligned to its element size of 4 bytes"}},
-                   false);
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.data = nullptr; }, {"out: data is NULL"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dv.data = nullptr; }, {"dv: data is NULL"}});
+    expect_contents_refused([](DenseCall& c) { c.attention.q.data = nullptr; }, {"q: data is NULL", "(2, 5, 4, 8)"});
+    expect_contents_refused([](DenseCall& c) { c.attention.v.data = static_cast<char*>(c.attention.v.data) + 1; },
+                            {"v: data 0x", "not aligned to its element size of 4 bytes"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.data = nullptr; }, {"out: data is NULL"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dv.data = nullptr; }, {"dv: data is NULL"});
 }
 
 TEST(Validate, Devices) {
-    expect_refused({[](DenseCall& c) { c.attention.q.device_type = 7; }, {"q: device_type is 7", "0 (cpu) or 1 (cuda)"}});
-    expect_refused({[](DenseCall& c) { c.attention.q.device_index = -1; }, {"q: device_index is -1", "must not be negative"}});
-    expect_refused({[](DenseCall& c) { c.attention.k.device_type = STROBE_CUDA; }, {"k: is on cuda:0, but q is on cpu", "share one device"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.device_type = STROBE_CUDA; }, {"out: is on cuda:0, but q is on cpu"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dq.device_type = STROBE_CUDA; }, {"dq: is on cuda:0, but q is on cpu"}});
+    expect_refused([](DenseCall& c) { c.attention.q.device_type = 7; }, {"q: device_type is 7", "0 (cpu) or 1 (cuda)"});
+    expect_refused([](DenseCall& c) { c.attention.q.device_index = -1; },
+                   {"q: device_index is -1", "must not be negative"});
+    expect_refused([](DenseCall& c) { c.attention.k.device_type = STROBE_CUDA; },
+                   {"k: is on cuda:0, but q is on cpu", "share one device"});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.device_type = STROBE_CUDA; },
+                           {"out: is on cuda:0, but q is on cpu"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dq.device_type = STROBE_CUDA; },
+                            {"dq: is on cuda:0, but q is on cpu"});
 }
 
 TEST(Validate, OverlappingOutputs) {
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.data = c.attention.q.data; }, {"out: overlaps q in memory"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.out.data = static_cast<float*>(c.attention.v.data) + 100; }, {"out: overlaps v"}});
-    expect_forward_refused({[](DenseCall& c) { c.forward.lse.data = c.forward.out.data; }, {"lse: overlaps out"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dk.data = static_cast<float*>(c.backward.dq.data) + 1; }, {"dk: overlaps dq"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dv.data = c.backward.dout.data; }, {"dv: overlaps dout"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.lse.data = c.backward.dk.data; }, {"dk: overlaps lse"}});
-    expect_backward_refused({[](DenseCall& c) { c.backward.dq.data = c.attention.q.data; }, {"dq: overlaps q"}});
+    expect_forward_refused([](DenseCall& c) { c.forward.out.data = c.attention.q.data; },
+                           {"out: overlaps q in memory"});
+    expect_forward_refused(
+        [](DenseCall& c) {
+            c.attention.v.data = c.tensor({1000}).data;  // room behind it, so that out reaches into nothing else
+            c.forward.out.data = static_cast<float*>(c.attention.v.data) + 100;
+        },
+        {"out: overlaps v"});
+    expect_forward_refused([](DenseCall& c) { c.forward.lse.data = c.forward.out.data; }, {"lse: overlaps out"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dk.data = static_cast<float*>(c.backward.dq.data) + 1; },
+                            {"dk: overlaps dq"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dv.data = c.backward.dout.data; }, {"dv: overlaps dout"});
+    expect_backward_refused([](DenseCall& c) { c.backward.lse.data = c.backward.dk.data; }, {"dk: overlaps lse"});
+    expect_backward_refused([](DenseCall& c) { c.backward.dq.data = c.attention.q.data; }, {"dq: overlaps q"});
 }
 
 TEST(Validate, PackedViewsDoNotOverlap) {
@@ -206,11 +230,11 @@ TEST(Validate, PackedViewsDoNotOverlap) {
     c.backward.dq = packed(dqkv, 0);
     c.backward.dk = packed(dqkv, 1);
     c.backward.dv = packed(dqkv, 2);
-    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_OK) << strobe_last_error();
-    EXPECT_EQ(strobe_attention_backward(&c.attention, &c.backward, nullptr), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(forward(c), STROBE_OK) << strobe_last_error();
+    EXPECT_EQ(backward(c), STROBE_OK) << strobe_last_error();
     c.backward.dk.data = static_cast<float*>(c.backward.dk.data) - 1;
-    EXPECT_EQ(strobe_attention_backward(&c.attention, &c.backward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("dk: overlaps dq"), std::string::npos) << strobe_last_error();
+    EXPECT_EQ(backward(c), STROBE_INVALID_ARGUMENT);
+    expect_error_says({"dk: overlaps dq"});
 }
 
 TEST(Validate, SequenceLengths) {
@@ -220,66 +244,102 @@ TEST(Validate, SequenceLengths) {
             change(c);
         };
     };
-    const auto contents = [&](Change change, std::vector<const char*> says) { expect_refused({varlen(change), std::move(says)}, false); };
-    const auto shapes = [&](Change change, std::vector<const char*> says) { expect_refused({varlen(change), std::move(says)}, true); };
-    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({1, 2, 10}); }, {"cu_seqlens_q: starts with 1", "start with 0"});
-    contents([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, 7, 6}); }, {"cu_seqlens_k: falls from 7 to 6 at index 2", "never fall"});
-    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({0, 3, 11}); }, {"cu_seqlens_q: ends with 11", "only 10 rows"});
-    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({0, 0, 9}); }, {"max_seqlen_q: is 8, but sequence 1 has 9 rows"});
-    contents([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, std::numeric_limits<int32_t>::min(), 14}); }, {"cu_seqlens_k: falls from 0 to -2147483648"});
-    contents([](DenseCall& c) { c.attention.seqused_q = c.integers({3, 8}); }, {"seqused_q: is 3 at index 0", "from 0 to the sequence's 2 rows"});
-    contents([](DenseCall& c) { c.attention.seqused_k = c.integers({7, -1}); }, {"seqused_k: is -1 at index 1", "from 0 to the sequence's 7 rows"});
-    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.ndim = 2; }, {"cu_seqlens_q: has 2 dimensions", "one-dimensional"});
-    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.dtype = STROBE_F32; }, {"cu_seqlens_q: dtype is 0 (f32)", "must be i32"});
+    const auto contents = [&](const Change& change, const Says& says) { expect_contents_refused(varlen(change), says); };
+    const auto shapes = [&](const Change& change, const Says& says) { expect_refused(varlen(change), says); };
+    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({1, 2, 10}); },
+             {"cu_seqlens_q: starts with 1", "start with 0"});
+    contents([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, 7, 6}); },
+             {"cu_seqlens_k: falls from 7 to 6 at index 2", "never fall"});
+    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({0, 3, 11}); },
+             {"cu_seqlens_q: ends with 11", "only 10 rows"});
+    contents([](DenseCall& c) { c.attention.cu_seqlens_q = c.integers({0, 0, 9}); },
+             {"max_seqlen_q: is 8, but sequence 1 has 9 rows"});
+    contents([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, std::numeric_limits<int32_t>::min(), 14}); },
+             {"cu_seqlens_k: falls from 0 to -2147483648"});
+    contents([](DenseCall& c) { c.attention.seqused_q = c.integers({3, 8}); },
+             {"seqused_q: is 3 at index 0", "from 0 to the sequence's 2 rows"});
+    contents([](DenseCall& c) { c.attention.seqused_k = c.integers({7, -1}); },
+             {"seqused_k: is -1 at index 1", "from 0 to the sequence's 7 rows"});
+    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.ndim = 2; },
+           {"cu_seqlens_q: has 2 dimensions", "one-dimensional"});
+    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.dtype = STROBE_F32; },
+           {"cu_seqlens_q: dtype is 0 (f32)", "must be i32"});
     shapes([](DenseCall& c) { c.attention.cu_seqlens_k.shape[0] = 0; }, {"cu_seqlens_k: is empty", "batch + 1"});
-    shapes([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, 14}); }, {"cu_seqlens_k: says a batch of 1, but cu_seqlens_q says 2"});
-    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.strides[0] = 2; }, {"cu_seqlens_q: the last stride is 2", "must be 1"});
-    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.device_type = STROBE_CUDA; }, {"cu_seqlens_q: is on cuda:0, but q is on cpu"});
+    shapes([](DenseCall& c) { c.attention.cu_seqlens_k = c.integers({0, 14}); },
+           {"cu_seqlens_k: says a batch of 1, but cu_seqlens_q says 2"});
+    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.strides[0] = 2; },
+           {"cu_seqlens_q: the last stride is 2", "must be 1"});
+    shapes([](DenseCall& c) { c.attention.cu_seqlens_q.device_type = STROBE_CUDA; },
+           {"cu_seqlens_q: is on cuda:0, but q is on cpu"});
     shapes([](DenseCall& c) { c.attention.max_seqlen_q = -1; }, {"max_seqlen_q: is -1", "from 0 to 2147483647"});
-    shapes([](DenseCall& c) { c.attention.max_seqlen_k = int64_t{1} << 40; }, {"max_seqlen_k: is 1099511627776", "from 0 to 2147483647"});
-    shapes([](DenseCall& c) { c.attention.seqused_k = c.integers({7, 7, 7}); }, {"seqused_k: shape is (3)", "(B) = (2)"});
-    shapes([](DenseCall& c) { c.forward.lse = c.backward.lse = c.tensor({10, 4}); }, {"lse: shape is (10, 4)", "(H, Tq) = (4, 10)"});
+    shapes([](DenseCall& c) { c.attention.max_seqlen_k = int64_t{1} << 40; },
+           {"max_seqlen_k: is 1099511627776", "from 0 to 2147483647"});
+    shapes([](DenseCall& c) { c.attention.seqused_k = c.integers({7, 7, 7}); },
+           {"seqused_k: shape is (3)", "(B) = (2)"});
+    shapes([](DenseCall& c) { c.forward.lse = c.backward.lse = c.tensor({10, 4}); },
+           {"lse: shape is (10, 4)", "(H, Tq) = (4, 10)"});
 
-    expect_refused({[](DenseCall& c) { c.attention.max_seqlen_q = 6; }, {"max_seqlen_q: is 6 without cu_seqlens_q", "the 5 rows"}});
-    expect_refused({[](DenseCall& c) { c.attention.seqused_q = c.integers({5, 6}); }, {"seqused_q: is 6 at index 1", "from 0 to the sequence's 5 rows"}}, false);
-    expect_refused({[](DenseCall& c) { c.attention.seqused_q.ndim = 2; }, {"seqused_q: has 2 dimensions", "one-dimensional"}});
+    expect_refused([](DenseCall& c) { c.attention.max_seqlen_q = 6; },
+                   {"max_seqlen_q: is 6 without cu_seqlens_q", "the 5 rows"});
+    expect_contents_refused([](DenseCall& c) { c.attention.seqused_q = c.integers({5, 6}); },
+                            {"seqused_q: is 6 at index 1", "from 0 to the sequence's 5 rows"});
+    expect_refused([](DenseCall& c) { c.attention.seqused_q.ndim = 2; },
+                   {"seqused_q: has 2 dimensions", "one-dimensional"});
 }
 
 TEST(Validate, Options) {
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
-    expect_refused({[](DenseCall& c) { c.attention.num_threads = -2; }, {"num_threads: is -2", "at least 1, or 0"}});
-    expect_refused({[](DenseCall& c) { c.attention.window_left = -2; }, {"window_left: is -2", "or -1 for no bound"}});
-    expect_refused({[](DenseCall& c) { c.attention.window_right = int64_t{1} << 40; }, {"window_right: is 1099511627776", "from 0 to 2147483647"}});
-    expect_refused({[](DenseCall& c) { c.attention.causal = 1, c.attention.window_right = 3; }, {"window_right: is 3 beside causal", "leave it -1 or 0"}});
+    expect_refused([](DenseCall& c) { c.attention.num_threads = -2; }, {"num_threads: is -2", "at least 1, or 0"});
+    expect_refused([](DenseCall& c) { c.attention.window_left = -2; }, {"window_left: is -2", "or -1 for no bound"});
+    expect_refused([](DenseCall& c) { c.attention.window_right = int64_t{1} << 40; },
+                   {"window_right: is 1099511627776", "from 0 to 2147483647"});
+    expect_refused([](DenseCall& c) { c.attention.causal = 1, c.attention.window_right = 3; },
+                   {"window_right: is 3 beside causal", "leave it -1 or 0"});
     for (double bad : {kNaN, kInf, -kInf}) {
-        expect_refused({[=](DenseCall& c) { c.attention.has_softmax_scale = 1, c.attention.softmax_scale = bad; }, {"softmax_scale: is ", "finite"}});
-        expect_refused({[=](DenseCall& c) { c.attention.softcap = bad; }, {"softcap: is ", "finite and positive, or 0"}});
-        expect_refused({[=](DenseCall& c) { c.attention.dropout_p = bad; }, {"dropout_p: is ", "at least 0 and below 1"}});
+        expect_refused([=](DenseCall& c) { c.attention.has_softmax_scale = 1, c.attention.softmax_scale = bad; },
+                       {"softmax_scale: is ", "finite"});
+        expect_refused([=](DenseCall& c) { c.attention.softcap = bad; }, {"softcap: is ", "finite and positive, or 0"});
+        expect_refused([=](DenseCall& c) { c.attention.dropout_p = bad; },
+                       {"dropout_p: is ", "at least 0 and below 1"});
     }
-    expect_refused({[](DenseCall& c) { c.attention.has_softmax_scale = 1, c.attention.softmax_scale = 1e300; }, {"softmax_scale: is 1e+300", "range of f32"}});
-    expect_refused({[](DenseCall& c) { c.attention.softcap = -30; }, {"softcap: is -30", "finite and positive, or 0"}});
-    expect_refused({[](DenseCall& c) { c.attention.softcap = 1e300; }, {"softcap: is 1e+300", "finite and positive, or 0"}});
-    expect_refused({[](DenseCall& c) { c.attention.dropout_p = 1; }, {"dropout_p: is 1", "below 1"}});
-    expect_refused({[](DenseCall& c) { c.attention.dropout_p = -0.1; }, {"dropout_p: is -0.1", "at least 0"}});
-    expect_refused({[](DenseCall& c) { c.attention.has_positions = 1, c.attention.q_position = -1; }, {"q_position: is -1", "with 5 rows", "from 0 to 2147483642"}});
-    expect_refused({[](DenseCall& c) { c.attention.has_positions = 1, c.attention.k_position = int64_t{1} << 31; }, {"k_position: is 2147483648", "with 7 rows", "2147483640"}});
-    expect_refused({[](DenseCall& c) { c.attention.implementation = "abacus"; }, {"implementation: is \"abacus\"", "for cpu there are:", "reference"}});
+    expect_refused([](DenseCall& c) { c.attention.has_softmax_scale = 1, c.attention.softmax_scale = 1e300; },
+                   {"softmax_scale: is 1e+300", "range of f32"});
+    expect_refused([](DenseCall& c) { c.attention.softcap = -30; }, {"softcap: is -30", "finite and positive, or 0"});
+    expect_refused([](DenseCall& c) { c.attention.softcap = 1e300; },
+                   {"softcap: is 1e+300", "finite and positive, or 0"});
+    expect_refused([](DenseCall& c) { c.attention.dropout_p = 1; }, {"dropout_p: is 1", "below 1"});
+    expect_refused([](DenseCall& c) { c.attention.dropout_p = -0.1; }, {"dropout_p: is -0.1", "at least 0"});
+    expect_refused([](DenseCall& c) { c.attention.has_positions = 1, c.attention.q_position = -1; },
+                   {"q_position: is -1", "with 5 rows", "from 0 to 2147483642"});
+    expect_refused([](DenseCall& c) { c.attention.has_positions = 1, c.attention.k_position = int64_t{1} << 31; },
+                   {"k_position: is 2147483648", "with 7 rows", "2147483640"});
+    expect_refused([](DenseCall& c) { c.attention.implementation = "abacus"; },
+                   {"implementation: is \"abacus\"", "for cpu there are:", "reference"});
 }
 
 TEST(Validate, AlibiAndBias) {
-    expect_refused({[](DenseCall& c) { c.attention.alibi_slopes = c.tensor({5}); }, {"alibi_slopes: shape is (5)", "(H) = (4)"}});
-    expect_refused({[](DenseCall& c) { c.attention.alibi_slopes = c.tensor({4, 2}); }, {"alibi_slopes: shape is (4, 2)", "(B, H) = (2, 4)"}});
-    expect_refused({[](DenseCall& c) { c.attention.alibi_slopes = c.tensor({2, 4, 1}); }, {"alibi_slopes: has 3 dimensions", "(H) or (B, H)"}});
-    expect_refused({[](DenseCall& c) { c.attention.alibi_slopes = c.tensor({4}, STROBE_BF16); }, {"alibi_slopes: dtype is 1 (bf16)", "must be f32"}});
-    expect_refused({[](DenseCall& c) {
-                        c.attention.alibi_slopes = c.tensor({4});
-                        c.attention.alibi_slopes.strides[0] = 2;
-                    },
-                    {"alibi_slopes: the last stride is 2", "must be 1"}});
-    expect_refused({[](DenseCall& c) { c.attention.bias = c.tensor({5, 7}); }, {"bias: has 2 dimensions", "(B, H, Sq, Sk)"}});
-    expect_refused({[](DenseCall& c) { c.attention.bias = c.tensor({2, 4, 5, 6}); }, {"bias: shape is (2, 4, 5, 6)", "(2, 4, 5, 7)", "possibly 1"}});
-    expect_refused({[](DenseCall& c) { c.attention.bias = c.tensor({2, 2, 5, 7}); }, {"bias: shape is (2, 2, 5, 7)", "(2, 4, 5, 7)"}});
-    expect_refused({[](DenseCall& c) { c.attention.bias = c.tensor({2, 4, 5, 7}, STROBE_BF16); }, {"bias: dtype is 1 (bf16)", "f32"}});
+    expect_refused([](DenseCall& c) { c.attention.alibi_slopes = c.tensor({5}); },
+                   {"alibi_slopes: shape is (5)", "(H) = (4)"});
+    expect_refused([](DenseCall& c) { c.attention.alibi_slopes = c.tensor({4, 2}); },
+                   {"alibi_slopes: shape is (4, 2)", "(B, H) = (2, 4)"});
+    expect_refused([](DenseCall& c) { c.attention.alibi_slopes = c.tensor({2, 4, 1}); },
+                   {"alibi_slopes: has 3 dimensions", "(H) or (B, H)"});
+    expect_refused([](DenseCall& c) { c.attention.alibi_slopes = c.tensor({4}, STROBE_BF16); },
+                   {"alibi_slopes: dtype is 1 (bf16)", "must be f32"});
+    expect_refused(
+        [](DenseCall& c) {
+            c.attention.alibi_slopes = c.tensor({4});
+            c.attention.alibi_slopes.strides[0] = 2;
+        },
+        {"alibi_slopes: the last stride is 2", "must be 1"});
+    expect_refused([](DenseCall& c) { c.attention.bias = c.tensor({5, 7}); },
+                   {"bias: has 2 dimensions", "(B, H, Sq, Sk)"});
+    expect_refused([](DenseCall& c) { c.attention.bias = c.tensor({2, 4, 5, 6}); },
+                   {"bias: shape is (2, 4, 5, 6)", "(2, 4, 5, 7)", "possibly 1"});
+    expect_refused([](DenseCall& c) { c.attention.bias = c.tensor({2, 2, 5, 7}); },
+                   {"bias: shape is (2, 2, 5, 7)", "(2, 4, 5, 7)"});
+    expect_refused([](DenseCall& c) { c.attention.bias = c.tensor({2, 4, 5, 7}, STROBE_BF16); },
+                   {"bias: dtype is 1 (bf16)", "f32"});
     const auto with_bias = [](Change change) -> Change {
         return [change](DenseCall& c) {
             c.attention.bias = c.tensor({1, 4, 5, 7});
@@ -287,176 +347,28 @@ TEST(Validate, AlibiAndBias) {
             change(c);
         };
     };
-    expect_backward_refused({[](DenseCall& c) { c.backward.dbias = c.tensor({1, 4, 5, 7}); }, {"dbias: is given without bias"}});
-    expect_backward_refused({with_bias([](DenseCall& c) { c.backward.dbias = c.tensor({2, 4, 5, 7}); }), {"dbias: shape is (2, 4, 5, 7)", "the shape of bias = (1, 4, 5, 7)"}});
-    expect_backward_refused({with_bias([](DenseCall& c) { c.backward.dbias.dtype = STROBE_F16; }), {"dbias: dtype is 2 (f16)", "f32"}});
-    expect_backward_refused({with_bias([](DenseCall& c) { c.backward.dbias.strides[1] = 0; }), {"dbias:", "several elements in one place"}});
-    expect_backward_refused({with_bias([](DenseCall& c) { c.backward.dbias.data = c.attention.bias.data; }), {"dbias: overlaps bias"}});
+    expect_backward_refused([](DenseCall& c) { c.backward.dbias = c.tensor({1, 4, 5, 7}); },
+                            {"dbias: is given without bias"});
+    expect_backward_refused(with_bias([](DenseCall& c) { c.backward.dbias = c.tensor({2, 4, 5, 7}); }),
+                            {"dbias: shape is (2, 4, 5, 7)", "the shape of bias = (1, 4, 5, 7)"});
+    expect_backward_refused(with_bias([](DenseCall& c) { c.backward.dbias.dtype = STROBE_F16; }),
+                            {"dbias: dtype is 2 (f16)", "f32"});
+    expect_backward_refused(with_bias([](DenseCall& c) { c.backward.dbias.strides[1] = 0; }),
+                            {"dbias:", "several elements in one place"});
+    expect_backward_refused(with_bias([](DenseCall& c) { c.backward.dbias.data = c.attention.bias.data; }),
+                            {"dbias: overlaps bias"});
 }
 
 TEST(Validate, AccumulationIsInF32) {
-    expect_backward_refused({[](DenseCall& c) {
-                                 for (strobe_tensor* t : {&c.attention.q, &c.attention.k, &c.attention.v, &c.backward.out, &c.backward.dout,
-                                                          &c.backward.dq, &c.backward.dk, &c.backward.dv}) {
-                                     t->dtype = STROBE_F16;
-                                 }
-                                 c.backward.accumulate = 1;
-                             },
-                             {"accumulate: is set while dq is f16", "f32"}});
-}
-
-TEST(Validate, Structs) {
-    DenseCall c;
-    EXPECT_EQ(strobe_attention_forward(nullptr, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("strobe_attention: is NULL"), std::string::npos);
-    EXPECT_EQ(strobe_attention_forward(&c.attention, nullptr, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("strobe_forward: is NULL"), std::string::npos);
-    EXPECT_EQ(strobe_attention_backward(&c.attention, nullptr, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("strobe_backward: is NULL"), std::string::npos);
-    EXPECT_EQ(strobe_attention_forward_plan(&c.attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("plan: is NULL"), std::string::npos);
-    strobe_plan plan{};
-    EXPECT_EQ(strobe_attention_backward_plan(&c.attention, &c.backward, &plan), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("plan.struct_size: is 0"), std::string::npos);
-    c.attention.struct_size = 0;
-    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("strobe_attention.struct_size: is 0"), std::string::npos);
-    c.attention.struct_size = 0xFFFFFFFFu;  // garbage: nothing so far behind the struct may be read
-    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("struct_size: is 4294967295; versions have from "), std::string::npos) << strobe_last_error();
-}
-
-TEST(Validate, StructsOfANewerHeaderPassWhileTheirTailIsZero) {
-    DenseCall c;
-    std::vector<unsigned char> newer(sizeof c.attention + 32, 0);
-    c.attention.struct_size = static_cast<uint32_t>(newer.size());
-    std::memcpy(newer.data(), &c.attention, sizeof c.attention);
-    const auto* attention = reinterpret_cast<const strobe_attention*>(newer.data());
-    EXPECT_EQ(strobe_attention_forward(attention, &c.forward, nullptr), STROBE_OK) << strobe_last_error();
-    newer[sizeof c.attention + 7] = 1;
-    EXPECT_EQ(strobe_attention_forward(attention, &c.forward, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("newer strobe.h"), std::string::npos) << strobe_last_error();
-}
-
-TEST(Validate, AMeaningfulCallThatNobodyServesIsUnsupported) {
-    bool has_cuda = false;
-    for (int32_t n = 0; const char* name = strobe_implementation(n); ++n) has_cuda = has_cuda || std::string(name).starts_with("sm");
-    if (has_cuda) GTEST_SKIP() << "this build has CUDA implementations";
-    DenseCall c;
-    for (strobe_tensor* t : {&c.attention.q, &c.attention.k, &c.attention.v, &c.forward.out, &c.forward.lse}) t->device_type = STROBE_CUDA;
-    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_UNSUPPORTED);
-    EXPECT_NE(std::string(strobe_last_error()).find("q: is on cuda:0"), std::string::npos) << strobe_last_error();
-}
-
-TEST(Validate, TheLastErrorIsClearedByASuccess) {
-    DenseCall c;
-    c.attention.num_threads = -1;
-    EXPECT_NE(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_OK);
-    EXPECT_STRNE(strobe_last_error(), "");
-    c.attention.num_threads = 0;
-    EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_OK);
-    EXPECT_STREQ(strobe_last_error(), "");
-    EXPECT_EQ(strobe_set_num_threads(0), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("num_threads: is 0; it must be at least 1"), std::string::npos);
-}
-
-TEST(Validate, DropoutMask) {
-    const auto refused = [](const Refusal& r, strobe_tensor keep) {
-        DenseCall c;
-        c.attention.dropout_p = 0.5;
-        std::vector<uint8_t> memory(2 * 4 * 5 * 7);
-        if (keep.ndim == 0) {
-            const int64_t shape[] = {2, 4, 5, 7};
-            keep = strobe_tensor_dense(nullptr, STROBE_U8, STROBE_CPU, 4, shape);
-        }
-        keep.data = memory.data();
-        EXPECT_EQ(strobe_dropout_mask(&c.attention, &keep, nullptr), keep.dtype == STROBE_U8 && keep.shape[3] == 7 ? STROBE_OK : STROBE_INVALID_ARGUMENT);
-        if (r.change) {
-            r.change(c);
-            EXPECT_EQ(strobe_dropout_mask(&c.attention, &keep, nullptr), STROBE_INVALID_ARGUMENT);
-        }
-        expect_text(r);
-    };
-    refused({[](DenseCall& c) { c.attention.dropout_p = 1.5; }, {"dropout_p: is 1.5", "below 1"}}, {});
-    refused({[](DenseCall& c) { c.attention.q.ndim = 2; }, {"q: has 2 dimensions"}}, {});
-    const int64_t short_shape[] = {2, 4, 5, 6}, shape[] = {2, 4, 5, 7};
-    refused({nullptr, {"keep: shape is (2, 4, 5, 6)", "= (2, 4, 5, 7)"}}, strobe_tensor_dense(nullptr, STROBE_U8, STROBE_CPU, 4, short_shape));
-    refused({nullptr, {"keep: dtype is 1 (bf16)", "must be u8"}}, strobe_tensor_dense(nullptr, STROBE_BF16, STROBE_CPU, 4, shape));
-    DenseCall c;
-    EXPECT_EQ(strobe_dropout_mask(&c.attention, nullptr, nullptr), STROBE_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(strobe_last_error()).find("keep: is NULL"), std::string::npos);
-}
-
-TEST(Validate, LseMerge) {
-    struct Merge {
-        DenseCall memory;
-        strobe_tensor part_out[2], part_lse[2], out, lse;
-        Merge() {
-            for (int n = 0; n < 2; ++n) {
-                part_out[n] = memory.tensor({2, 5, 4, 6});
-                part_lse[n] = memory.tensor({2, 4, 5});
+    expect_backward_refused(
+        [](DenseCall& c) {
+            for (strobe_tensor* t : {&c.attention.q, &c.attention.k, &c.attention.v, &c.backward.out, &c.backward.dout,
+                                     &c.backward.dq, &c.backward.dk, &c.backward.dv}) {
+                t->dtype = STROBE_F16;
             }
-            out = memory.tensor({2, 5, 4, 6});
-            lse = memory.tensor({2, 4, 5});
-        }
-    };
-    const auto refused = [](std::function<void(Merge&)> change, std::vector<const char*> says) {
-        Merge m;
-        ASSERT_EQ(strobe_lse_merge(2, m.part_out, m.part_lse, &m.out, &m.lse, nullptr), STROBE_OK) << strobe_last_error();
-        change(m);
-        EXPECT_EQ(strobe_lse_merge(2, m.part_out, m.part_lse, &m.out, &m.lse, nullptr), STROBE_INVALID_ARGUMENT) << says[0];
-        expect_text({nullptr, says});
-    };
-    refused([](Merge& m) { m.part_out[1].shape[1] = 4; }, {"part_out[1]: shape is (2, 4, 4, 6)", "= (2, 5, 4, 6)"});
-    refused([](Merge& m) { m.part_lse[0].shape[1] = 3; }, {"part_lse[0]: shape is (2, 3, 5)", "= (2, 4, 5)"});
-    refused([](Merge& m) { m.part_lse[1].dtype = STROBE_F16; }, {"part_lse[1]: dtype is 2 (f16)", "must be f32"});
-    refused([](Merge& m) { m.out.dtype = STROBE_U8; }, {"out: dtype is 4 (u8)", "f32 or bf16 or f16"});
-    refused([](Merge& m) { m.out.ndim = 2; }, {"out: has 2 dimensions"});
-    refused([](Merge& m) { m.lse.strides[0] = 0; }, {"lse:", "several elements in one place"});
-    refused([](Merge& m) { m.part_out[0].device_type = STROBE_CUDA; }, {"part_out[0]: is on cuda:0, but out is on cpu"});
-    refused([](Merge& m) { m.out.data = m.part_out[1].data; }, {"out: overlaps part_out[1]", "only the first part may be the result"});
-    refused([](Merge& m) { m.lse.data = m.part_lse[0].data; }, {"lse: overlaps part_lse[0]", "out and lse alike"});
-    Merge m;
-    EXPECT_EQ(strobe_lse_merge(2, m.part_out, m.part_lse, &m.part_out[0], &m.part_lse[0], nullptr), STROBE_OK) << strobe_last_error();
-    EXPECT_EQ(strobe_lse_merge(0, m.part_out, m.part_lse, &m.out, &m.lse, nullptr), STROBE_INVALID_ARGUMENT);
-    expect_text({nullptr, {"num_parts: is 0", "at least one"}});
-    EXPECT_EQ(strobe_lse_merge(1, nullptr, m.part_lse, &m.out, &m.lse, nullptr), STROBE_INVALID_ARGUMENT);
-    expect_text({nullptr, {"part_out: is NULL"}});
-    EXPECT_EQ(strobe_lse_merge(1, m.part_out, nullptr, &m.out, &m.lse, nullptr), STROBE_INVALID_ARGUMENT);
-    expect_text({nullptr, {"part_lse: is NULL"}});
-    EXPECT_EQ(strobe_lse_merge(1, m.part_out, m.part_lse, nullptr, &m.lse, nullptr), STROBE_INVALID_ARGUMENT);
-    expect_text({nullptr, {"out: is NULL"}});
-    EXPECT_EQ(strobe_lse_merge(1, m.part_out, m.part_lse, &m.out, nullptr, nullptr), STROBE_INVALID_ARGUMENT);
-    expect_text({nullptr, {"lse: is NULL"}});
-}
-
-TEST(Validate, EmptyCallsAreLegal) {
-    for (int empty : {0, 1, 2, 3}) {  // no batch, no queries, no keys, neither
-        DenseCall c;
-        for (strobe_tensor* t : {&c.attention.q, &c.forward.out, &c.backward.out, &c.backward.dout, &c.backward.dq}) {
-            if (empty == 0) t->shape[0] = 0;
-            if (empty == 1 || empty == 3) t->shape[1] = 0;
-        }
-        for (strobe_tensor* t : {&c.attention.k, &c.attention.v, &c.backward.dk, &c.backward.dv}) {
-            if (empty == 0) t->shape[0] = 0;
-            if (empty == 2 || empty == 3) t->shape[1] = 0;
-        }
-        for (strobe_tensor* t : {&c.forward.lse, &c.backward.lse}) {
-            if (empty == 0) t->shape[0] = 0;
-            if (empty == 1 || empty == 3) t->shape[2] = 0;
-        }
-        EXPECT_EQ(strobe_attention_forward(&c.attention, &c.forward, nullptr), STROBE_OK) << empty << ": " << strobe_last_error();
-        EXPECT_EQ(strobe_attention_backward(&c.attention, &c.backward, nullptr), STROBE_OK) << empty << ": " << strobe_last_error();
-        if (empty == 2) {  // queries without keys
-            EXPECT_EQ(static_cast<float*>(c.forward.out.data)[7], 0.0f);
-            EXPECT_EQ(static_cast<float*>(c.forward.lse.data)[3], -std::numeric_limits<float>::infinity());
-            EXPECT_EQ(static_cast<float*>(c.backward.dq.data)[7], 0.0f);
-        }
-        if (empty == 1) {  // keys without queries
-            EXPECT_EQ(static_cast<float*>(c.backward.dk.data)[7], 0.0f);
-            EXPECT_EQ(static_cast<float*>(c.backward.dv.data)[7], 0.0f);
-        }
-    }
+            c.backward.accumulate = 1;
+        },
+        {"accumulate: is set while dq is f16", "f32"});
 }
 
 }  // namespace
