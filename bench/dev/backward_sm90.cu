@@ -571,8 +571,18 @@ std::vector<Case> check_cases() {
             cases.push_back(z);
             z.name = "deterministic window gqa", z.left = 200, z.right = 10, z.heads = 4;
             cases.push_back(z);
-            // Keys and heads enough for the main kernel to do the rows of some heads itself.
-            if (d <= 96 || d > 128) continue;
+            if (d > 128) continue;
+            // Work tiles that do not fill the machine are shared.
+            cases.push_back({"shared, full 1000x1030", 1, 3, 3, 1000, 1030, d, t});
+            cases.push_back({"shared, gqa 6/2 full 700x515", 1, 6, 2, 700, 515, d, t});
+            cases.push_back({"shared by eight, 2048x257", 1, 1, 1, 2048, 257, d, t});
+            Case h{"shared, accumulate f32 out", 1, 2, 2, 1100, 400, d, t};
+            h.accumulate = h.f32_out = true;
+            cases.push_back(h);
+            // Sequences in the order of their lengths; at head dim 128, keys and heads enough for the main kernel to do the rows
+            // of some heads itself.
+            if (d != 64 && d != 128 && d != 80) continue;
+            cases.push_back({"many heads, shared, full 2048", 2, 14, 14, 2048, 2048, d, t});
             cases.push_back({"many heads, full 2048", 2, 12, 12, 2048, 2048, d, t});
             cases.push_back({"many heads, causal 2081x2112 gqa", 2, 24, 12, 2081, 2112, d, t, -1, 0});
             Case m{"many heads, varlen causal", 10, 6, 6, 0, 0, d, t, -1, 0};

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <random>
 #include <set>
 #include <tuple>
@@ -78,25 +79,53 @@ template <Variant V>
 void check(std::mt19937& rng) {
     const Problem problem(rng, V.mask == MaskClass::band);
     const BackwardParams& p = problem.params;
-    const BackwardSchedule schedule = backward_schedule(V, p);
+    BackwardSchedule schedule = backward_schedule(V, p);
+    std::vector<int32_t> sequences(static_cast<size_t>(p.size.batch));
+    std::iota(sequences.begin(), sequences.end(), 0);
+    std::shuffle(sequences.begin(), sequences.end(), rng);
+    if (rng() % 2) schedule.sequences = sequences.data();
     const BackwardWorkspace workspace = backward_workspace(V, p);
     std::set<std::tuple<int, int, int>> seen;
+    std::set<std::pair<int, int>> parts, shared_pairs;  // (shared tile, part), (shared tile, query tile)
     std::map<std::tuple<int, int, int>, int> additions;  // to a query tile of one key head, by work tiles claimed so far
     std::map<std::tuple<int, int, int>, bool> complete;  // such a query tile has had the last of its key tiles
     for (int index = 0; index < schedule.work_tiles; ++index) {
         BackwardTile tile;
-        if (!decode_tile<V>(p, schedule, index, tile)) continue;
-        ASSERT_TRUE(seen.insert({tile.batch, tile.head_k, tile.n_block}).second);
+        if (!decode_tile<V>(p, schedule, index, tile)) {
+            const int next = behind_missing<V>(p, schedule, index);
+            ASSERT_GT(next, index);
+            ASSERT_LE(next, schedule.work_tiles);
+            for (; index + 1 < next; ++index) ASSERT_FALSE(decode_tile<V>(p, schedule, index + 1, tile));
+            continue;
+        }
+        ASSERT_EQ(tile.batch * p.size.num_heads_k + tile.head_k,
+                  schedule.batch_of(tile.head, p) * p.size.num_heads_k + tile.head % p.size.num_heads_k);
+        if (tile.shared < 0) {
+            ASSERT_TRUE(seen.insert({tile.batch, tile.head_k, tile.n_block}).second);
+        } else {  // its parts follow one another
+            ASSERT_TRUE(parts.insert({tile.shared, tile.part}).second);
+            ASSERT_LT(tile.shared, schedule.shared.tiles);
+            ASSERT_LT(tile.part, schedule.shared.parts);
+            seen.insert({tile.batch, tile.head_k, tile.n_block});
+        }
         const Sequence seq = sequence_of(p, tile.batch);
         const BandMask mask = seq.mask(p.mask);
         const int64_t key0 = int64_t{tile.n_block} * V.block_n;
         for (int m = 0; m < ceil_div(seq.seqlen_q, V.block_m); ++m) {
             const bool covered = m >= tile.m_begin && m < tile.m_end;
-            ASSERT_EQ(covered, visibility(mask, m, key0, V.block_n, V.block_m).first) << "query tile " << m;
+            const bool visible = visibility(mask, m, key0, V.block_n, V.block_m).first;
+            if (tile.shared < 0) {
+                ASSERT_EQ(covered, visible) << "query tile " << m;
+            } else {
+                ASSERT_LE(covered, visible) << "query tile " << m;
+            }
             if (!covered) continue;
+            if (tile.shared >= 0) ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
             const int turn = query_turn<V>(tile, m, seq.seqlen_q);
             // Whoever waits for its turn waits for tiles that were claimed before it: they are running or done.
-            ASSERT_EQ(turn, (additions[{tile.batch, tile.head_k, m}]++));
+            if (tile.shared < 0) {
+                ASSERT_EQ(turn, (additions[{tile.batch, tile.head_k, m}]++));
+            }
             if (schedule.whole_heads) {
                 const QueryShare share = query_share<V>(tile, m, static_cast<int>(seq.seqlen_q));
                 ASSERT_EQ(share.first, turn == 0);
@@ -128,6 +157,8 @@ void check(std::mt19937& rng) {
     if (schedule.whole_heads) {
         ASSERT_EQ(complete.size(), additions.size());
     }
+    ASSERT_EQ(static_cast<int>(parts.size()), schedule.shared.tiles * schedule.shared.parts * (schedule.shared.parts > 1));
+    ASSERT_EQ(static_cast<int64_t>(shared_pairs.size()), schedule.shared.tiles * ceil_div(p.size.seqlen_q, V.block_m));
 }
 
 TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
@@ -174,6 +205,21 @@ TEST(Sm90BackwardSchedule, AClaimIsAHeadOrATile) {
     s.claim_tiles = 2;
     EXPECT_EQ(next_tile(s, 4, claim), 5);
     EXPECT_EQ(next_tile(s, 5, claim), 12);
+
+TEST(Sm90BackwardSchedule, TilesThatDoNotFillTheMachineAreShared) {
+    BackwardParams p;
+    p.size = {1, 32, 32, 128, 128, 16384, 16384, 16384, 16384};
+    EXPECT_EQ(shared_tiles(kFull, p).tiles, 32 * 128 % 132);
+    EXPECT_EQ(shared_tiles(kFull, p).parts, 8);
+    EXPECT_EQ(shared_tiles(kBand, p).tiles, 0);
+    p.deterministic = true;
+    EXPECT_EQ(shared_tiles(kFull, p).tiles, 0);
+    p.deterministic = false;
+    p.size.num_heads = p.size.num_heads_k = 33;  // 32 rounds
+    EXPECT_EQ(shared_tiles(kFull, p).tiles, 0);
+    p.size.num_heads = p.size.num_heads_k = 32;
+    p.size.seqlen_q = 64;  // nothing to share
+    EXPECT_EQ(shared_tiles(kFull, p).tiles, 0);
 }
 
 TEST(Sm90BackwardSchedule, RowsMoveInsideWhereThereIsTimeForThem) {
@@ -268,8 +314,14 @@ TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
             EXPECT_EQ(w.dq_tiles, tiles);
         }
         EXPECT_LE(w.counter_offset + 1024, w.progress_offset);
-        EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.bytes);
-        for (const int64_t offset : {w.dq_offset, w.semaphore_offset, w.counter_offset, w.progress_offset}) {
+        EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.sequences_offset);
+        EXPECT_LE(w.sequences_offset + 4 * problem.params.size.batch, w.finished_offset);
+        const SharedTiles shared = shared_tiles(kFull, problem.params);
+        const BackwardWorkspace full = backward_workspace(kFull, problem.params);
+        EXPECT_LE(full.finished_offset + 4 * shared.counters(kFull), full.parts_offset);
+        EXPECT_EQ(full.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(kFull), full.bytes);
+        for (const int64_t offset :
+             {w.dq_offset, w.semaphore_offset, w.counter_offset, w.progress_offset, w.finished_offset, w.parts_offset}) {
             EXPECT_EQ(offset % 1024, 0);
         }
     }

@@ -34,7 +34,8 @@ struct BackwardConfig {
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kSlots = 8;                  // of QuerySlot
     // Of k and v. Where a head has few query tiles the next keys should be there when they come; a third stage matters less.
-    static constexpr int kKeyStages = kDim <= 128 && kStages == 2 ? 2 : 1;
+    static constexpr bool kFewKeys = serves_few_keys(V);
+    static constexpr int kKeyStages = kFewKeys ? 2 : 1;
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
@@ -43,18 +44,24 @@ struct BackwardConfig {
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
+    static constexpr bool kPipelined = kDim == 64 && !kFewKeys;  // PipelinedKeyWorker
+    static constexpr bool kTransposedDq = kPipelined; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
+    static constexpr bool kBulkAdd = kPipelined;      // dq is added by the copy engine
+    static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
+    static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 96 ? 80 : kDim == 128 && kKeyStages == 2 ? 72 : kDim <= 128 ? 64 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : kDim == 128 && kKeyStages == 2 ? 24 : 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 128 && kStages == 3;
-    static constexpr int kRowBufferRows = 64 / kChunks;   // of dout and out that a row worker has in shared memory
-    static constexpr int kRowBufferBytes = 64 * 128 * (kInnerRows ? 2 : 1);  // for each of the two row workers
-    // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
+    static constexpr bool kInnerRows = (kDim == 64 || kDim == 128) && !kFewKeys;
     static constexpr bool kWholeHeads = may_take_whole_heads(V);
-    static constexpr bool kOwnStatistics = kDim <= 96;
+    // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
+    static constexpr bool kOwnStatistics = kWholeHeads && kDim <= 96;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kPipelined ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kFewKeys ? 72 : kDim <= 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows || kOwnStatistics ? 32 : 24;
+    static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
+    // For each of the two row workers, and for each of the two that make a CTA's own statistics: its half of a tile of out.
+    static constexpr int kRowBufferBytes = kInnerRows ? kRowBufferRows * 2 * kChunks * 128 : kBlockM / 2 * kChunks * 128;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -81,7 +88,7 @@ struct BackwardConfig {
     static_assert(V.block_n == 128 && kBlockM % 64 == 0 && (!kSplit || kBlockM == 64));
     static_assert(kDim <= 256 && kDim % 32 == 0 && (!kSplit || kDim % 64 == 0));
     static_assert(kKeyRegisters * 2 + kDqRegisters + kLoadRegisters <= 512);
-    static_assert(!kInnerRows || kBlockM == 64);  // a row worker's unit is a tile
+    static_assert(!(kInnerRows || kTransposedDq) || kBlockM == 64);  // a row worker's unit is a tile
 };
 
 /// What the load warp tells the others about the tiles to come.
@@ -115,12 +122,12 @@ struct RingPosition {
 
 /// What a row worker does next: 64-row units of one query head.
 struct RowJob {
-    int key_head;           // all batch entries together
+    int key_head;           // in the order of work
     int first;              // unit
     int rows_q, seqlen_q;   // of the sequence
     int work_tiles;         // of the key head
     RaggedCoordinates at;   // of the head's rows
-    int64_t padded;         // its first tile in the accumulator and the statistics
+    int64_t padded;         // its first 64-row unit in the accumulator and the statistics
     int64_t lse, dlse, dq;  // its first row, in elements
 };
 
@@ -153,6 +160,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
     // The other's K from pair_chunk() on.
     alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
+    alignas(C::kBulkAdd ? 128 : 16) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
     DqTarget dq_target[4];
@@ -216,9 +224,11 @@ struct BackwardLaunch {
     int32_t* semaphore = nullptr;
     int32_t* counter = nullptr;
     int64_t tiles = 0;
+    int32_t* finished = nullptr;  // shared key tiles: see BackwardWorkspace
+    float4* parts = nullptr;
 
     bool own_statistics = false;  // no kernel in front
-    // Row statistics and dq conversion in the main kernel (heads: key heads of all batch entries, as work tiles count them).
+    // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;
     int first_inner_head = 0;     // statistics before that: by the kernel in front
     int inner_conversions = 0;    // dq of heads from there on: by the kernel behind

@@ -1,5 +1,7 @@
-// The dq warpgroup: dq = dS K, added to the fp32 accumulator in L2. Where a CTA has whole heads, nobody else adds: dq of the keys so
-// far waits in memory that only this thread touches, and goes out in its own type with the last of them.
+// The dq warpgroup: dq = dS K, or at head dim 64 its transpose, for which K stays in registers: that halves what the product reads
+// of shared memory, which is busier than the tensor cores. It is added to the fp32 accumulator in L2. Where a CTA has whole heads
+// nobody else adds: dq of the keys so far waits in memory that only this thread touches, and goes out in its own type with the last
+// of them.
 #pragma once
 
 #include "cuda/sm90/backward_epilogue.cuh"
@@ -14,6 +16,8 @@ struct DqWorker {
     const BackwardParams& params;
     const BackwardLaunch& launch;
     const int thread;  // in the warpgroup
+    int unreported = -1;  // head of a work tile that has been done
+    uint32_t k_operand[C::kTransposedDq ? V.block_n / 16 : 1][4] = {};
 
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();  // the accumulator has been cleared, the counter of claims too
@@ -22,22 +26,28 @@ struct DqWorker {
             const KeyStage<C::kKeyStages> key_stage(t);
             smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
-            if (tile.batch < 0) return;
+            if (tile.batch < 0) break;
+            if constexpr (C::kTransposedDq) load_operand();
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
+            const int head = tile.head;
 #pragma unroll 1
             for (int i = 0; i < iterations; ++i) {
                 if constexpr (kWholeHeads) describe_target(tile, i);
                 multiply(key_stage.index, ds_stage, slot);
                 ds_stage.template advance<C::kDsStages>();
                 if (!kWholeHeads) slot.template advance<C::kSlots>();
+                if (C::kBulkAdd && i == 0) report<1>();
             }
-            const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
             if (thread % 32 == 0) smem.kv_free[key_stage.index].arrive();
-            if (C::kInnerRows && !kWholeHeads && launch.inner_rows) {
+            if (C::kInnerRows && launch.inner_rows) {
+                report<0>();
                 __syncwarp();
-                if (thread % 32 == 0) add_release(launch.done + key_head, 1);
+                unreported = head;
+                if constexpr (!C::kBulkAdd) report<0>();
             }
         }
+        report<0>();
+        if (C::kBulkAdd && thread % 32 == 0) bulk_wait<0>();  // before this CTA's shared memory is somebody else's
     }
 
 private:
@@ -75,6 +85,19 @@ private:
         return *static_cast<const volatile T*>(&x);
     }
 
+    /// Tells the row workers that the work tile before has been added to dq: the copy engine is done with all groups but the last
+    /// kGroups, which belong to this tile.
+    template <int kGroups>
+    __device__ __forceinline__ void report() {
+        if (thread % 32 != 0 || unreported < 0) return;
+        if constexpr (C::kBulkAdd) {
+            bulk_wait<kGroups>();
+            fence_async_proxy_global();
+        }
+        add_release(launch.done + unreported, 1);
+        unreported = -1;
+    }
+
     /// 64 queries (a unit of the tile) by at most 64 columns, which need few registers.
     struct Piece {
         int unit;
@@ -87,6 +110,8 @@ private:
     __device__ __forceinline__ void multiply(int key_stage, const RingPosition& ds, const RingPosition& slot) {
         if constexpr (C::kPair) {
             multiply_half(ds, slot);
+        } else if constexpr (C::kTransposedDq) {
+            multiply_transposed(ds, slot);
         } else {
             multiply_all(key_stage, ds, slot);
         }
@@ -94,6 +119,28 @@ private:
             __syncwarp();
             if (thread % 32 == 0) smem.added[slot.index].arrive();
         }
+    }
+
+    /// The left operand of dq^T = K^T dS^T, for as long as the key tile.
+    __device__ __forceinline__ void load_operand() {
+        const int lane = thread % 32;
+        const uint32_t row = smem_address(smem.k) + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
+                             ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+        for (int kk = 0; kk < V.block_n / 16; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
+    }
+
+    __device__ __forceinline__ void multiply_transposed(const RingPosition& ds, const RingPosition& slot) {
+        float acc[32];
+        smem.ds_full[ds.index].wait(ds.phase);
+        const uint64_t b = mn_major(smem_address(smem.ds) + ds.index * C::kDsUnitBytes, C::kDsUnitBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < V.block_n / 16; ++kk) Wgmma<64>::template rs<V.dtype, 1>(acc, k_operand[kk], b + kk * kStep, kk != 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        fence_registers(acc);
+        add<64>(acc, {0, 0, {}, true, true}, ds, slot);
     }
 
     __device__ __forceinline__ void multiply_all(int key_stage, const RingPosition& ds, const RingPosition& slot) {
@@ -133,10 +180,9 @@ private:
         return {0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
     }
 
-    /// The first piece waits for dS and for the turn, the last one frees the dS buffer.
+    /// The first piece waits for dS.
     template <int N>
     __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds, const RingPosition& slot) {
-        constexpr int kStep = 16 * C::kRowBytes >> 4;
         float acc[N / 2];
         const bool adds = kWholeHeads && __any_sync(0xFFFFFFFFu, !fresh(target().first));
         if (adds) load_partial(acc, partial(piece));  // on its way while dS is waited for
@@ -152,7 +198,14 @@ private:
         wgmma_commit();
         wgmma_wait<0>();
         fence_registers(acc);
-        if (piece.last && thread % 32 == 0) {
+        add<N>(acc, piece, ds, slot);
+    }
+
+    /// The first piece waits for the turn, the last one frees the dS buffer.
+    template <int N>
+    __device__ __forceinline__ void add(const float (&acc)[N / 2], const Piece& piece, const RingPosition& ds, const RingPosition& slot) {
+        const int warp = thread / 32, lane = thread % 32;
+        if (piece.last && lane == 0) {
             smem.ds_free[ds.index].arrive();
             if constexpr (C::kPair) C::peer().arrive(smem.ds_free[ds.index]);
         }
@@ -162,15 +215,43 @@ private:
             } else {
                 store_partial(partial(piece), acc);
             }
-        } else {
-            if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
-            float* const out = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
-                               place_in_tile(piece);
-#pragma unroll
-            for (int j = 0; j < N / 8; ++j) {
-                reduce_add(out + j * 512, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            return;
+        }
+        if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
+        float* const unit = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
+                            piece.unit * (64 * C::kDim);
+        float* const out = unit + (C::kWarpMajor ? warp * (16 * C::kDim) + piece.column * 16 : piece.column * 64 + warp * 128);
+        if constexpr (C::kBulkAdd) {
+            if (!params.deterministic) {
+                add_in_bulk<N>(acc, out);
+                return;
             }
         }
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            reduce_add(out + j * (C::kWarpMajor ? 128 : 512) + lane * 4, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        }
+    }
+
+    /// Reductions from registers keep the load and store unit, and with it the key warpgroups, waiting for L2; the copy engine
+    /// waits by itself. In deterministic mode nobody could tell when it is done without waiting for it.
+    template <int N>
+    __device__ __forceinline__ void add_in_bulk(const float (&acc)[N / 2], float* out) {
+        const int lane = thread % 32;
+        const uint32_t staging = smem_address(smem.staging) + thread / 32 * (16 * N * 4);
+        if (lane == 0) bulk_wait_read();
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            store_shared_vector(staging + (j * 32 + lane) * 16, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+            bulk_reduce_add(out, staging, 16 * N * 4);
+            bulk_commit();
+        }
+        __syncwarp();
     }
 
     /// This thread's first element of a piece in a tile of the accumulator: (unit, dim / 8, 128 threads, 4).
@@ -208,6 +289,8 @@ private:
         const GradRows rows{fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, me % 4};
         store_gradient<V.dtype>(params, params.dq.data, rows, acc, params.score.softmax_scale, piece.column);
     }
+
+    static constexpr int kStep = 16 * C::kRowBytes >> 4;  // 16 keys further, in a descriptor
 };
 
 }  // namespace strobe::sm90

@@ -1,8 +1,7 @@
 // Writes gradients from the accumulators of a 64 x dim tile.
 #pragma once
 
-#include "cuda/sm90/backward_ptx.cuh"
-#include "cuda/sm90/backward_schedule.hpp"
+#include "cuda/sm90/backward_config.cuh"
 
 namespace strobe::sm90 {
 
@@ -34,6 +33,45 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int quad) {
     exchange(w[2], w[3], quad & 1, 1);
     exchange(w[0], w[2], quad & 2, 2);
     exchange(w[1], w[3], quad & 2, 2);
+}
+
+/// Of a shared tile: leaves this part of dK and dV for whoever finishes last. If that is this warp, it ends up with the sums of all
+/// parts. `unit`: of 64 keys; `thread`: in its warpgroup. Warps have nothing to do with each other here.
+template <Variant V, int kCount>
+__device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const BackwardTile& tile, int unit, int thread,
+                                          float (&dk)[kCount], float (&dv)[kCount]) {
+    constexpr int kUnits = V.block_n / 64;
+    constexpr int kVectors = kCount / 4 * 128;
+    const int parts = launch.schedule.shared.parts;
+    const auto part_at = [&](int part) {
+        return launch.parts + (int64_t{tile.shared * parts + part} * kUnits + unit) * (2 * kVectors) + thread;
+    };
+    float4* const mine = part_at(tile.part);
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+        __stcg(mine + i * 128, make_float4(dk[4 * i], dk[4 * i + 1], dk[4 * i + 2], dk[4 * i + 3]));
+        __stcg(mine + kVectors + i * 128, make_float4(dv[4 * i], dv[4 * i + 1], dv[4 * i + 2], dv[4 * i + 3]));
+    }
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (thread % 32 == 0) before = atomicAdd(launch.finished + (tile.shared * kUnits + unit) * 4 + thread / 32, 1);
+    before = __shfl_sync(0xFFFFFFFFu, before, 0);
+    if (before + 1 < parts) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) dk[i] = dv[i] = 0.0f;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+        const float4* const from = part_at(part);
+        const auto add = [](float* sum, const float4& x) { sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w; };
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) {
+            add(dk + 4 * i, __ldcg(from + i * 128));
+            add(dv + 4 * i, __ldcg(from + kVectors + i * 128));
+        }
+    }
+    return true;
 }
 
 template <DType kType, int kCount>

@@ -7,6 +7,7 @@
 #include "cuda/sm90/backward_key_worker.cuh"
 #include "cuda/sm90/backward_load_worker.cuh"
 #include "cuda/sm90/backward_order_worker.cuh"
+#include "cuda/sm90/backward_pipelined_worker.cuh"
 #include "cuda/sm90/backward_row_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
 #include "cuda/sm90/backward_statistics_worker.cuh"
@@ -86,8 +87,10 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
     } else {
         register_limit_raise<C::kKeyRegisters>();
-        if constexpr (!C::kSplit) {
-            KeyWorker<V>{smem, params, launch.scale_log2, warpgroup, thread}.run();
+        if constexpr (C::kPipelined) {
+            PipelinedKeyWorker<V>{{smem, params, launch, warpgroup, thread}}.run();
+        } else if constexpr (!C::kSplit) {
+            KeyWorker<V>{{smem, params, launch, warpgroup, thread}}.run();
         } else if (warpgroup == 0) {
             ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
         } else {

@@ -1,8 +1,4 @@
 // One of two key warpgroups for head_dim <= 128: 64 keys against a stream of query tiles.
-//
-// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
-// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
-// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
 #pragma once
 
 #include "cuda/sm90/backward_epilogue.cuh"
@@ -10,16 +6,63 @@
 
 namespace strobe::sm90 {
 
+/// What both kinds of key warpgroup share.
 template <Variant V>
-struct KeyWorker {
+struct KeyWorkerBase {
     using C = BackwardConfig<V>;
     using F = Fragments<V>;
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
-    const float scale_log2;
+    const BackwardLaunch& launch;
     const int warpgroup;  // 0 or 1
     const int thread;     // in the warpgroup
+
+    __device__ __forceinline__ int lane() const { return thread % 32; }
+
+    __device__ __forceinline__ uint32_t rows_of(const uint8_t* tile) const {
+        return smem_address(tile) + warpgroup * 64 * C::kRowBytes;
+    }
+
+    __device__ __forceinline__ void publish(int ds_stage) {
+        fence_async_proxy();
+        __syncwarp();
+        if (lane() == 0) smem.ds_full[ds_stage].arrive();
+    }
+
+    __device__ __forceinline__ void free_stage(int stage) {
+        __syncwarp();
+        if (lane() == 0) smem.stage_free[stage].arrive();
+    }
+
+    /// The first of this thread's two key rows; the other is 8 below.
+    __device__ __forceinline__ int first_key(const BackwardTile& tile) const {
+        return tile.n_block * C::kBlockN + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+    }
+
+    /// Frees the key tile and writes its gradients.
+    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk, typename F::Gradient& dv) {
+        const BackwardTile last = tile;
+        __syncwarp();
+        if (lane() == 0) smem.kv_free[key_stage].arrive();
+        if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, dk, dv)) return;
+        const auto rows = [&](const TensorRef& grad, int dim) {
+            return GradRows::of_keys(params, grad, dim, last, first_key(last), lane() % 4);
+        };
+        store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
+        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
+    }
+};
+
+/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
+/// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
+/// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
+template <Variant V>
+struct KeyWorker : KeyWorkerBase<V> {
+    using Base = KeyWorkerBase<V>;
+    using typename Base::C;
+    using typename Base::F;
+    using Base::smem, Base::params, Base::warpgroup, Base::thread;
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
@@ -28,8 +71,8 @@ struct KeyWorker {
         RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
             const KeyStage<C::kKeyStages> key_stage(t);
-            const uint32_t k_rows = smem_address(smem.k) + key_stage.index * C::kKeyTileBytes + warpgroup * 64 * C::kRowBytes;
-            const uint32_t v_rows = smem_address(smem.v) + key_stage.index * C::kKeyTileBytes + warpgroup * 64 * C::kRowBytes;
+            const uint32_t k_rows = Base::rows_of(smem.k[key_stage.index]);
+            const uint32_t v_rows = Base::rows_of(smem.v[key_stage.index]);
             smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
@@ -56,12 +99,12 @@ struct KeyWorker {
                 wgmma_wait<0>();
                 fence_registers(s);
                 fence_registers(dk);
-                if (i < iterations) free_stage(previous, lane);
+                if (i < iterations) Base::free_stage(previous);
 
                 typename F::Weights p;
-                F::probabilities(p, s, minus_lse, scale_log2);
+                F::probabilities(p, s, minus_lse, Base::launch.scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
-                if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, first_key(tile), slot.query0, lane);
+                if (slot.masked >> warpgroup & 1) F::hide(p, tile.mask, Base::first_key(tile), slot.query0, lane);
 
                 smem.dout_full[stage.index].wait(stage.phase);
                 typename F::Accumulator dp;
@@ -83,11 +126,11 @@ struct KeyWorker {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
                 }
-                if constexpr (!C::kFenceBehindDk) publish(ds_stage.index, lane);
+                if constexpr (!C::kFenceBehindDk) Base::publish(ds_stage.index);
                 wgmma_fence();
                 F::multiply_over_queries(dk, ds, q);
                 wgmma_commit();
-                if constexpr (C::kFenceBehindDk) publish(ds_stage.index, lane);
+                if constexpr (C::kFenceBehindDk) Base::publish(ds_stage.index);
                 previous = stage.index;
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
@@ -95,34 +138,9 @@ struct KeyWorker {
             }
             wgmma_wait<0>();
             fence_registers(dk);
-            if (iterations > 0) free_stage(previous, lane);
-            const BackwardTile last = tile;
-            __syncwarp();
-            if (lane == 0) smem.kv_free[key_stage.index].arrive();
-
-            const auto rows = [&](const TensorRef& grad, int dim) {
-                return GradRows::of_keys(params, grad, dim, last, first_key(last), lane % 4);
-            };
-            store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
-            store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
+            if (iterations > 0) Base::free_stage(previous);
+            Base::finish(tile, key_stage.index, dk, dv);
         }
-    }
-
-private:
-    __device__ __forceinline__ void publish(int ds_stage, int lane) {
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) smem.ds_full[ds_stage].arrive();
-    }
-
-    __device__ __forceinline__ void free_stage(int stage, int lane) {
-        __syncwarp();
-        if (lane == 0) smem.stage_free[stage].arrive();
-    }
-
-    /// The first of this thread's two key rows; the other is 8 below.
-    __device__ __forceinline__ int first_key(const BackwardTile& tile) const {
-        return tile.n_block * C::kBlockN + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
     }
 };
 

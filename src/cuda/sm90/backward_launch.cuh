@@ -62,6 +62,8 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
     args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);
     args.counter = reinterpret_cast<int32_t*>(workspace + layout.counter_offset);
     args.tiles = layout.tiles;
+    args.finished = reinterpret_cast<int32_t*>(workspace + layout.finished_offset);
+    args.parts = reinterpret_cast<float4*>(workspace + layout.parts_offset);
 
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 1 : n.batch;
     const int64_t batch_k = p.seqlens.cu_seqlens_k ? 1 : n.batch;
@@ -98,6 +100,14 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         p.out_dtype == V.dtype) {
         const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
         args.own_statistics = map(args.out, p.out, rows, C::kBlockM / 2) == cudaSuccess;
+    }
+
+    if (!args.own_statistics && longest_first(V, p) && n.batch <= kMostOrderedSequences) {
+        int32_t* const sequences = reinterpret_cast<int32_t*>(workspace + layout.sequences_offset);
+        args.schedule.sequences = sequences;
+        const detail::LaunchShape one{dim3(1), kRowThreads, 0, false};
+        status = detail::launch_chained(backward_order_sequences<kCode>, one, context.stream, p, sequences);
+        if (status != cudaSuccess) return status;
     }
 
     const auto tiles = [&](int rows, int batches) {

@@ -24,7 +24,7 @@ struct LoadWorker {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
-                claimed = next(claimed);
+                claimed = launch.schedule.whole_heads ? next(claimed) : claim_behind(claimed);
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
@@ -67,12 +67,22 @@ private:
         return __shfl_sync(0xFFFFFFFFu, next, 0);
     }
 
+    /// The next one behind a work tile that does not exist. Those of other lengths may follow by the thousand: all at once.
+    __device__ __forceinline__ int claim_behind(int missing) const {
+        const int next = behind_missing<V>(params, launch.schedule, missing);
+        if (next == missing + 1) return claim();
+        const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
+        int before = 0;
+        if (lane == 0) before = given + atomicMax(launch.counter, next + 1 - given);
+        return __shfl_sync(0xFFFFFFFFu, before, 0) <= next ? next : claim();
+    }
+
     /// Of all query heads of the group, for the whole sequence.
     __device__ __forceinline__ void wait_for_statistics(const BackwardTile& tile) const {
-        const int key_head = tile.batch * params.size.num_heads_k + tile.head_k;
+        const int key_head = tile.head;
         if (key_head < launch.first_inner_head || tile.m_begin >= tile.m_end) return;
         const int64_t rows = min(sequence_of(params, tile.batch).seqlen_q, params.size.seqlen_q);
-        const int units = static_cast<int>(ceil_div(rows, 64));
+        const int units = static_cast<int>(ceil_div(rows, C::kBlockM)) * C::kQueryUnits;
         const int all = params.size.num_heads / params.size.num_heads_k * units;
         while (load_acquire(launch.ready + key_head) < all) {
         }

@@ -36,8 +36,8 @@ struct RowWorkerBase {
         if (within >= end_head - first_head) return false;
         const int rest = index - within * group * chunks;
         const int key_head = first_head + within;
-        const int batch = key_head / params.size.num_heads_k;
-        const int head = (key_head - batch * params.size.num_heads_k) * group + rest / chunks;
+        const int batch = launch.schedule.batch_of(key_head, params);
+        const int head = key_head % params.size.num_heads_k * group + rest / chunks;
         if (lane == 0) describe(key_head, batch, head, rest % chunks * kUnits);
         __syncwarp();
         return true;
@@ -50,7 +50,7 @@ struct RowWorkerBase {
     }
 
     __device__ __forceinline__ int units_of_key_head() const {
-        return params.size.num_heads / params.size.num_heads_k * static_cast<int>(ceil_div(fresh(job.seqlen_q), 64));
+        return params.size.num_heads / params.size.num_heads_k * static_cast<int>(ceil_div(fresh(job.seqlen_q), C::kBlockM)) * C::kQueryUnits;
     }
 
     /// Reads from shared memory now: what the compiler would keep of a job would not fit into this warp's registers.
@@ -73,7 +73,7 @@ private:
         job.work_tiles = min(static_cast<int>(ceil_div(seq.rows_k, V.block_n)), launch.schedule.key_tiles);
         job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head, static_cast<int>(seq.q_row + seq.seqlen_q),
                   ragged ? 0 : batch};
-        job.padded = head * launch.tiles + first_padded_tile(params, seq, batch, C::kBlockM);
+        job.padded = (head * launch.tiles + first_padded_tile(params, seq, batch, C::kBlockM)) * C::kQueryUnits;
         job.lse = batch_q * params.lse.batch_stride + head * params.lse.head_stride + seq.q_row;
         job.dlse = batch_q * params.dlse.batch_stride + head * params.dlse.head_stride + seq.q_row;
         job.dq = batch_q * params.dq.batch_stride + head * params.dq.head_stride + seq.q_row * params.dq.row_stride;
@@ -90,7 +90,10 @@ struct StatisticsWorker : RowWorkerBase<V> {
         wait_for_upstream_kernels();
         while (Base::take(launch.counter + kStatisticsTickets, launch.first_inner_head, launch.schedule.heads)) {
             int units = 0;
-            while (units < Base::kUnits && (Base::fresh(job.first) + units) * 64 < Base::fresh(job.seqlen_q)) unit(units++);
+            // To the end of a query tile, also behind the sequence.
+            while (units < Base::kUnits && (Base::fresh(job.first) + units) / C::kQueryUnits * C::kBlockM < Base::fresh(job.seqlen_q)) {
+                unit(units++);
+            }
             if (units > 0) {
                 fence_async_proxy_global();  // the statistics will be fetched by bulk copies
                 __syncwarp();
@@ -130,7 +133,8 @@ private:
                     if (params.dlse) minus_delta += params.dlse.data[Base::fresh(job.dlse) + row];
                 }
             }
-            float* const stats = launch.stats + (Base::fresh(job.padded) + row0 / 64) * (2 * C::kBlockM) + half * 32 + lane;
+            const int64_t at = Base::fresh(job.padded) + row0 / 64;
+            float* const stats = launch.stats + at / C::kQueryUnits * (2 * C::kBlockM) + at % C::kQueryUnits * 64 + half * 32 + lane;
             stats[0] = minus_lse;
             stats[C::kBlockM] = minus_delta;
         }
@@ -216,9 +220,38 @@ struct ConversionWorker : RowWorkerBase<V> {
     }
 
 private:
-    static constexpr int kPieceColumns = 64;  // of dq: 16 KB
+    static constexpr int kPieceColumns = C::kRowBufferBytes / 256;  // of dq, in 64 rows
+    static constexpr int kPieceVectors = C::kWarpMajor ? 8 : kPieceColumns / 8;
+    static constexpr int kPasses = C::kWarpMajor ? 4 : kPieceVectors;
 
     __device__ __forceinline__ void unit(int i) {
+        if constexpr (C::kTransposedDq) {
+#pragma unroll 1
+            for (int piece = 0; piece < 2; ++piece) {
+                const int row0 = (Base::fresh(job.first) + i) * 64;
+                const bool any = row0 < Base::fresh(job.seqlen_q);
+                if (any) {
+                    const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
+                    load(launch.dq + padded * (64 * C::kDim) + piece * 2048, 8192);
+                }
+                store_transposed(row0, piece * 32, any);
+            }
+            return;
+        }
+        if constexpr (C::kWarpMajor) {
+#pragma unroll 1
+            for (int piece = 0; piece < 2; ++piece) {
+                const int row0 = (Base::fresh(job.first) + i) * 64 + piece * 32;
+                const bool any = row0 < Base::fresh(job.seqlen_q);
+                if (any) {
+                    const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
+                    load(launch.dq + padded * (64 * C::kDim) + piece * (32 * C::kDim), C::kRowBufferBytes);
+                }
+#pragma unroll 1
+                for (int column = 0; column < C::kDim; column += 64) store(row0, column, any);
+            }
+            return;
+        }
 #pragma unroll 1
         for (int column = 0; column < C::kDim; column += kPieceColumns) {
             const int row0 = (Base::fresh(job.first) + i) * 64;
@@ -245,16 +278,16 @@ private:
     /// See backward_convert_dq for the order of the accumulator. A lane has eight columns of two rows at a time; the order in
     /// which it reads their quads keeps lanes out of each other's banks.
     __device__ __forceinline__ void store(int row0, int column, bool any) const {
-        const int j = lane / 2 % 8;
+        const int j = lane / 2 % kPieceVectors;
         const int swap = j % 4;
         uint16_t* const data = static_cast<uint16_t*>(params.dq.data) + Base::fresh(job.dq) + column + j * 8;
         const bool inside = column + j * 8 < params.size.head_dim;
 #pragma unroll 1
-        for (int i = 0; i < 8; ++i) {
-            const int within = i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2;
+        for (int i = 0; i < kPasses; ++i) {
+            const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2 : i * 16 + lane % 2 + lane / 8 * 2;
             uint32_t upper[4] = {}, lower[4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + (j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
+                const uint32_t at = smem_address(smem.rows[1]) + (C::kWarpMajor ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4 : j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
 #pragma unroll
                 for (int quad = 0; quad < 4; ++quad) {
                     const uint4 a = load_shared_vector(at + (quad ^ swap) * 16);
@@ -271,6 +304,36 @@ private:
             }
             if (inside && row + 8 < Base::fresh(job.rows_q)) {
                 store_global_vector(data + (row + 8) * params.dq.row_stride, make_uint4(lower[0], lower[1], lower[2], lower[3]));
+            }
+        }
+    }
+
+    /// 32 columns of 64 rows of dq^T (convert_transposed in backward_rows.cuh). A lane has eight columns of two rows at a time.
+    __device__ __forceinline__ void store_transposed(int row0, int column, bool any) const {
+        const bool odd = lane / 4 % 2;  // reads in another order, so that lanes keep out of each other's banks
+        const int row = row0 + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+            uint32_t words[2][4] = {};
+            if (any) {
+                const uint32_t at = smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
+                const float scale = params.score.softmax_scale;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float2 x = load_shared_pair(at + (odd ? 2 * k + 1 : 2 * k) * 64);
+                    const float2 y = load_shared_pair(at + (odd ? 2 * k : 2 * k + 1) * 64);
+                    words[0][k] = pack_pair<V.dtype>((odd ? y.x : x.x) * scale, (odd ? x.x : y.x) * scale);
+                    words[1][k] = pack_pair<V.dtype>((odd ? y.y : x.y) * scale, (odd ? x.y : y.y) * scale);
+                }
+            }
+            const int first = column + i * 8;
+            uint16_t* const data = static_cast<uint16_t*>(params.dq.data) + Base::fresh(job.dq) + first;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (first < params.size.head_dim && row + r < Base::fresh(job.rows_q)) {
+                    store_global_vector(data + (row + r) * params.dq.row_stride,
+                                        make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]));
+                }
             }
         }
     }

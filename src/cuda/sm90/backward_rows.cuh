@@ -7,6 +7,7 @@
 namespace strobe::sm90 {
 
 inline constexpr int kRowThreads = 256;
+inline constexpr int kMostOrderedSequences = 1024;
 
 /// Eight consecutive elements of a row as fp32.
 template <DType kType>
@@ -64,6 +65,21 @@ __device__ __forceinline__ void clear_unseen_rows(const BackwardParams& p, const
     }
 }
 
+/// Numbers the sequences from the longest to the shortest, so that the last work tiles are short ones.
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_order_sequences(const __grid_constant__ BackwardParams p, int32_t* sequences) {
+    __shared__ int rows[kMostOrderedSequences];
+    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) rows[b] = static_cast<int>(sequence_of(p, b).seqlen_q);
+    __syncthreads();
+    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) {
+        const int mine = rows[b];
+        int longer = 0;
+        for (int i = 0; i < p.size.batch; ++i) longer += rows[i] > mine || (rows[i] == mine && i < b);
+        sequences[longer] = b;
+    }
+}
+
 /// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
 /// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter, or with
 /// whole heads dq itself where no key tile will come by.
@@ -76,12 +92,15 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
     // The heads that the main kernel begins with come last: they are in L2 then.
-    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
-    if (m == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = gridDim.z - 1 - blockIdx.z;
+    if (m == 0 && head == 0 && position == 0 && threadIdx.x == 0) {
         launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
     }
+    if (m == 0 && head == 0 && position == 0) {
+        for (int i = threadIdx.x; i < launch.schedule.shared.counters(V); i += kRowThreads) launch.finished[i] = 0;
+    }
     if (launch.inner_rows) {
-        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
         const int blocks = gridDim.x * gridDim.y * gridDim.z;
         const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + m;
         for (int i = block * kRowThreads + threadIdx.x; i < launch.schedule.heads; i += blocks * kRowThreads) {
@@ -89,6 +108,7 @@ __global__ void __launch_bounds__(kRowThreads)
         }
         if (key_head >= launch.first_inner_head) return;
     }
+    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
     if (launch.schedule.whole_heads) clear_unseen_rows<V>(p, seq, batch, head, static_cast<int64_t>(m) * C::kBlockM);
     if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
@@ -143,6 +163,35 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
+/// The same for dq^T, stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
+/// 16 w + l / 4 and 8 further.
+template <uint64_t kVariantCode>
+__device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
+                                                   int64_t dq0) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    if (threadIdx.x >= 128) return;
+    const int quad = threadIdx.x % 4, warp = threadIdx.x / 4 % 4, j = threadIdx.x / 16;
+    float x[2][2][8] = {};  // row, half of the 16 columns
+    if (row0 < seq.seqlen_q) {
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+            const float4 a = acc[warp * 256 + j * 32 + g * 4 + quad];
+            const float scale = p.score.softmax_scale;
+            x[0][0][g] = a.x * scale, x[1][0][g] = a.y * scale, x[0][1][g] = a.z * scale, x[1][1][g] = a.w * scale;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = row0 + 8 * j + 2 * quad + r;
+        if (row >= seq.rows_q) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = 16 * warp + 8 * half;
+            if (column < p.size.head_dim) store_eight<V.dtype>(p, dq0 + row * p.dq.row_stride + column, x[r][half]);
+        }
+    }
+}
+
 /// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
 /// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
 template <uint64_t kVariantCode>
@@ -153,13 +202,14 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
     // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, batch = p.size.batch - 1 - blockIdx.z;
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = p.size.batch - 1 - blockIdx.z;
+    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
+    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
     const int64_t row0 = static_cast<int64_t>(unit) * 64;
-    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     if (row0 >= seq.rows_q) return;
     if (launch.inner_rows) {
-        const int key_head = batch * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
         if (key_head < launch.inner_conversions) return;
     }
     const int64_t padded_unit =
@@ -168,6 +218,10 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
     const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
     const float scale = p.score.softmax_scale;
+    if constexpr (C::kTransposedDq) {
+        convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
+        return;
+    }
 #pragma unroll
     for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
         const int j = item % kColumns;
@@ -176,7 +230,7 @@ __global__ void __launch_bounds__(kRowThreads)
         if (row0 < seq.seqlen_q) {
 #pragma unroll
             for (int quad = 0; quad < 4; ++quad) {
-                const float4 a = acc[j * 128 + row * 4 + quad];
+                const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad : j * 128 + row * 4 + quad];
                 upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
                 lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
             }

@@ -26,12 +26,27 @@ struct BackwardSchedule {
     int key_tiles = 0;        // of the longest sequence
     int heads = 0;            // batch * num_heads_k
     int heads_per_group = 1;
+    int whole_groups = 0;     // the last group has all heads behind these
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
-    int work_tiles = 0;       // heads * key_tiles
+    int work_tiles = 0;       // heads * key_tiles; each part of a shared one counts
     int claim_tiles = 1;      // work tiles claimed at a time: one, or with whole heads all of a head
     bool whole_heads = false; // see takes_whole_heads
+    SharedTiles shared;
     WalkOrder order = WalkOrder::rounds;
+    const int32_t* sequences = nullptr;  // in the order in which they are worked on; none: as they come
+
+    STROBE_HD int group_of(int index) const {
+        const int group = index / (heads_per_group * key_tiles);
+        return group < whole_groups ? group : whole_groups;
+    }
+    STROBE_HD int heads_of_group(int group) const {
+        return group < whole_groups ? heads_per_group : heads - group * heads_per_group;
+    }
+    STROBE_HD int batch_of(int head, const BackwardParams& p) const {
+        const int position = head / p.size.num_heads_k;
+        return sequences ? sequences[position] : position;
+    }
 };
 
 /// The queries that see one key: [first, first + span]. Tested with one unsigned comparison.
@@ -72,11 +87,14 @@ struct TileMask {
 struct BackwardTile {
     int batch = -1;  // -1: no more work
     int head_k = 0;
+    int head = 0;    // in the order of work
     int n_block = 0;
     int m_begin = 0;
     int m_end = 0;
     bool down = false;  // from m_end - 1 to m_begin
     bool falling = false;  // key tiles of this head were claimed last to first
+    int shared = -1;       // number of the shared tile that this is a part of
+    int part = 0;
     TileMask mask;
 };
 
@@ -99,7 +117,7 @@ inline WalkOrder deterministic_order(const BackwardParams& p) {
 }
 
 inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams& p) {
-    const int machine = machine_tiles(v);  // another number costs L2 hits, nothing else
+    const int machine = machine_tiles(v);
     BackwardSchedule s;
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
@@ -108,6 +126,7 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     if (s.work_tiles == 0) return s;
     if (s.whole_heads) {
         s.claim_tiles = s.round_tiles = s.key_tiles;
+        s.whole_groups = s.heads;
         s.order = WalkOrder::up;
         return s;
     }
@@ -117,6 +136,12 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.rounds = rounds < 1 ? 1 : rounds;
     s.round_tiles = static_cast<int>(ceil_div(s.heads_per_group * s.key_tiles, s.rounds));
     s.order = v.mask == MaskClass::full ? WalkOrder::up : p.deterministic ? deterministic_order(p) : WalkOrder::rounds;
+    // Short causal sequences: few lengths of work tiles to end the launch with. Two groups at once leave shorter ones for the end.
+    const int last = s.order == WalkOrder::rounds && s.key_tiles >= 4 && s.key_tiles <= 8 ? 2 : 1;
+    const int groups = static_cast<int>(ceil_div(s.heads, s.heads_per_group));
+    s.whole_groups = groups > last ? groups - last : 0;
+    s.shared = shared_tiles(v, p);
+    s.work_tiles += s.shared.tiles * (s.shared.parts - 1);
     return s;
 }
 
@@ -133,23 +158,33 @@ inline bool inner_rows_pay(const Variant& v, const BackwardParams& p) {
     return !window || p.mask.window_left + p.mask.window_right >= 1023;
 }
 
+/// Whether sequences may be so different that it pays to begin with the longest.
+inline bool longest_first(const Variant& v, const BackwardParams& p) {
+    return p.seqlens.cu_seqlens_q && p.size.batch > 1 && p.size.seqlen_q >= 8 * v.block_n;
+}
+
 /// False when the sequence has no such key tile.
 template <Variant V>
 STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, int index, BackwardTile& tile) {
-    const int per_group = s.heads_per_group * s.key_tiles;
-    const int group = index / per_group;
-    const int rest = index - group * per_group;
-    const int heads_left = s.heads - group * s.heads_per_group;
-    const int group_heads = heads_left < s.heads_per_group ? heads_left : s.heads_per_group;
+    const int first_shared = s.work_tiles - s.shared.tiles * s.shared.parts;
+    if (index >= first_shared) {
+        tile.shared = (index - first_shared) / s.shared.parts;
+        tile.part = index - first_shared - tile.shared * s.shared.parts;
+        index = first_shared + tile.shared;
+    }
+    const int group = s.group_of(index);
+    const int rest = index - group * s.heads_per_group * s.key_tiles;
+    const bool last_group = group == s.whole_groups;
+    const int group_heads = s.heads_of_group(group);
     const int rank = rest / group_heads;
     const int head = group * s.heads_per_group + rest - rank * group_heads;
-    const bool last_group = heads_left <= s.heads_per_group;
     tile.falling = s.order == WalkOrder::falling && !last_group;
     tile.n_block = tile.falling ? s.key_tiles - 1 - rank : rank;
     tile.down = s.order == WalkOrder::rounds ? (group * s.rounds + rest / s.round_tiles) % 2 == 0
                                              : s.order == WalkOrder::falling && last_group;
-    tile.batch = head / p.size.num_heads_k;
-    tile.head_k = head - tile.batch * p.size.num_heads_k;
+    tile.batch = s.batch_of(head, p);
+    tile.head_k = head % static_cast<int>(p.size.num_heads_k);
+    tile.head = head;
 
     const Sequence seq = sequence_of(p, tile.batch);
     const int64_t key0 = static_cast<int64_t>(tile.n_block) * V.block_n;
@@ -163,6 +198,11 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     const int most = static_cast<int>(ceil_div(p.size.seqlen_q, V.block_m));
     if (s.whole_heads && tile.m_end > most) tile.m_end = most;
     if (tile.m_begin > tile.m_end) tile.m_begin = tile.m_end;
+    if (tile.shared >= 0) {
+        const int first = tile.m_begin, count = tile.m_end - first;
+        tile.m_begin = first + static_cast<int>(int64_t{count} * tile.part / s.shared.parts);
+        tile.m_end = first + static_cast<int>(int64_t{count} * (tile.part + 1) / s.shared.parts);
+    }
     return true;
 }
 
@@ -181,6 +221,25 @@ STROBE_HD QueryShare query_share(const BackwardTile& tile, int m, int seqlen_q) 
 template <typename Claim>
 STROBE_HD int next_tile(const BackwardSchedule& s, int index, Claim claim) {
     return (index + 1) % s.claim_tiles != 0 ? index + 1 : claim() * s.claim_tiles;
+}
+
+/// The first index behind one that decode_tile refused which it might not refuse: behind the longest sequence of a group of
+/// heads no key tile of the group exists.
+template <Variant V>
+STROBE_HD int behind_missing(const BackwardParams& p, const BackwardSchedule& s, int index) {
+    constexpr int kMostSequences = 4;  // worth looking at
+    const int group = s.group_of(index);
+    const int first = group * s.heads_per_group;
+    const int heads = s.heads_of_group(group);
+    const int heads_k = p.size.num_heads_k;
+    if (s.order == WalkOrder::falling || heads / heads_k >= kMostSequences) return index + 1;
+    int64_t longest = 0;
+    for (int head = first; head < first + heads; head += heads_k - head % heads_k) {
+        const int64_t rows = sequence_of(p, s.batch_of(head, p)).rows_k;
+        if (rows > longest) longest = rows;
+    }
+    const int rank = (index - first * s.key_tiles) / heads;
+    return rank * int64_t{V.block_n} < longest ? index + 1 : (first + heads) * s.key_tiles;
 }
 
 /// How many key tiles add to query tile m before this one, in deterministic mode: those claimed earlier.

@@ -8,14 +8,6 @@
 
 namespace strobe::sm90 {
 
-/// Loads what store_matrices stored.
-__device__ __forceinline__ void load_matrices(uint32_t smem, uint32_t (&r)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem)
-                 : "memory");
-}
-
 /// S, P and dV.
 template <Variant V>
 struct ValueWorker {

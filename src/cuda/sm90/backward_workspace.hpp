@@ -8,6 +8,7 @@
 
 #include "core/params.hpp"
 #include "core/variant.hpp"
+#include "cuda/sm90/backward_sharing.hpp"
 
 namespace strobe::sm90 {
 
@@ -21,16 +22,17 @@ struct BackwardWorkspace {
     int64_t semaphore_offset = 0;  // (num_heads, tiles) int32: key tiles that have added to a dq tile (deterministic mode)
     int64_t counter_offset = 0;    // int32 counters: the next work tile, the next ticket of each row worker
     int64_t progress_offset = 0;   // (2, batch * num_heads_k) int32: BackwardLaunch::ready, ::done
+    int64_t sequences_offset = 0;  // (batch) int32: BackwardSchedule::sequences
+    int64_t finished_offset = 0;   // int32 counters of shared key tiles
+    int64_t parts_offset = 0;      // (shared tiles, parts, 64-key units, dK and dV, bucket / 4, 128 threads, 4) fp32
     int64_t bytes = 0;
 };
 
-STROBE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/// Work tiles that a GH100 works on at a time: above head_dim 128 a pair of CTAs has one.
-STROBE_HD constexpr int machine_tiles(const Variant& v) { return v.head_dim > 128 ? 66 : 132; }
-
-/// Rows that can. At head_dim 128 those with two stages serve few keys, the others many.
-STROBE_HD constexpr bool may_take_whole_heads(const Variant& v) { return v.head_dim != 128 || v.stages == 2; }
+/// At head_dim 64 and 128 the rows with two stages serve few keys, the others many.
+STROBE_HD constexpr bool serves_few_keys(const Variant& v) { return v.head_dim <= 128 && v.stages == 2; }
+STROBE_HD constexpr bool may_take_whole_heads(const Variant& v) {
+    return serves_few_keys(v) || (v.head_dim != 64 && v.head_dim != 128);
+}
 
 /// Whole heads: a CTA (or pair) takes all key tiles of a key head, one after the other. It alone adds to the head's dq then: no
 /// atomics, no clearing, no conversion behind, the same bits every time. Between two key tiles dq waits in memory, which should not
@@ -67,7 +69,11 @@ inline BackwardWorkspace backward_workspace(const Variant& v, const BackwardPara
     w.semaphore_offset = w.dq_offset + aligned(w.dq_tiles * v.block_m * v.head_dim * 4);
     w.counter_offset = w.semaphore_offset + (whole ? 0 : aligned(all_tiles * 4));
     w.progress_offset = w.counter_offset + 1024;
-    w.bytes = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    w.sequences_offset = w.progress_offset + aligned(int64_t{2} * 4 * p.size.batch * p.size.num_heads_k);
+    w.finished_offset = w.sequences_offset + aligned(int64_t{4} * p.size.batch);
+    const SharedTiles shared = whole ? SharedTiles{} : shared_tiles(v, p);
+    w.parts_offset = w.finished_offset + aligned(shared.counters(v) * 4);
+    w.bytes = w.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(v);
     return w;
 }
 
