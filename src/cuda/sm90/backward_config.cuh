@@ -157,9 +157,12 @@ struct BackwardSmem {
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
-    alignas(1024) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
-    // The other's K from pair_chunk() on.
-    alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
+    union {
+        // Of the row workers, or of those that make a CTA's own statistics.
+        alignas(C::kInnerRows || C::kOwnStatistics ? 1024 : 16) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
+        // The other's K from pair_chunk() on.
+        alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 16];
+    };
     alignas(C::kBulkAdd ? 128 : 16) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
