@@ -1,13 +1,14 @@
-"""Data parallelism, checked and timed: losses of 1 and of N processes from the same options, runs resumed by the other number, a
-run that loses a process to kill -9 and goes on, and tokens/s of N processes beside those of each of them by itself. On GPUs the
-steps timed are GPT-3's shapes.
+"""Data parallelism, checked and timed: losses of 1 and of N processes from the same options, runs resumed by the other
+number, a run that loses a process to kill -9 and goes on, and tokens/s of N processes beside those of each of them by
+itself. On GPUs the steps timed are GPT-3's shapes.
 
-    NCCL_NVLS_ENABLE=0 python3 bench/gpt_processes.py build/cuda/bin --device cuda --processes 2 --json results/FILE.json
+    NCCL_NVLS_ENABLE=0 python3 bench/gpt_processes.py build/cuda/bin --device cuda --processes 2 --json FILE.json
 
-What the order of sums alone does is measured: runs of one process that takes a step's rows in passes of another size drift apart too,
-in bf16 by per cents over hundreds of steps. 1 and N processes may differ by 1e-3 of the loss in the first ten steps, and by three times as
-much as the runs of one process in all (in fp32: by 1e-3). Exits with 1 where they differ by more, where the killed and resumed run is not
-that which was left alone, bit for bit, or where the processes' weights differ.
+What the order of sums alone does is measured: runs of one process that takes a step's rows in passes of another size
+drift apart too, in bf16 by per cents over hundreds of steps. 1 and N processes may differ by 1e-3 of the loss in the
+first ten steps, and by three times as much as the runs of one process in all (in fp32: by 1e-3). Exits with 1 where
+they differ by more, where the killed and resumed run is not that which was left alone, bit for bit, or where the
+processes' weights differ.
 """
 
 import argparse
@@ -55,12 +56,13 @@ class Runs:
         self.options = [*self.small, *PASSES]
 
     def command(self, out, *options):
-        return [str(x) for x in (self.arguments.bin / "strobe", "train", "--quiet", "--device", self.arguments.device, "--data",
-                                 self.arguments.text, "--out", out, *options)]
+        return [str(x) for x in (self.arguments.bin / "strobe", "train", "--quiet", "--device", self.arguments.device,
+                                 "--data", self.arguments.text, "--out", out, *options)]
 
     def train(self, name, processes, *options):
         out = self.folder / name
-        done = subprocess.run(self.command(out, "--processes", processes, *(options or self.options)), capture_output=True, text=True)
+        command = self.command(out, "--processes", processes, *(options or self.options))
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name}: {done.stderr}")
         return out
@@ -72,14 +74,16 @@ class Runs:
         return self.train(name, processes, "--resume")
 
     def kill_one(self, name, processes):
-        """The last rank is killed when it may, the others must end by themselves and name it. Returns the folder and their words."""
+        """The last rank is killed when it may, the others must end by themselves and name it. Returns the folder and
+        their words."""
         out = self.folder / name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        ranks = [subprocess.Popen(self.command(out, *self.options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                  env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
-                                       "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        several = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [subprocess.Popen(self.command(out, *self.options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  text=True, env={**several, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(processes)]
         while not (out / FIRST).exists() and all(rank.poll() is None for rank in ranks):
             time.sleep(0.002)
@@ -102,28 +106,33 @@ def compare(name, a, b, tolerance_at_first, tolerance):
     apart = {step: abs(b[step] / a[step] - 1) for step in a.keys() | b.keys()}
     at_first, worst = max(apart[step] for step in range(1, FIRST_STEPS + 1)), max(apart.values())
     good = at_first <= tolerance_at_first and worst <= tolerance
-    print(f"{name:<34} {len(a)} steps, loss {a[1]:.4f} -> {a[max(a)]:.4f}; apart in {FIRST_STEPS} steps {at_first:.1e} (may {tolerance_at_first:.0e}), "
-          f"in all {worst:.1e} (may {tolerance:.1e}){'' if good else ': BEYOND'}", flush=True)
-    return {"steps": len(a), "first": a[1], "last": [a[max(a)], b[max(b)]], "largest_relative_difference": [at_first, worst],
+    print(f"{name:<34} {len(a)} steps, loss {a[1]:.4f} -> {a[max(a)]:.4f}; apart in {FIRST_STEPS} steps "
+          f"{at_first:.1e} (may {tolerance_at_first:.0e}), in all {worst:.1e} (may {tolerance:.1e})"
+          f"{'' if good else ': BEYOND'}", flush=True)
+    return {"steps": len(a), "first": a[1], "last": [a[max(a)], b[max(b)]],
+            "largest_relative_difference": [at_first, worst],
             "tolerance": [tolerance_at_first, tolerance], "good": good}
 
 
 def same_checkpoint(a, b):
-    return all((a / LAST / name).read_bytes() == (b / LAST / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors"))
+    return all((a / LAST / name).read_bytes() == (b / LAST / name).read_bytes()
+               for name in ("model.safetensors", "optimizer.safetensors"))
 
 
 def check(arguments, folder, record):
     runs, several = Runs(arguments, folder), arguments.processes
     more = runs.train("more", several)
-    one, other, (killed, end) = side_by_side((runs.train, "one", 1), (runs.train, "other", 1, *runs.small, *OTHER_PASSES),
+    one, other, (killed, end) = side_by_side((runs.train, "one", 1),
+                                             (runs.train, "other", 1, *runs.small, *OTHER_PASSES),
                                              (runs.kill_one, "killed", several))
     record["a killed rank"] = end
-    print(f"rank {several - 1} of {several} killed: the others ended {end['seconds']:.1f} s later ({'good' if end['good'] else 'BAD'}): "
-          f"{end['rank 0 said']}", flush=True)
+    print(f"rank {several - 1} of {several} killed: the others ended {end['seconds']:.1f} s later "
+          f"({'good' if end['good'] else 'BAD'}): {end['rank 0 said']}", flush=True)
     one_more, more_one = side_by_side((runs.resume, "one-more", one, several), (runs.resume, "more-one", more, 1))
     runs.train("killed", several, "--resume")
-    record["losses"]["1 process, passes of 8 and of 4"] = compare("1 process, passes of 8 and of 4", one, other, TOLERANCE, 1.0)
-    drift = record["losses"]["1 process, passes of 8 and of 4"]["largest_relative_difference"][1]
+    order = "1 process, passes of 8 and of 4"
+    record["losses"][order] = compare(order, one, other, TOLERANCE, 1.0)
+    drift = record["losses"][order]["largest_relative_difference"][1]
     tolerance = DRIFT * drift if arguments.device == "cuda" else TOLERANCE
     for name, a, b, limit in [(f"1 and {several} processes", one, more, tolerance),
                               (f"resumed: 1, then {several}", one, one_more, tolerance),
@@ -149,10 +158,13 @@ def describe(r):
 
     def waits(name):
         return ", ".join(f"{milliseconds:.2f} for {what}" for what, milliseconds in several[name].items())
-    return (f"{r['model']} {r['seqlen']} x {r['rows']}: {r['tokens_per_second']:.0f} tokens/s by {r['processes']}, alone "
-            f"{' and '.join(f'{x:.0f}' for x in several['tokens_per_second_of_each_alone'])}: {several['speedup']:.3f} times\n"
-            f"  a step {1e3 * r['seconds_median']:.1f} ms, of them waiting {waits('waits_milliseconds')} (without a backward "
-            f"{waits('waits_milliseconds_without_passes')}); MFU {r['mfu']:.3f}, {r['peak_memory_bytes'] / 2**30:.1f} GiB; "
+
+    alone = " and ".join(f"{x:.0f}" for x in several["tokens_per_second_of_each_alone"])
+    return (f"{r['model']} {r['seqlen']} x {r['rows']}: {r['tokens_per_second']:.0f} tokens/s by {r['processes']}, "
+            f"alone {alone}: {several['speedup']:.3f} times\n"
+            f"  a step {1e3 * r['seconds_median']:.1f} ms, of them waiting {waits('waits_milliseconds')} (without a "
+            f"backward {waits('waits_milliseconds_without_passes')}); MFU {r['mfu']:.3f}, "
+            f"{r['peak_memory_bytes'] / 2**30:.1f} GiB; "
             f"replicas {'the same bits' if several['replicas_identical'] else 'DIFFER'}")
 
 
@@ -165,10 +177,11 @@ def main():
     parser.add_argument("--text", type=pathlib.Path, default=measuring.ROOT / "docs")
     parser.add_argument("--json", type=pathlib.Path, help="written after each part")
     arguments = parser.parse_args()
-    record = {**measuring.header(), "device": arguments.device, "processes": arguments.processes, "losses": {}, "speed": []}
+    record = {**measuring.header(), "device": arguments.device, "processes": arguments.processes,
+              "losses": {}, "speed": []}
     if arguments.device == "cuda":
-        record["gpus"] = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-                                        check=True, capture_output=True, text=True).stdout.splitlines()
+        gpus = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        record["gpus"] = subprocess.run(gpus, check=True, capture_output=True, text=True).stdout.splitlines()
 
     def keep():
         if arguments.json:
@@ -184,7 +197,8 @@ def main():
         keep()
     for model, seqlen, rows in MODELS[:1] if arguments.device == "cuda" else []:
         record["single"] = bench(arguments, model, seqlen, rows, 1)
-        print(f"{model} {seqlen} x {rows}: {record['single']['tokens_per_second']:.0f} tokens/s by 1 without the others", flush=True)
+        alone = record["single"]["tokens_per_second"]
+        print(f"{model} {seqlen} x {rows}: {alone:.0f} tokens/s by 1 without the others", flush=True)
         keep()
     return 0 if good else 1
 

@@ -321,6 +321,17 @@ void Model::backward_into_norm(LinearBackward product, NormBackward normed, int 
     run(exec_, weight);
 }
 
+// Of the packed projection's bias only the queries' part takes a sum over rows. A constant added to all keys changes no softmax: that
+// gradient is zero. One added to all values is added to attention's output, each row of weights being one: that gradient is the bias's
+// behind attention, back through its product; what earlier passes of the step left there is in those sums too.
+void Model::attention_bias_gradients(LinearBackward& product, const BlockParameters& p) {
+    const bool plain = exec_.ops->avoids_row_sums && !config_.has_rope() && config_.num_heads == config_.num_heads_k;
+    if (!product.dbias || p.proj_bias < 0 || !plain) return;
+    product.dbias_columns = config_.q_size();
+    run(exec_, BiasBackward{.in = config_.q_size(), .out = config_.hidden_size, .weight = weights_[p.proj_weight],
+                            .sums = vector_gradient(p.proj_bias), .dx = vector_gradient(p.qkv_bias) + config_.q_size() + config_.kv_size()});
+}
+
 // On entry dstream is the gradient of the stream behind the block, on return of the stream before it.
 void Model::backward_block(int64_t layer) {
     const BlockActivations& a = act_.blocks[static_cast<size_t>(layer)];
@@ -351,7 +362,9 @@ void Model::backward_block(int64_t layer) {
     run(exec_, branch_backward(a.attn, act_.dattn, p.proj_weight, p.proj_bias, config_.q_size()));
     run(exec_, attention_backward(a));
     if (config_.has_rope()) run(exec_, rope(a.dqkv, true));
-    backward_into_norm(linear_backward(a.norm1, a.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size()),
+    LinearBackward qkv = linear_backward(a.norm1, a.dqkv, act_.dnorm, p.qkv_weight, p.qkv_bias, hidden, config_.qkv_size());
+    attention_bias_gradients(qkv, p);
+    backward_into_norm(qkv,
                        with_bias_of_branch(norm_backward(a.x, act_.dnorm, p.norm1_weight, p.norm1_bias, a.mean1, a.rstd1),
                                            layer > 0 ? weights_.layout.block(layer - 1).down_bias : -1),
                        p.norm1_bias);

@@ -92,6 +92,7 @@ private:
     void recompute_norms(const BlockActivations& a, const BlockParameters& p);
     bool norms_are_recomputed() const { return options_.recompute == Recompute::norms || options_.recompute == Recompute::pointwise; }
     void backward_into_norm(LinearBackward product, NormBackward normed, int bias);
+    void attention_bias_gradients(LinearBackward& product, const BlockParameters& p);
     NormForward norm(Buffer x, Buffer out, int weight, int bias, float* mean, float* rstd) const;
     NormBackward norm_backward(Buffer x, Buffer dout, int weight, int bias, const float* mean, const float* rstd) const;
     LinearForward linear(Buffer x, Buffer y, int weight, int bias, int64_t in, int64_t out) const;

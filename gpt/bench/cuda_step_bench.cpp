@@ -1,13 +1,17 @@
-// Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine allows; writes
-// JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for steps of a minute. SEQLEN
-// "longest": the largest multiple of 1024 for which the plan of the run's memory fits what is free.
+// Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine
+// allows; writes JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for
+// steps of a minute. SEQLEN "longest": the largest multiple of 1024 for which the plan of the run's memory fits what
+// is free.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
-// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again), processes=N.
-// Sets of options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one it
-// does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there steps of all
-// together and of each by itself take turns.
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed
+// again), processes=N, contest (products are chosen anew, within the first steps, and kept as chosen). Sets of
+// options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one
+// it does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there
+// steps of all together and of each by itself take turns.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -15,12 +19,13 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 #include <nlohmann/json.hpp>
 
+#include "gpt/bf16.hpp"
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/spawn.hpp"
-#include "gpt/host_view.hpp"
 #include "gpt/io/xxhash64.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/random.hpp"
@@ -44,7 +49,8 @@ Shape shape_of(const std::string& name) {
     const std::map<std::string, Shape> shapes{
         {"124M", {12, 768, 12}}, {"350M", {24, 1024, 16}}, {"1.3B", {24, 2048, 16}}, {"2.7B", {32, 2560, 32}}};
     const auto found = shapes.find(name);
-    if (found == shapes.end()) throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B or 2.7B");
+    if (found == shapes.end())
+        throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B or 2.7B");
     return found->second;
 }
 
@@ -58,6 +64,51 @@ Batch random_batch(int64_t seqlen, int64_t rows, int rank) {
     }
     batch.cu_seqlens.push_back(static_cast<int32_t>(batch.tokens.size()));
     return batch;
+}
+
+/// Fresh values of the scale that training begins with, all threads at every matrix: `initialize` would take half a
+/// minute for the positions of a long context. A pure function of the layout.
+void fill(const Weights& weights) {
+    constexpr int64_t kPiece = int64_t{1} << 24;
+    Memory& memory = weights.values.memory();
+    std::vector<float> vectors(static_cast<size_t>(weights.layout.matrices_begin()));
+    std::vector<uint16_t> bits(static_cast<size_t>(kPiece));
+    uint64_t stream = 0;
+    for (const Parameter& p : weights.layout.list()) {
+        ++stream;
+        if (p.init == Init::ones) std::fill_n(vectors.begin() + p.offset, p.size, 1.0f);
+        if (p.init == Init::ones || p.init == Init::zeros) continue;
+        const double layers = static_cast<double>(weights.config.num_layers);
+        const double std = weights.config.init_std / (p.init == Init::normal_residual ? std::sqrt(2.0 * layers) : 1.0);
+        const auto scale = static_cast<float>(std * std::sqrt(3.0));
+        for (int64_t begin = 0; begin < p.size; begin += kPiece) {
+            const int64_t count = std::min(kPiece, p.size - begin);
+            const auto write = [&](int64_t from, int64_t to) {
+                Random random(static_cast<uint64_t>(begin + from), stream);
+                for (int64_t i = from; i < to; ++i) {
+                    // The sum of four numbers of 16 bits: nearly normal, and ten times as fast.
+                    const uint64_t four = random.next();
+                    const uint64_t sum = (four & 0xffff) + (four >> 16 & 0xffff) + (four >> 32 & 0xffff) + (four >> 48);
+                    bits[static_cast<size_t>(i)] = round_bf16(scale * (static_cast<float>(sum) * 0x1.0p-16f - 2.0f));
+                }
+            };
+            std::vector<std::jthread> threads;
+            constexpr int64_t kShares = 64;  // whatever the number of processors, the same numbers
+            std::atomic<int64_t> next = 0;
+            const auto work = [&] {
+                for (int64_t i; (i = next++) < kShares;) write(count * i / kShares, count * (i + 1) / kShares);
+            };
+            for (unsigned i = 1; i < std::thread::hardware_concurrency(); ++i) threads.emplace_back(work);
+            work();
+            threads.clear();
+            // The masters' lower halves stay zero.
+            memory.copy(weights.all().offset(p.offset + begin).data, bits.data(),
+                        static_cast<size_t>(count) * sizeof(uint16_t));
+        }
+    }
+    memory.copy(weights.values.at(0).data, vectors.data(), vectors.size() * sizeof(float));
+    std::transform(vectors.begin(), vectors.end(), bits.begin(), round_bf16);
+    memory.copy(weights.all().data, bits.data(), vectors.size() * sizeof(uint16_t));
 }
 
 /// Of the model as the papers count: 6 * tokens * parameters + 12 * layers * width * tokens * seqlen.
@@ -102,7 +153,8 @@ nlohmann::ordered_json part_table(const OpTimes& times, double steps, double pea
 nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
     constexpr const char* kEpilogues[] = {"", "bias", "gelu, aux, bias", "gelu, aux", "dgelu", "sums of b"};
     auto out = nlohmann::ordered_json::array();
-    for (const auto& [call, milliseconds] : gemm.measured())
+    for (const auto& [call, milliseconds] : gemm.measured()) {
+        const double flops = 2.0 * static_cast<double>(call.m * call.n) * static_cast<double>(call.k);
         out.push_back({{"m", call.m},
                        {"n", call.n},
                        {"k", call.k},
@@ -111,7 +163,8 @@ nlohmann::ordered_json product_table(const cuda::Gemm& gemm) {
                        {"accumulate", call.accumulate},
                        {"epilogue", kEpilogues[static_cast<int>(call.epilogue)]},
                        {"milliseconds", milliseconds},
-                       {"tflops_per_second", 2e-9 * static_cast<double>(call.m * call.n) * static_cast<double>(call.k) / milliseconds}});
+                       {"tflops_per_second", 1e-9 * flops / milliseconds}});
+    }
     return out;
 }
 
@@ -129,12 +182,14 @@ void hash_device_memory(Memory& memory, const void* from, size_t bytes, XxHash64
     }
 }
 
-/// Whether what operators read of the weights is the same on all processes, bit for bit: the narrow values, and the masters of
-/// norms and biases.
+/// Whether what operators read of the weights is the same on all processes, bit for bit: the narrow values, and the
+/// masters of norms and biases.
 bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights) {
     XxHash64 hash;
-    hash_device_memory(memory, weights.all().data, static_cast<size_t>(weights.values.size()) * size_of(weights.precision), hash);
-    hash_device_memory(memory, weights.values.at(0).data, static_cast<size_t>(weights.layout.matrices_begin()) * sizeof(float), hash);
+    const auto values = static_cast<size_t>(weights.values.size());
+    const auto vectors = static_cast<size_t>(weights.layout.matrices_begin());
+    hash_device_memory(memory, weights.all().data, values * size_of(weights.precision), hash);
+    hash_device_memory(memory, weights.values.at(0).data, vectors * sizeof(float), hash);
     const std::vector<std::string> all = group.exchange(std::to_string(hash.digest()));
     return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
 }
@@ -142,8 +197,10 @@ bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights)
 /// What operators wait for, per step.
 nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
     nlohmann::ordered_json out;
-    for (const auto& [part, entry] : times.parts)
-        if (std::get<0>(part) == OpKind::communication) out[std::string(std::get<1>(part))] = 1e3 * entry.seconds / steps;
+    for (const auto& [part, entry] : times.parts) {
+        const auto& [kind, name, in, columns] = part;
+        if (kind == OpKind::communication) out[std::string(name)] = 1e3 * entry.seconds / steps;
+    }
     return out;
 }
 
@@ -154,14 +211,18 @@ struct Arguments {
     Precision moments = Precision::bf16, gradients = Precision::bf16;
     Recompute recompute = Recompute::none;
     int processes = 1;
+    bool contest = false;
 };
 
 Arguments parse(char** argv, const std::vector<std::string>& options) {
-    Arguments a{.model = argv[1], .seqlen = std::string_view(argv[2]) == "longest" ? kLongest : std::atoll(argv[2]), .rows = std::atoll(argv[3]), .steps = std::atoll(argv[4])};
+    const bool longest = std::string_view(argv[2]) == "longest";
+    Arguments a{.model = argv[1], .seqlen = longest ? kLongest : std::atoll(argv[2]), .rows = std::atoll(argv[3]),
+                .steps = std::atoll(argv[4])};
     for (const std::string& option : options) {
         if (option == "deterministic") a.deterministic = true;
         else if (option == "no-graph") a.graph = false;
         else if (option == "once") a.once = true;
+        else if (option == "contest") a.contest = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
         else if (option == "fp32-gradients") a.gradients = Precision::fp32;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
@@ -171,8 +232,9 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
 }
 
 ModelOptions model_options_of(const Arguments& a, int processes) {
-    return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute, .gradients = processes > 1 ? Precision::fp32 : a.gradients,
-            .device = Device::cuda, .precision = Precision::bf16, .moments = a.moments, .processes = processes};
+    return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute,
+            .gradients = processes > 1 ? Precision::fp32 : a.gradients, .device = Device::cuda,
+            .precision = Precision::bf16, .moments = a.moments, .processes = processes};
 }
 
 ModelConfig config_of(const Arguments& a) {
@@ -227,7 +289,7 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     Backend backend(Device::cuda);
     backend.exec().times = nullptr;
     const Weights weights(config, backend.memory(), Precision::bf16);
-    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    fill(weights);
     std::vector<std::unique_ptr<Variant>> variants;
     std::vector<size_t> bytes;
     const auto warm = [](Variant& v) {
@@ -245,22 +307,31 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
         for (size_t i = 0; i < sets.size(); ++i)
             for (int twice = 0; twice < 2; ++twice) variants[round % 2 == 0 ? i : sets.size() - 1 - i]->step();
     auto rows = nlohmann::ordered_json::array();
+    const double flops = flops_of_step(config, first.seqlen, first.seqlen * first.rows, 1.0);
     for (size_t i = 0; i < sets.size(); ++i) {
+        const std::vector<double>&mine = variants[i]->seconds(), &firsts = variants.front()->seconds();
         std::vector<double> ratios;
-        for (size_t s = 0; s < variants[i]->seconds().size(); ++s) ratios.push_back(variants[i]->seconds()[s] / variants.front()->seconds()[s]);
-        const double median = median_of(variants[i]->seconds()), tokens = static_cast<double>(first.seqlen * first.rows);
+        for (size_t s = 0; s < mine.size(); ++s) ratios.push_back(mine[s] / firsts[s]);
+        const double median = median_of(mine);
         rows.push_back({{"options", names[i]},
                         {"seconds_median", median},
-                        {"seconds_min", *std::ranges::min_element(variants[i]->seconds())},
-                        {"tflops_per_second", 1e-12 * flops_of_step(config, first.seqlen, static_cast<int64_t>(tokens), 1.0) / median},
+                        {"seconds_min", *std::ranges::min_element(mine)},
+                        {"tflops_per_second", 1e-12 * flops / median},
                         {"time_over_the_firsts", median_of(ratios)},
                         {"memory_bytes", bytes[i] + weights.values.size_bytes() + weights.narrow.size_bytes()}});
     }
-    const nlohmann::ordered_json out{{"model", first.model}, {"gpu", backend.runtime().name()}, {"seqlen", first.seqlen},
-                                     {"rows", first.rows},   {"steps", first.steps},            {"variants", rows}};
+    const nlohmann::ordered_json out{{"model", first.model},
+                                     {"gpu", backend.runtime().name()},
+                                     {"seqlen", first.seqlen},
+                                     {"rows", first.rows},
+                                     {"steps", first.steps},
+                                     {"variants", rows}};
     std::printf("%s\n", out.dump(2).c_str());
     return 0;
 }
+
+/// Each step calls a block's product once per layer: twelve give each of eight candidates 36 calls in a model of 24.
+constexpr int kContestSteps = 12;
 
 /// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
 constexpr size_t kReserve = size_t{1} << 30;
@@ -289,13 +360,14 @@ int run_bench(Arguments a) {
     if (a.seqlen == kLongest) a.seqlen = longest_row(a, free_before);
     const ModelConfig config = config_of(a);
     const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
-    fill_by_host(weights, [&](const ParameterArena& values) { initialize(weights.layout, config, 1, values); });
+    fill(weights);
     const ModelOptions model_options = model_options_of(a, launch.size);
     Model model(weights, backend, model_options);
     std::optional<Optimizer> optimizer;
     std::unique_ptr<DataParallel> parallel;
     if (group)
-        parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{}, a.moments);
+        parallel = std::make_unique<DataParallel>(*group, backend, weights, model.gradients(), OptimizerOptions{},
+                                                  a.moments);
     else
         optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
     bool together = group != nullptr;  // the step at hand is one of all processes
@@ -310,6 +382,7 @@ int run_bench(Arguments a) {
         model.passes(together ? parallel.get() : nullptr);
         together ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
+    bool recorded = a.graph && !a.contest;
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
@@ -318,7 +391,7 @@ int run_bench(Arguments a) {
         together ? parallel->set_rates(number, 1e-4f) : optimizer->set_rates(number, 1e-4f);
         std::vector<int64_t> shape = model.step_shape();
         shape.push_back(together);
-        a.graph ? graphs.run(shape, enqueue) : enqueue();
+        recorded ? graphs.run(shape, enqueue) : enqueue();
         prepare();
         together ? parallel->gradient_norm() : optimizer->gradient_norm();
         loss = model.take_loss() / static_cast<double>(tokens);
@@ -330,6 +403,12 @@ int run_bench(Arguments a) {
     };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
+    if (a.contest) {
+        exec.gemm->begin_contest();
+        for (int i = 0; i < kContestSteps; ++i) step();
+        exec.gemm->end_contest();
+        recorded = a.graph;
+    }
     const int warm_up = a.once ? 0 : 3;
     for (int i = 0; i < warm_up; ++i) step();
     std::vector<double> seconds, seconds_alone;
@@ -365,16 +444,20 @@ int run_bench(Arguments a) {
         std::vector<double> alone(static_cast<size_t>(launch.size));
         alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
         group->sum(alone);
+        const double of_all = std::accumulate(alone.begin(), alone.end(), 0.0);
         shared = {{"communication", parallel->communicator().name()},
                   {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},
                   {"waits_milliseconds", waits_of(profiled, num_profiled)},
                   {"waits_milliseconds_without_passes", waits_of(backend.times(), num_profiled)},
                   {"tokens_per_second_of_each_alone", alone},
-                  {"speedup", static_cast<double>(tokens * launch.size) / median / std::accumulate(alone.begin(), alone.end(), 0.0)}};
+                  {"speedup", static_cast<double>(tokens * launch.size) / median / of_all}};
         if (!group->leads()) return 0;
     }
-    const double flops = flops_of_step(config, a.seqlen, tokens, 1.0), causal = flops_of_step(config, a.seqlen, tokens, 0.5);
+    const double flops = flops_of_step(config, a.seqlen, tokens, 1.0);
+    const double causal = flops_of_step(config, a.seqlen, tokens, 0.5);
+    const char* const commit = std::getenv("STROBE_COMMIT");
     const nlohmann::ordered_json out{{"model", a.model},
+                                     {"commit", commit ? commit : ""},
                                      {"gpu", backend.runtime().name()},
                                      {"cublaslt", exec.gemm->version()},
                                      {"parameters", config.num_parameters()},
@@ -410,8 +493,10 @@ int run_bench(Arguments a) {
 
 int main(int argc, char** argv) {
     if (argc < 5) {
-        std::fprintf(stderr, "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] [fp32-gradients] [once] "
-                     "[norms|pointwise|block] [processes=N] [vs OPTION...]...\n       SEQLEN may be \"longest\"\n", argv[0]);
+        std::fprintf(stderr,
+                     "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] "
+                     "[fp32-gradients] [once] [norms|pointwise|block] [processes=N] [contest] [vs OPTION...]...\n"
+                     "       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
     try {

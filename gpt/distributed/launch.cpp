@@ -1,6 +1,7 @@
 #include "gpt/distributed/launch.hpp"
 
 #include <charconv>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string_view>

@@ -26,10 +26,20 @@ struct LinearBackward {
     Buffer dx;      // (rows, in), overwritten; null: not wanted
     Buffer dweight; // (out, in), added to, or overwritten; null: not wanted
     float* dbias;   // (out), added to, or null
+    int64_t dbias_columns = 0;  // so many of the first are wanted (only where Ops::avoids_row_sums); 0: all
     int64_t dy_stride = 0;  // 0: out
     bool overwrite = false; // dweight; dbias is added to in any case
     /// When given (only where Ops::fuses_gelu): x was gelu(gelu_input), and dx is the gradient of gelu_input.
     Buffer gelu_input{};  // (rows, in)
+};
+
+/// dx = sums W: the gradient of what is added to each row of a product's input, from that of what is added to each row of its result.
+/// Only where Ops::avoids_row_sums.
+struct BiasBackward {
+    int64_t in, out;
+    Buffer weight;  // (out, in)
+    const float* sums;  // (out)
+    float* dx;          // (in), overwritten
 };
 
 /// What linear_backward needs of Exec::scratch for its bias.

@@ -21,6 +21,7 @@ struct Ops {
     void (*norm_backward)(Exec&, const NormBackward&);
     void (*linear_forward)(Exec&, const LinearForward&);
     void (*linear_backward)(Exec&, const LinearBackward&);
+    void (*bias_backward)(Exec&, const BiasBackward&) = nullptr;
     void (*activation_forward)(Exec&, const ActivationForward&);
     void (*activation_backward)(Exec&, const ActivationBackward&);
     void (*rope)(Exec&, const Rope&);
@@ -34,6 +35,7 @@ struct Ops {
     bool fuses_gelu = false;       // linear operators take gelu_input
     bool fuses_residual = false;   // linear_forward takes residual
     bool norms_again = false;      // norm_backward gives the norm's output and the sums of dx too
+    bool avoids_row_sums = false;  // there is bias_backward, and linear_backward sums some columns of dbias alone if asked to
     bool uses_row_groups = false;  // embedding_backward reads the row groups, not the tokens
 };
 
@@ -93,6 +95,10 @@ inline void run(Exec& e, const LinearBackward& a) {
     const double products = (a.dx ? 1.0 : 0.0) + (a.dweight ? 1.0 : 0.0);
     const Work work{.flops = products * detail::gemm_flops(a.rows, a.out, a.in), .part = "backward", .in = a.in, .out = a.out};
     detail::timed(e, OpKind::linear, work, e.ops->linear_backward, a);
+}
+inline void run(Exec& e, const BiasBackward& a) {
+    detail::timed(e, OpKind::linear, {.flops = detail::gemm_flops(1, a.out, a.in), .part = "bias", .in = a.in, .out = a.out},
+                  e.ops->bias_backward, a);
 }
 inline void run(Exec& e, const ActivationForward& a) {
     const Work work{.bytes = detail::pass_bytes(a.kind == ActivationKind::gelu ? 2 : 3, a.rows, a.ffn, a.x), .part = "forward"};

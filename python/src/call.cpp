@@ -8,7 +8,7 @@ namespace {
 int32_t torch_num_threads() {
     uint32_t threads = 0;
     if (torch_get_num_threads && torch_get_num_threads(&threads) == 0) return static_cast<int32_t>(threads);
-    return 0;
+    return strobe_num_threads();  // a number, since the workspace that a call needs grows with it
 }
 
 }  // namespace

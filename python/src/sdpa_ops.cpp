@@ -77,16 +77,24 @@ Tensor undefined() {
     return Tensor(handle);
 }
 
-/// (seed, offset) drawn from torch's CPU generator, on the CPU.
+Tensor empty_on_cpu(int64_t size, int32_t dtype) {
+    return empty({&size, 1}, dtype, {aoti_torch_device_type_cpu(), -1});
+}
+
+/// What strobe.new_rng_state gives: a seed drawn from torch's CPU generator and the offset 0, on the CPU.
 Tensor new_rng_state() {
-    const int64_t two = 2;
-    Tensor state = empty({&two, 1}, aoti_torch_dtype_int64(), {aoti_torch_device_type_cpu(), -1});
+    const Tensor seed = empty_on_cpu(1, aoti_torch_dtype_int64());
     AtenTensorHandle handle = nullptr;
-    check_torch(aoti_torch_new_tensor_handle(state.get(), &handle), "a second handle of a tensor");
+    check_torch(aoti_torch_new_tensor_handle(seed.get(), &handle), "a second handle of a tensor");
     // random_(from, to, generator=None)
     StableIValue stack[4] = {as_word(handle), as_word(int64_t{0}), as_word(new StableIValue(INT64_MAX)), 0};
     check_torch(aoti_torch_call_dispatcher("aten::random_", "from", stack), "to draw random numbers");
     const Tensor result(word_as<AtenTensorHandle>(stack[0]));
+
+    Tensor state = empty_on_cpu(2, aoti_torch_dtype_int64());
+    auto* words = static_cast<int64_t*>(state.data());
+    words[0] = *static_cast<const int64_t*>(seed.data());
+    words[1] = 0;
     return state;
 }
 
@@ -132,10 +140,11 @@ void sdpa_forward(StableIValue* stack, uint64_t, uint64_t) {
     Tensor rng_state = returned_state(options.rng_state, device);
     Tensor unused = empty({}, aoti_torch_dtype_uint64(), device);
     Tensor debug_mask = empty({&none, 1}, q.dtype(), device);
+    Tensor cum_seq_q = undefined(), cum_seq_k = undefined();
     stack[0] = as_result(std::move(out));
     stack[1] = as_result(std::move(lse));
-    stack[2] = as_result(undefined());
-    stack[3] = as_result(undefined());
+    stack[2] = as_result(std::move(cum_seq_q));
+    stack[3] = as_result(std::move(cum_seq_k));
     stack[4] = as_word(shape[2]);
     stack[5] = as_word(k.shape()[2]);
     stack[6] = as_result(std::move(rng_state));
@@ -177,8 +186,7 @@ void run_backward(StableIValue* stack, Saved saved, const Options& options) {
 
 /// The state of a forward call with dropout, read back to the CPU, where the call is launched from.
 Tensor saved_state(const Tensor& state) {
-    const int64_t two = 2;
-    Tensor copy = empty({&two, 1}, aoti_torch_dtype_uint64(), {aoti_torch_device_type_cpu(), -1});
+    Tensor copy = empty_on_cpu(2, aoti_torch_dtype_uint64());
     check_torch(aoti_torch_copy_(copy.get(), state.get(), 0), "to copy a tensor");
     return copy;
 }

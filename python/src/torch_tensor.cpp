@@ -104,10 +104,11 @@ strobe_tensor view(const char* name, const Tensor& tensor) {
                                     " dimensions; every tensor of a call has from 1 to " + std::to_string(STROBE_MAX_DIMS));
     }
     const Device device = tensor.device();
+    const bool is_cuda = device.is_cuda();
     v.data = tensor.data();
     v.dtype = strobe_dtype(name, tensor.dtype());
-    v.device_type = device.is_cuda() ? STROBE_CUDA : STROBE_CPU;
-    v.device_index = device.is_cuda() ? device.index : 0;
+    v.device_type = is_cuda ? STROBE_CUDA : STROBE_CPU;
+    v.device_index = is_cuda ? device.index : 0;
     v.ndim = static_cast<int32_t>(shape.size());
     for (size_t i = 0; i < shape.size(); ++i) {
         v.shape[i] = shape[i];

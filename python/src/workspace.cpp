@@ -24,9 +24,10 @@ struct Question {
     strobe_attention attention;
     Direction direction;
 
-    Question() { std::memset(static_cast<void*>(this), 0, sizeof *this); }
+    Question() = default;
 
-    Question(const strobe_attention& a, const Direction& d) : Question() {
+    Question(const strobe_attention& a, const Direction& d) {
+        static_assert(sizeof(Question) == sizeof a + sizeof d, "every byte is compared");
         std::memcpy(&attention, &a, sizeof a);
         std::memcpy(&direction, &d, sizeof d);
         for (strobe_tensor* t : {&attention.q, &attention.k, &attention.v, &attention.cu_seqlens_q, &attention.cu_seqlens_k,

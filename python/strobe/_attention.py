@@ -1,16 +1,20 @@
 """``strobe.attention``: exact attention with every option of the library, for torch tensors on the CPU and on CUDA."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _native, _ops
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 _NO_WINDOW = (-1, -1)
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_functorch_active = torch._C._are_functorch_transforms_active
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 _has_torch_function = torch.overrides.has_torch_function_variadic
@@ -24,27 +28,25 @@ _plain_backward = _ops.attention_backward_plain._handle
 def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
     if len(options) != _ops.NUM_PLAIN_OPTIONS:
         return _unrecorded(q, k, v, with_lse, *options)
-    if not with_lse:
-        return _ops.attention_plain(q, k, v, *options), None
     if _has_torch_function(q, k, v):
-        return _ops.attention_plain_lse(q, k, v, *options)
-    return _direct(_plain_lse, q, k, v, *options)
+        return _ops.attention_plain_lse(q, k, v, *options) if with_lse else (_ops.attention_plain(q, k, v, *options), None)
+    return _direct(_plain_lse, q, k, v, *options) if with_lse else (_direct(_plain, q, k, v, *options), None)
 
 
 def _save(ctx, q, k, v, bias, options, out, lse) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, bias)
-    ctx.options = options if bias is None else _with_bias(options, None)
+    tensors, ctx.options = _ops.split_tensors(options)
+    ctx.save_for_backward(q, k, v, out, lse, bias, *tensors[1:])
 
 
 def _backward(ctx, dout, dlse=None):
     if dout is None and dlse is None:
         return None, None, None, None, None, None
-    *saved, bias = ctx.saved_tensors
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
     options = ctx.options[: _ops.NUM_OPTIONS]
-    if bias is not None:
-        options = _with_bias(options, bias)
-    (dq, dk, dv), dbias = _ops.gradients(dout, dlse, *saved, options, ctx.needs_input_grad[3])
+    if len(options) > _ops.BIAS_OPTION:
+        options = _ops.join_tensors(tensors, options)
+    (dq, dk, dv), dbias = _ops.gradients(dout, dlse, q, k, v, out, lse, options, ctx.needs_input_grad[3])
     return dq, dk, dv, dbias, None, None
 
 
@@ -65,7 +67,7 @@ class _TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, bias, options, with_lse):
-        return _run(q, k, v, True, options)
+        return _run(q, k, v, True, options if bias is None else _with_bias(options, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -124,31 +126,32 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
         q, k, v, bias = _ops.cast_inputs(torch.get_autocast_dtype(q.device.type), q, k, v, bias)
         if bias is not None:
             options = _with_bias(options, bias)
-    if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
-        try:
+    try:
+        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, bias)):
             return _run(q, k, v, with_lse, options)
-        except RuntimeError:
-            _check_tensors(q, k, v, bias)
-            raise
-    if _is_functorch_active():
-        return _TransformedAttention.apply(q, k, v, bias, options, True)
-    result = _record(q, k, v, bias, options, with_lse)
-    return result if with_lse else (result, None)
+        if _is_functorch_active():
+            return _TransformedAttention.apply(q, k, v, bias, options, True)
+        result = _record(q, k, v, bias, options, with_lse)
+        return result if with_lse else (result, None)
+    except RuntimeError:
+        _check_tensors(q, k, v, bias)
+        raise
 
 
 def new_rng_state() -> Tensor:
-    """A fresh dropout state: (2,) int64 on the CPU, the seed and the offset, drawn from torch's default CPU generator.
+    """A fresh dropout state: (2,) int64 on the CPU, a seed drawn from torch's default CPU generator and the offset 0.
 
-    ``torch.manual_seed`` therefore makes dropout repeatable, on every device, and activation checkpointing repeats it.
+    ``torch.manual_seed`` therefore makes dropout repeatable, on every device, and activation checkpointing repeats it. Callers who
+    number their calls under one seed instead count the offset up from there: ``rng_state=(seed, number)``.
     """
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+    return torch.nn.functional.pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu"), (0, 1))
 
 
 def _as_rng_state(rng_state: Tensor | tuple[int, int]) -> Tensor:
     if isinstance(rng_state, Tensor):
         return rng_state
     seed, offset = rng_state
-    return torch.tensor([seed, offset], dtype=torch.int64)
+    return torch.tensor([seed, offset], dtype=torch.int64, device="cpu")
 
 
 def _four_dimensional(bias: Tensor) -> Tensor:
@@ -174,10 +177,25 @@ def _positions(positions: tuple[int, int] | None) -> tuple[int, int]:
     return q_position, k_position
 
 
-def _float32_out(out_dtype: torch.dtype | None, q_dtype: torch.dtype) -> bool:
-    if out_dtype not in (None, torch.float32, q_dtype):
+def _float32_out(out_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
+    if out_dtype not in (torch.float32, q_dtype):
         raise ValueError(f"out_dtype: is {out_dtype}; it must be torch.float32 or the dtype of q, {q_dtype}")
     return out_dtype == torch.float32 and q_dtype != torch.float32
+
+
+def _plain_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor | None:
+    """The call without further options and without its log-sum-exp, in few steps; None where torch is in a mode that takes more."""
+    if _is_dynamo_compiling() or _has_torch_function(q, k, v):
+        return None
+    try:
+        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
+            return _direct(_plain, q, k, v, softmax_scale, causal)
+        if _is_deterministic() or _any_autocast() or _is_functorch_active():
+            return None
+        return _record_plain(q, k, v, softmax_scale, causal)
+    except RuntimeError:
+        _check_tensors(q, k, v, None)
+        raise
 
 
 def attention(
@@ -256,17 +274,10 @@ def attention(
         and max_seqlen_q is None and max_seqlen_k is None
     )  # fmt: skip
     plain = common and left == right == -1 and softcap == 0.0
-    if plain and not (return_lse or return_rng_state or _is_compiling()) and not _has_torch_function(q, k, v):
-        if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
-            try:
-                return _direct(_plain, q, k, v, softmax_scale, causal)
-            except RuntimeError:
-                _check_tensors(q, k, v, None)
-                raise
-        if deterministic is None:
-            deterministic = _is_deterministic()
-        if not (deterministic or _any_autocast() or _is_functorch_active()):
-            return _record_plain(q, k, v, softmax_scale, causal)
+    if plain and not (return_lse or return_rng_state or deterministic):
+        out = _plain_call(q, k, v, softmax_scale, causal)
+        if out is not None:
+            return out
     if deterministic is None:
         deterministic = _is_deterministic()
     if common and not deterministic:
@@ -288,9 +299,27 @@ def attention(
             softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
             _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
             dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
-            _float32_out(out_dtype, q.dtype),
+            out_dtype is not None and _float32_out(out_dtype, q.dtype),
         )  # fmt: skip
         out, lse = _call(q, k, v, bias, options, return_lse)
     if not (return_lse or return_rng_state):
         return out
     return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))
+
+
+def _plain_calls_first(general: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`general`, quicker where there are no options but causal and softmax_scale: each parameter with a default costs every call."""
+
+    @functools.wraps(general)
+    def attention(q, k, v, *, causal=False, softmax_scale=None, **options):
+        if not options:
+            out = _plain_call(q, k, v, softmax_scale, causal)
+            if out is not None:
+                return out
+        return general(q, k, v, causal=causal, softmax_scale=softmax_scale, **options)
+
+    return attention
+
+
+attention_with_options = attention  # for callers who pass most options anyway
+attention = _plain_calls_first(attention_with_options)

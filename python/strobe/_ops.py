@@ -28,16 +28,31 @@ call = torch._C._dispatch_call_boxed
 
 _INDEX = {argument.name: i for i, argument in enumerate(attention._schema.arguments)}
 _BIAS = _INDEX["bias"]
-# The tensors behind q, k and v; the others of `attention` are plain values.
-_OPTIONAL_TENSORS = tuple(
-    _INDEX[name]
+_FIRST_OPTION = 3
+# The tensors among the options, bias first; the others are plain values.
+_TENSOR_OPTIONS = tuple(
+    _INDEX[name] - _FIRST_OPTION
     for name in ("bias", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state")
 )
-_FIRST_OPTION = 3
 _FLOAT32_OUT = _INDEX["float32_out"]
 NUM_OPTIONS = _FLOAT32_OUT - _FIRST_OPTION  # that forward and backward share
 NUM_PLAIN_OPTIONS = _INDEX["window_left"] - _FIRST_OPTION  # that the plain operators have
 BIAS_OPTION = _BIAS - _FIRST_OPTION
+
+
+def split_tensors(options: tuple) -> tuple[list, tuple]:
+    """The tensors of some or all options, for save_for_backward, which notices when they change; and the options without them."""
+    if len(options) <= BIAS_OPTION:
+        return [], options
+    return [options[i] for i in _TENSOR_OPTIONS], tuple(None if i in _TENSOR_OPTIONS else x for i, x in enumerate(options))
+
+
+def join_tensors(tensors, options: tuple) -> tuple:
+    """The options again; none of them where there are no tensors."""
+    joined = list(options)
+    for i, tensor in zip(_TENSOR_OPTIONS, tensors):
+        joined[i] = tensor
+    return tuple(joined)
 
 
 # ---- fake kernels -----------------------------------------------------------------------------------------------------------
@@ -145,17 +160,15 @@ def _lse_merge_fake(outs, lses):
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *output, *(inputs[i] for i in _OPTIONAL_TENSORS))
-    ctx.options = inputs[_FIRST_OPTION:_FLOAT32_OUT]
+    tensors, ctx.options = split_tensors(inputs[_FIRST_OPTION:_FLOAT32_OUT])
+    ctx.save_for_backward(*inputs[:3], *output, *tensors)
 
 
 def _backward(ctx, dout, dlse):
     needs_grad = ctx.needs_input_grad  # of the inputs that were given: trailing defaults are left out
     grads = [None] * len(needs_grad)
-    q, k, v, out, lse, *optional = ctx.saved_tensors
-    options = list(ctx.options)
-    for i, tensor in zip(_OPTIONAL_TENSORS, optional):
-        options[i - _FIRST_OPTION] = tensor
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    options = join_tensors(tensors, ctx.options)
     need_dbias = _BIAS < len(needs_grad) and needs_grad[_BIAS]
     if dout is None and dlse is None:
         return tuple(grads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _extras
-from ._attention import attention
+from ._attention import attention_with_options as attention
 from .flash_attn.flash_attn_interface import _mask_arguments, _options, _varlen_options, maybe_contiguous
 
 

@@ -1,5 +1,9 @@
 """strobe.attention against float64, feature by feature: values, log-sum-exp, every gradient."""
 
+import sys
+import threading
+import time
+
 import pytest
 import reference
 import torch
@@ -126,6 +130,39 @@ def test_dropout_state(device):
     by_ints = strobe.attention(**tensors, dropout_p=0.5, rng_state=tuple(state.tolist()))
     assert torch.equal(first, again) and torch.equal(first, by_ints) and not torch.equal(first, other)
     assert strobe.attention(**tensors, return_rng_state=True)[1] is None
+
+
+def test_a_fresh_dropout_state():
+    """One word of torch's CPU generator and an offset of 0, wherever new tensors go by default."""
+    torch.manual_seed(4)
+    states = [strobe.new_rng_state() for _ in range(3)]
+    torch.manual_seed(4)
+    with torch.device("meta"):
+        again = [strobe.new_rng_state() for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(states, again))
+    assert len({seed for seed, _ in map(torch.Tensor.tolist, states)}) == 3 and all(offset == 0 for _, offset in states)
+
+
+def test_dropout_with_another_default_device():
+    tensors = make()
+    expected = strobe.attention(**tensors, dropout_p=0.5, rng_state=(3, 1))
+    with torch.device("meta"):
+        out, state = strobe.attention(**tensors, dropout_p=0.5, return_rng_state=True)
+        assert torch.equal(strobe.attention(**tensors, dropout_p=0.5, rng_state=(3, 1)), expected)
+    assert torch.equal(strobe.attention(**tensors, dropout_p=0.5, rng_state=state), out)
+
+
+@pytest.mark.parametrize("name", ["rng_state", "cu_seqlens_k", "alibi_slopes"])
+def test_what_changes_before_the_backward_is_noticed(name, device):
+    q, k, v = (x.flatten(0, 1).requires_grad_() for x in make(cols=33, device=device).values())
+    cu = torch.tensor([0, 33, 66], dtype=torch.int32, device=device)
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu.clone(), "max_seqlen_q": 33, "max_seqlen_k": 33, "dropout_p": 0.5}
+    options |= {"rng_state": torch.tensor([3, 1]), "alibi_slopes": torch.rand(4, device=device)}
+    out = strobe.attention(q, k, v, **options)
+    out.sum().backward(retain_graph=True)
+    options[name][-1] -= 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_dropout_masks(device):
@@ -292,6 +329,31 @@ def test_every_implementation_can_be_named():
         served += 1
         torch.testing.assert_close(out, expected)
     assert served >= 1
+
+
+def test_other_threads_run_meanwhile():
+    """The interpreter's lock is free while a call computes."""
+    q, k, v = make(rows=2048, cols=2048, heads=8, heads_k=8, dim=64).values()
+    stop, counted = threading.Event(), [0]
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=count)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100.0)  # nobody gives the lock up unless he means to
+    thread.start()
+    try:
+        before = counted[0]
+        strobe.attention(q, k, v)
+        meanwhile = counted[0] - before
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert meanwhile > 10
 
 
 def test_num_threads_follow_torch(monkeypatch):

@@ -1,5 +1,7 @@
 """The operators under torch's compiler and its relatives: fake kernels, autograd registration, export, autocast."""
 
+import inspect
+
 import pytest
 import reference
 import torch
@@ -241,6 +243,27 @@ def test_functorch_grad(device):
     leaf = q.clone().requires_grad_()
     (expected,) = torch.autograd.grad(strobe.attention(leaf, k, v, causal=True).square().sum(), leaf)
     reference.near(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["alibi", "bias", "dropout", "varlen"])
+def test_functorch_grad_with_options(name, device):
+    options = options_of(device)[name]
+    q, k, v = inputs_for(name, device, grad=False)
+    leaves = [q, *([options.pop("bias").detach()] if name == "bias" else [])]
+
+    def loss(q, bias=None):
+        return strobe.attention(q, k, v, bias=bias, **options).square().sum()
+
+    ours = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+    leaves = [x.requires_grad_() for x in leaves]
+    for a, b in zip(ours, torch.autograd.grad(loss(*leaves), leaves)):
+        reference.near(a, b)
+
+
+def test_the_signature_is_the_documented_one():
+    parameters = inspect.signature(strobe.attention).parameters
+    assert parameters["window_size"].default == (-1, -1) and "options" not in parameters
+    assert strobe.attention.__doc__.startswith("Exact attention") and strobe.attention.__module__ == "strobe._attention"
 
 
 def test_activation_checkpointing_repeats_dropout(device):

@@ -121,6 +121,44 @@ def test_sdpa_on_strobe_in_deterministic_mode():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("rows", [8, 700, 2500])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_call_keeps_its_place_on_the_stream(rows, causal):
+    """It may be launched before the kernel in front of it has ended, which still writes what it reads or reads what it writes."""
+    _, k, v = qkv(rows=rows, heads_k=4)
+    start = torch.randn_like(k)
+    results = []
+    for wait in (torch.cuda.synchronize, lambda: None):
+        x = start.clone()
+        for i in range(100):
+            y = strobe.attention(x, k, v, causal=causal)
+            wait()
+            if i % 3 == 2:
+                x.mul_(0.5).add_(y)
+            else:
+                x = y
+            wait()
+        results.append(x)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_call_right_behind_a_backward(dim):
+    """Whose kernels let the next one start early."""
+    q, k, v = qkv(batch=4, rows=4096, heads=16, heads_k=16, dim=dim, grad=True)
+    out = strobe.attention(q, k, v)
+    dout = torch.randn_like(out)
+    results = []
+    for wait in (torch.cuda.synchronize, lambda: None, lambda: None):
+        torch.cuda.synchronize()
+        _, dk, dv = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        wait()
+        results.append(strobe.attention(dk, dv, dk))
+        del dk, dv
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_a_captured_graph_repeats_forward_and_backward():
     static = qkv(grad=True)
     dout = torch.randn_like(static[0])

@@ -128,12 +128,21 @@ def test_one_buffer_elsewhere():
 @pytest.mark.parametrize("no_tensor", [torch.randn(2, 8, 2, 16).numpy(), [[1.0]], None, 3.0], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("options", [{}, {"window_size": (2, 2)}, {"deterministic": True}, {"return_lse": True}], ids=str)
 def test_no_tensor(no_tensor, options):
-    q, k, v = qkv()
     for name in "qkv":
-        tensors = {"q": q, "k": k, "v": v, name: no_tensor}
-        for grad in (False, True):
+        for grad, requires_grad in ((False, False), (True, False), (True, True)):
+            tensors = {n: x.requires_grad_(requires_grad) for n, x in zip("qkv", qkv())} | {name: no_tensor}
             with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"^{name}: is a .*; it must be a torch tensor"):
                 strobe.attention(**tensors, **options)
+
+
+def test_unknown_and_missing_arguments():
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match="dropout"):
+        strobe.attention(q, k, v, dropout=0.1)
+    with pytest.raises(TypeError, match="'v'"):
+        strobe.attention(q, k)
+    with pytest.raises(TypeError, match="positional"):
+        strobe.attention(q, k, v, True)
 
 
 def test_no_dense_tensor():

@@ -115,6 +115,19 @@ def test_a_second_handle(device, monkeypatch, refused):
     assert not runs_on_strobe(device) and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
 
 
+def test_a_handle_that_cannot_be_made(device, monkeypatch):
+    """Whatever went wrong, nothing is left behind."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def fail():
+        raise OSError("no such library")
+
+    monkeypatch.setattr(_sdpa, "_library_in_c", fail)
+    with pytest.raises(OSError, match="no such library"):
+        _sdpa.Handle()
+    assert not runs_on_strobe(device) and torch.backends.cuda.cudnn_sdp_enabled() == cudnn and _sdpa.Handle._in_force == 0
+
+
 def test_import_changes_nothing():
     script = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"

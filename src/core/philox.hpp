@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/host_device.hpp"
 
@@ -15,11 +16,23 @@ struct Philox4x32 {
 
 constexpr int kPhiloxRounds = 7;
 
+/// The 64 bits of a product. From the plain expression nvcc 13 makes an addition of zero to the upper half of each, a third more instructions.
+STROBE_HD constexpr uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    if (!std::is_constant_evaluated()) {
+        uint64_t product = 0;
+        asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+        return product;
+    }
+#endif
+    return uint64_t{a} * b;
+}
+
 template <int kRounds = kPhiloxRounds>
 STROBE_HD constexpr Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < kRounds; ++round) {
-        const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
-        const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];
+        const uint64_t a = wide_product(0xD2511F53u, counter.word[0]);
+        const uint64_t b = wide_product(0xCD9E8D57u, counter.word[2]);
         counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(b),
                     static_cast<uint32_t>(a >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(a)}};
         key0 += 0x9E3779B9u;

@@ -11,6 +11,7 @@ enum class Direction : int { forward, backward };
 enum class MaskClass : int { full, band };       // full: only sequence ends are masked
 enum class Features : int {
     plain,
+    capped,   // plain and a softcap
     general,  // softcap, ALiBi, tensors of any alignment, by warp-uniform branches
     dropout,  // plain and dropout, whose integer work runs beside a matrix product
     tiled,    // plain and an additive bias whose tiles can be copied 16 bytes at a time; not its gradient
@@ -21,6 +22,11 @@ enum class Features : int {
 constexpr bool is_general(Features f) { return f == Features::general || f == Features::biased; }
 constexpr bool has_bias(Features f) { return f == Features::tiled || f == Features::biased; }
 constexpr bool may_drop(Features f) { return f == Features::dropout || f == Features::biased; }
+
+enum class Keys : int {
+    any,
+    few,  // for sequences of few keys: buffers for the next ones in place of others
+};
 
 struct Variant {
     Arch arch;
@@ -33,6 +39,7 @@ struct Variant {
     int block_n;   // key rows of a tile
     int stages;    // buffers of the streamed operand
     int warps;     // all warps of the CTA, producers included
+    Keys keys = Keys::any;
 
     bool operator==(const Variant&) const = default;
 };

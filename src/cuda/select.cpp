@@ -32,14 +32,17 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.band = p.mask.is_band();
     // The plain kernels fold the scale into exp2 and take row maxima before scaling: it must be positive.
     r.general = p.score.softcap > 0 || p.score.alibi_slopes || !(p.score.softmax_scale > 0);
+    constexpr float kSmallestScale = 1e-6f;  // scores are held in units of it
+    const bool good_unit = p.score.softmax_scale >= kSmallestScale;
+    r.capped = p.score.softcap > 0 && !p.score.alibi_slopes && good_unit &&
+               sm80::is_moderate_softcap(p.score.softcap / p.score.softmax_scale);
     r.dropout = p.dropout.enabled();
     // Rows of dropout draw the bits of whole groups, which a tile holds if it starts on one, and compare them as halves.
     const bool on_groups = !p.mask.has_positions || ((p.mask.q_position | p.mask.k_position) & 15) == 0;
     r.rare = r.dropout && (!on_groups || p.dropout.drop_below > Dropout::kHalfRanks);
     const BiasRef& bias = p.score.bias;
     r.biased = static_cast<bool>(bias);
-    constexpr float kSmallestScale = 1e-6f;  // the bias is held in units of it
-    r.tiled = r.biased && p.bias_dtype == p.dtype && p.score.softmax_scale >= kSmallestScale && bias.col_stride == 1 &&
+    r.tiled = r.biased && p.bias_dtype == p.dtype && good_unit && bias.col_stride == 1 &&
               aligned_for_tma({bias.data, bias.batch_stride, bias.row_stride, bias.head_stride}, p.bias_dtype);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
                    aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
@@ -57,28 +60,30 @@ const char* options_text(const Request& request) {
 }
 
 const char* name(Features features) {
-    constexpr const char* kNames[] = {"plain", "general", "dropout", "tiled", "biased"};
+    constexpr const char* kNames[] = {"plain", "capped", "general", "dropout", "tiled", "biased"};
     return kNames[static_cast<int>(features)];
 }
 
 Features features_wanted(const Request& request, Arch arch) {
     // The sm80 kernels copy 16 bytes at a time where the layout allows, which is all that the plain ones can do.
-    const bool general = request.general || (arch == Arch::sm80 && !request.tma_layout);
+    const bool any_layout = arch == Arch::sm80 && !request.tma_layout, general = request.general || any_layout;
     const bool options = request.biased || request.dropout;
     if (request.rare || (options && general) || (request.biased && request.dropout)) return Features::biased;
     if (request.biased) return request.tiled ? Features::tiled : Features::biased;
     if (request.dropout) return Features::dropout;
+    if (request.capped && !any_layout) return Features::capped;
     return general ? Features::general : Features::plain;
 }
 
 bool covers(Features features, Features wanted) {
-    return features == wanted || features == Features::biased || (features == Features::general && wanted == Features::plain);
+    return features == wanted || features == Features::biased ||
+           (features == Features::general && (wanted == Features::plain || wanted == Features::capped));
 }
 
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
-/// costs more than the mask code of a lower one. The sm90 backward with fewer stages has two buffers for keys instead, which pays
-/// where a head has few of them. In the sm80 backward the dQ pass of the deterministic mode wants the second
+/// costs more than the mask code of a lower one. The sm90 backward for few keys has two buffers for them, and a CTA
+/// may take a head as a whole. In the sm80 backward the dQ pass of the deterministic mode wants the second
 /// stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
@@ -89,7 +94,7 @@ bool suits_better(const Variant& v, const Variant& best, const Request& request)
         if (v.mask < best.mask) return false;
         if (v.direction == Direction::backward) {
             const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
-            return v.mask == best.mask && (request.seqlen_k <= few_keys ? v.stages < best.stages : v.stages > best.stages);
+            return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
         }
         if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
         if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
@@ -163,10 +168,10 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
 int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_bytes(v) : 0; }
 
 std::string to_string(const Variant& v) {
-    return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps", static_cast<int>(v.arch),
+    return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps{}", static_cast<int>(v.arch),
                        v.direction == Direction::forward ? "forward" : "backward", name(v.dtype), v.head_dim,
                        v.mask == MaskClass::full ? "full" : "band", name(v.features),
-                       v.block_m, v.block_n, v.stages, v.warps);
+                       v.block_m, v.block_n, v.stages, v.warps, v.keys == Keys::few ? ", few keys" : "");
 }
 
 }  // namespace strobe::cuda

@@ -26,6 +26,7 @@ struct Request {
     int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window
     bool general = false;    // softcap, ALiBi, or a scale that is not positive
+    bool capped = false;     // of these a softcap alone
     bool dropout = false;
     bool biased = false;     // an additive bias
     bool tiled = false;      // whose tiles can be copied 16 bytes at a time, and whose gradient is not wanted

@@ -1,6 +1,6 @@
 // The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key, and
-// batches of long sequences.
+// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key,
+// batches of long sequences, and what of the table of CUDA kernels all this leaves out.
 #include <array>
 #include <iterator>
 #include <set>
@@ -216,6 +216,24 @@ void add_many_heads(List& list) {
     }
 }
 
+/// Softcaps as models have them, and one so far out that it bends nothing: from half the softcap on scores are bent by another formula.
+void add_softcaps(List& list) {
+    for (DType dtype : kDTypes) {
+        for (double softcap : {20.0, 50.0, 1000.0}) {
+            for (Window window : {kFull, kCausal, Window{70, 30}}) {
+                for (bool loud : {false, true}) {
+                    Case c{.dtype = dtype, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 130, .seqlen_k = 300, .head_dim = 64};
+                    c.softcap = softcap;
+                    c.window_left = window.left;
+                    c.window_right = window.right;
+                    c.loud = loud;
+                    list.add(c);
+                }
+            }
+        }
+    }
+}
+
 /// So many causal rows that see no key that every worker of a large GPU gets a run of such tiles behind one with keys: dense, and in
 /// a varlen batch that uses a part of its rows. Few cases: they are the largest of the list.
 void add_rows_without_keys(List& list) {
@@ -235,12 +253,12 @@ void add_rows_without_keys(List& list) {
 /// the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part of their rows: the specification
 /// has to be through with them, too.
 void add_long_batches(List& list) {
-    Case window{.dtype = DType::bf16, .batch = 20, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
+    Case window{.dtype = DType::bf16, .batch = 32, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
     window.window_left = 1100;
     window.window_right = 0;
     window.varlen_q = window.varlen_k = window.dlse = true;
     list.add(window);
-    Case full{.dtype = DType::f16, .batch = 20, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
+    Case full{.dtype = DType::f16, .batch = 36, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 128,
               .head_dim_v = 64};
     full.varlen_q = full.varlen_k = full.seqused_q = true;
     list.add(full);
@@ -249,6 +267,67 @@ void add_long_batches(List& list) {
     dense.seqused_q = dense.seqused_k = true;
     dense.layout = Layout::bhsd;
     list.add(dense);
+    dense.head_dim = 64;
+    list.add(dense);
+    // Fewer key tiles than a large GPU has room for: its CTAs share them.
+    list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 400, .head_dim = 64});
+}
+
+/// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied by tiles, and the
+/// tiles for many keys. tests/unit/cuda_plan_test.cpp holds the list to reach every row.
+void add_kernel_rows(List& list) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        const Case base{.dtype = dtype, .batch = 2, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264};
+        for (int head_dim : {192, 256}) {
+            for (Window window : {kFull, kCausal}) {
+                Case c = base;
+                c.head_dim = head_dim;
+                c.window_left = window.left, c.window_right = window.right;
+                const auto add = [&](auto... set) {
+                    Case with = c;
+                    (set(with), ...);
+                    list.add(with);
+                };
+                add([](Case& x) { x.deterministic = true; });
+                add([](Case& x) { x.softcap = 1.5; });
+                add([](Case& x) { x.dropout_p = 0.17; });
+                add([](Case& x) { x.bias = BiasShape::full, x.dbias = true; });
+                add([](Case& x) { x.bias = BiasShape::heads, x.bias_in_dtype = true; }, [](Case& x) { x.dropout_p = 0.17; });
+                add([](Case& x) { x.softcap = 1.5; }, [](Case& x) { x.deterministic = true; });
+                add([](Case& x) { x.dropout_p = 0.17; }, [](Case& x) { x.deterministic = true; });
+            }
+        }
+        // Rows of 264 numbers of 16 bits begin on 16 bytes.
+        for (int head_dim : {40, 64, 128}) {
+            for (Window window : {kFull, kCausal}) {
+                for (BiasShape bias : {BiasShape::full, BiasShape::heads, BiasShape::keys}) {
+                    Case c = base;
+                    c.head_dim = head_dim;
+                    c.window_left = window.left, c.window_right = window.right;
+                    c.bias = bias, c.bias_in_dtype = true;
+                    list.add(c);
+                    c.bias_hides = bias == BiasShape::full;
+                    list.add(c);
+                }
+            }
+            Case ragged = base;
+            ragged.head_dim = head_dim;
+            ragged.batch = 5;
+            ragged.bias = BiasShape::full, ragged.bias_in_dtype = true;
+            ragged.varlen_q = ragged.varlen_k = true;
+            list.add(ragged);
+            ragged.varlen_q = ragged.varlen_k = false;
+            ragged.seqused_q = ragged.seqused_k = true;
+            list.add(ragged);
+        }
+        for (int head_dim : {64, 256}) {
+            for (Window window : {kFull, kCausal}) {
+                Case c{.dtype = dtype, .batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 140, .seqlen_k = 2090, .head_dim = head_dim};
+                c.window_left = window.left, c.window_right = window.right;
+                list.add(c);
+            }
+        }
+    }
 }
 
 /// Two tiles of 128 keys, and heads that go round a large GPU twice: the sm90 backward gives each CTA whole ones, which then adds up dq
@@ -282,8 +361,10 @@ std::vector<Case> verify_cases() {
     add_edges(list);
     add_published_shapes(list);
     add_many_heads(list);
+    add_softcaps(list);
     add_rows_without_keys(list);
     add_long_batches(list);
+    add_kernel_rows(list);
     add_short_sequences(list);
     return list.take();
 }

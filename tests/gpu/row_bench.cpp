@@ -180,7 +180,8 @@ int run(const Options& options) {
             if (v.arch == Arch::sm80 && cuda::smem_bytes(v) > cuda::device_limits(0).smem_per_cta) continue;
             const bool adds_dq = v.arch != Arch::sm80 || v.direction == Direction::forward || sm80::BackwardConfig(v).adds_dq;
             if (!adds_dq && !options.deterministic) continue;  // a row for the deterministic mode alone
-            const bool serves = v.features == features_for(options.feature) || (options.feature == "bias" && v.features == Features::biased);
+            const bool serves = v.features == features_for(options.feature) || (options.feature == "bias" && v.features == Features::biased) ||
+                                (options.feature == "softcap" && v.features == Features::capped);
             if (options.feature != "none" && !serves) continue;
             if (!tensors) tensors = std::make_unique<Tensors>(dtype, options.feature == "bias");
             for (bool causal : {false, true}) {
@@ -221,7 +222,7 @@ int main(int argc, char** argv) {
     app.add_option("--seqlens", options.seqlens, "sequence lengths")->delimiter(',');
     app.add_option("--repeats", options.repeats, "timed runs, of which the median counts")->capture_default_str();
     app.add_option("--masks", options.masks, "full, causal or both")->capture_default_str();
-    app.add_option("--feature", options.feature, "softcap, alibi: general rows only; dropout, bias: rows of their own; none: all rows");
+    app.add_option("--feature", options.feature, "softcap, alibi: general rows, and those of a softcap; dropout, bias: rows of their own; none: all rows");
     app.add_flag("--list", options.list, "print the rows and stop");
     app.add_flag("--deterministic", options.deterministic, "the backward's deterministic mode");
     CLI11_PARSE(app, argc, argv);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "owned_call.hpp"
+#include "sanitized.hpp"
 #include "verify/verify.hpp"
 
 namespace strobe {
@@ -20,16 +21,19 @@ void expect_passed(const CaseResult& r) { EXPECT_EQ(r.outcome, Outcome::passed) 
 
 // ---- repeatability ------------------------------------------------------------------------------------------------------
 
+/// Chance shows in results now and then; a sanitizer sees every access of every run.
+constexpr int kRepeats = kSanitized ? 25 : 250;
+
 TEST(Repeatability, OutLseDkDvHaveTheSameBitsInEveryRun) {
     LibrarySubject subject("", 4);
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
         Case c{.dtype = dtype, .batch = 2, .num_heads = 4, .num_heads_k = 2, .seqlen_q = 130, .seqlen_k = 150};
         c.window_right = 0;
         c.dropout_p = 0.1;
-        expect_passed(verify_case(c, subject, {.repeats = 250}));
+        expect_passed(verify_case(c, subject, {.repeats = kRepeats}));
     }
     Case one_head{.batch = 1, .num_heads = 1, .num_heads_k = 1, .seqlen_q = 300, .seqlen_k = 280};
-    expect_passed(verify_case(one_head, subject, {.repeats = 250}));
+    expect_passed(verify_case(one_head, subject, {.repeats = kRepeats}));
 }
 
 TEST(Repeatability, DeterministicGivesTheSameDqToo) {
@@ -38,7 +42,7 @@ TEST(Repeatability, DeterministicGivesTheSameDqToo) {
         Case c{.dtype = DType::bf16, .num_heads = 4, .num_heads_k = 2, .seqlen_q = 90, .seqlen_k = 110, .head_dim = head_dim};
         c.deterministic = true;
         c.window_right = 0;
-        expect_passed(verify_case(c, subject, {.repeats = 50}));
+        expect_passed(verify_case(c, subject, {.repeats = kRepeats / 5}));
     }
     for (Case c : verify::option_cases({.seqlen_q = 70, .seqlen_k = 90, .head_dim = 32})) {
         if (c.name().size() % 8 != 0) continue;  // a sample of the pairs
@@ -47,14 +51,15 @@ TEST(Repeatability, DeterministicGivesTheSameDqToo) {
     }
 }
 
-TEST(Repeatability, AnyNumberOfThreadsServes) {
-    for (int threads : {1, 2, 3, 7, 16}) {
-        LibrarySubject subject("", threads);
-        for (const Case& c : verify::filtered(verify::verify_cases(), "d111-b5*varlen,d128-b1-h1-s113x203,f32-d64-b2-h1-s1x,s640x128")) {
-            expect_passed(verify_case(c, subject));
-        }
-    }
+class NumberOfThreads : public testing::TestWithParam<int> {};
+
+TEST_P(NumberOfThreads, Serves) {
+    LibrarySubject subject("", GetParam());
+    constexpr const char* kCases = "d111-b5*varlen,d128-b1-h1-s113x203,f32-d64-b2-h1-s1x,s640x128";
+    for (const Case& c : verify::filtered(verify::verify_cases(), kCases)) expect_passed(verify_case(c, subject));
 }
+
+INSTANTIATE_TEST_SUITE_P(Threads, NumberOfThreads, testing::Values(1, 2, 3, 7, 16));
 
 TEST(Repeatability, AFewQueriesGetTheSameBitsFromAnyNumberOfThreads) {
     OwnedCall one({DType::f32, 2, 1, 2000, 6, 2, 64});

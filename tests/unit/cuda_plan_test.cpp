@@ -2,20 +2,28 @@
 // which CTAs take tiles. Needs no GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <random>
 #include <set>
 #include <tuple>
+#include <vector>
 
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/select.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/schedule.hpp"
+#include "verify/case.hpp"
+#include "verify/case_data.hpp"
 
 namespace strobe::sm80 {
 namespace {
 
-#define STROBE_VARIANT(arch, direction, dtype, head_dim, mask, features, block_m, block_n, stages, warps)                  \
+constexpr Keys few = Keys::few;
+#define STROBE_VARIANT(arch, direction, dtype, head_dim, mask, features, block_m, block_n, stages, ...)                    \
     Variant{Arch::arch, Direction::direction, DType::dtype, head_dim, MaskClass::mask, Features::features, block_m, block_n, \
-            stages, warps},
+            stages, __VA_ARGS__},
 const Variant kRows[] = {
 #include "variants.def"
 };
@@ -26,7 +34,8 @@ constexpr int kSm80Bytes = 163 << 10, kSm86Bytes = 99 << 10, kSm90Bytes = 227 <<
 
 /// A problem that asks for these features and nothing else.
 cuda::Request request_for(Features features) {
-    return {.general = features == Features::general,
+    return {.general = features == Features::general || features == Features::capped,
+            .capped = features == Features::capped,
             .dropout = features == Features::dropout,
             .biased = has_bias(features),
             .tiled = features == Features::tiled,
@@ -44,7 +53,7 @@ TEST(Sm80Plan, EveryDeviceIsServed) {
     for (int smem : {kSm80Bytes, kSm86Bytes, kSm90Bytes}) {
         for (Direction direction : {Direction::forward, Direction::backward}) {
             for (DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-                for (Features features : {Features::plain, Features::general, Features::dropout, Features::tiled, Features::biased}) {
+                for (Features features : {Features::plain, Features::capped, Features::general, Features::dropout, Features::tiled, Features::biased}) {
                     for (int head_dim = 1; head_dim <= 256; ++head_dim) {
                         cuda::Request request = request_for(features);
                         request.direction = direction;
@@ -114,6 +123,11 @@ TEST(Sm80Plan, RowsOfOneOptionServeNothingElse) {
     };
     EXPECT_EQ(features({.tma_layout = true}), Features::plain);
     EXPECT_EQ(features({.general = true, .tma_layout = true}), Features::general);
+    EXPECT_EQ(features({.general = true, .capped = true, .tma_layout = true}), Features::capped);
+    EXPECT_EQ(features({.general = true, .capped = true}), Features::general);
+    EXPECT_EQ(features({.general = true, .capped = true, .dropout = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.general = true, .capped = true, .biased = true, .tiled = true, .tma_layout = true}), Features::biased);
+    EXPECT_EQ(features({.direction = Direction::backward, .general = true, .capped = true, .tma_layout = true}), Features::general);
     EXPECT_EQ(features({.dropout = true, .tma_layout = true}), Features::dropout);
     EXPECT_EQ(features({.biased = true, .tiled = true, .tma_layout = true}), Features::tiled);
     EXPECT_EQ(features({.biased = true, .tma_layout = true}), Features::biased);
@@ -174,20 +188,56 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
     }
 }
 
-TEST(Sm90Plan, BackwardOfFewKeysHasTwoBuffersForThem) {
+TEST(Sm90Plan, BackwardOfFewKeysHasRowsOfItsOwn) {
     for (DType dtype : {DType::bf16, DType::f16}) {
-        for (bool band : {false, true}) {
-            for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
-                const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = 128, .seqlen_q = 300,
-                                            .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
-                std::string refusal;
-                const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
-                ASSERT_NE(row, nullptr) << refusal;
-                EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
-                EXPECT_EQ(row->stages, seqlen_k <= (band ? 512 : 256) ? 2 : 3) << seqlen_k;
+        for (int head_dim : {64, 128}) {
+            for (bool band : {false, true}) {
+                for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
+                    const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim, .seqlen_q = 300,
+                                                .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
+                    std::string refusal;
+                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                    ASSERT_NE(row, nullptr) << refusal;
+                    EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
+                    EXPECT_EQ(row->keys, seqlen_k <= (band ? 512 : 256) ? Keys::few : Keys::any) << seqlen_k;
+                }
             }
         }
     }
+}
+
+/// What the planner is asked for a case, forward and backward, as if its buffers lay on the device.
+std::array<cuda::Request, 2> requests_of(const verify::Case& c) {
+    const verify::CaseData data(c);
+    verify::Placement placement;
+    for (size_t i = 0; i < data.buffers.size(); ++i) placement.buffers.push_back(reinterpret_cast<void*>((i + 1) << 36));
+    return {cuda::request_of(verify::forward_params(data, placement)), cuda::request_of(verify::backward_params(data, placement))};
+}
+
+/// Every compiled kernel is held to the specification by `strobe verify` on some device that it is for.
+TEST(CaseList, ReachesEveryRow) {
+    struct Use {
+        Arch arch;
+        cuda::DeviceLimits device;
+    };
+    const Use uses[] = {{Arch::sm90, {90, 132, kSm90Bytes}}, {Arch::sm80, {90, 132, kSm90Bytes}}, {Arch::sm80, {80, 108, kSm80Bytes}},
+                        {Arch::sm80, {86, 80, kSm86Bytes}}};
+    std::set<const Variant*> reached;
+    std::vector<verify::Case> cases = verify::verify_cases();
+    // The data of a case costs more than a look at its row: first the cases that are there for the sake of rows, then the others in any
+    // order until every row has had one.
+    const auto others = cases.begin() + std::min<ptrdiff_t>(128, std::ssize(cases));
+    std::ranges::reverse(cases);
+    std::shuffle(others, cases.end(), std::mt19937(1));
+    for (size_t n = 0; n < cases.size() && reached.size() < std::size(kRows); ++n) {
+        for (const cuda::Request& request : requests_of(cases[n])) {
+            for (const Use& use : uses) {
+                std::string refusal;
+                if (const Variant* row = cuda::select(kRows, use.arch, request, use.device, refusal)) reached.insert(row);
+            }
+        }
+    }
+    for (const Variant& row : kRows) EXPECT_TRUE(reached.contains(&row)) << cuda::to_string(row);
 }
 
 TEST(Sm80Plan, BandsHaveRoomForEverySequenceThatIsTaken) {

@@ -5,11 +5,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "cpu/cpu_backend.hpp"
 #include "cpu/plan.hpp"
 #include "error.hpp"
+#include "sanitized.hpp"
 #include "strobe/strobe.hpp"
 #include "verify/verify.hpp"
 
@@ -24,12 +28,11 @@ namespace {
 
 using namespace strobe::verify;
 
-/// Sanitizers slow the reference down thirtyfold; with them the whole list runs elsewhere, on the machine's best instruction set.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr size_t kThinned = 5;
-#else
-constexpr size_t kThinned = 1;
-#endif
+/// Under sanitizers the whole list runs elsewhere, on the machine's best instruction set.
+constexpr size_t kThinned = kSanitized ? 5 : 1;
+
+/// A list is tested in so many parts, which ctest runs side by side.
+constexpr int kParts = 4;
 
 /// A part of the case list that meets every head dimension, option and ragged edge of one dtype or all.
 std::vector<Case> sample(std::string_view filter, size_t every) {
@@ -41,26 +44,44 @@ std::vector<Case> sample(std::string_view filter, size_t every) {
     return some;
 }
 
-void expect_passed(const std::vector<Case>& cases, Subject& subject) {
+void expect_passed(const std::vector<Case>& cases, Subject& subject, int part = 0, int parts = 1) {
     EXPECT_GT(cases.size(), 200u / kThinned);
-    for (const Case& c : cases) {
-        const CaseResult r = verify_case(c, subject);
+    for (size_t n = static_cast<size_t>(part); n < cases.size(); n += static_cast<size_t>(parts)) {
+        const CaseResult r = verify_case(cases[n], subject);
         EXPECT_EQ(r.outcome, Outcome::passed) << r.name << ": " << r.message;
     }
 }
 
-class EachIsa : public testing::TestWithParam<Isa> {
-protected:
-    EachIsa() { force_isa(GetParam()); }
-    ~EachIsa() override { force_isa(best_isa()); }
+/// While it lives the library computes with this instruction set.
+class ForcedIsa {
+public:
+    explicit ForcedIsa(Isa isa) { force_isa(isa); }
+    ~ForcedIsa() { force_isa(best_isa()); }
 };
 
-TEST_P(EachIsa, ServesTheCaseList) {
+class EachIsaAndPart : public testing::TestWithParam<std::tuple<Isa, int>> {};
+
+TEST_P(EachIsaAndPart, ServesTheCaseList) {
+    const auto [isa, part] = GetParam();
+    const ForcedIsa forced(isa);
     LibrarySubject subject("cpu", 3);
-    expect_passed(sample("", 7), subject);
+    expect_passed(sample("", 7), subject, part, kParts);
 }
 
+std::string name_of_part(const testing::TestParamInfo<std::tuple<Isa, int>>& test) {
+    const auto [isa, part] = test.param;
+    return std::string(isa_name(isa)) + "_part_" + std::to_string(part);
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, EachIsaAndPart,
+                         testing::Combine(testing::ValuesIn(available_isas().begin(), available_isas().end()),
+                                          testing::Range(0, kParts)),
+                         name_of_part);
+
+class EachIsa : public testing::TestWithParam<Isa> {};
+
 TEST_P(EachIsa, IsTheOneThatThePlanNames) {
+    const ForcedIsa forced(GetParam());
     EXPECT_EQ(current_isa(), GetParam());
     float x[8] = {};
     Attention a{.q = {x, {1, 2, 1, 4}}, .k = {x, {1, 2, 1, 4}}, .v = {x, {1, 2, 1, 4}}};
@@ -70,7 +91,7 @@ TEST_P(EachIsa, IsTheOneThatThePlanNames) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Isa, EachIsa, testing::ValuesIn(available_isas().begin(), available_isas().end()),
-                         [](const auto& info) { return std::string(isa_name(info.param)); });
+                         [](const auto& test) { return std::string(isa_name(test.param)); });
 
 TEST(Isa, OnesThatAreNotThereAreRefusedByName) {
     EXPECT_EQ(available_isas().front(), Isa::portable);
@@ -110,10 +131,14 @@ public:
     }
 };
 
-TEST(BFloat16Pairs, ServeTheCaseList) {
+class BFloat16PairsInParts : public testing::TestWithParam<int> {};
+
+TEST_P(BFloat16PairsInParts, ServeTheCaseList) {
     EmulatedPairs subject;
-    expect_passed(sample("bf16", 2), subject);
+    expect_passed(sample("bf16", 2), subject, GetParam(), kParts);
 }
+
+INSTANTIATE_TEST_SUITE_P(Part, BFloat16PairsInParts, testing::Range(0, kParts));
 
 /// A value that only later queries see leaves the bits of the earlier ones alone, although it shares words with theirs.
 TEST(BFloat16Pairs, HiddenNaNsChangeNoBit) {

@@ -19,8 +19,8 @@ namespace {
 
 constexpr Variant kFull{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 3, 16};
 constexpr Variant kBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 3, 16};
-constexpr Variant kFewKeys{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 2, 16};
-constexpr Variant kFewKeysBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 2, 16};
+constexpr Variant kFewKeys{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 2, 16, Keys::few};
+constexpr Variant kFewKeysBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 2, 16, Keys::few};
 
 struct Problem {
     BackwardParams params;
@@ -244,7 +244,7 @@ struct InnerHeads {
 };
 InnerHeads inner_heads(const verify::Case& c) {
     const int dim = std::max(c.head_dim, c.dim_v());
-    if (c.dtype == DType::f32 || c.out_f32 || c.grad_f32 || c.deterministic || dim <= 96 || dim > 128) return {};
+    if (c.dtype == DType::f32 || c.out_f32 || c.grad_f32 || c.deterministic || (dim > 64 && dim <= 96) || dim > 128) return {};
     BackwardParams p;
     p.size.batch = c.batch, p.size.num_heads = c.num_heads, p.size.num_heads_k = c.num_heads_k;
     p.size.seqlen_q = c.seqlen_q, p.size.seqlen_k = c.seqlen_k;
@@ -261,10 +261,14 @@ TEST(Sm90BackwardSchedule, TheCaseListHasInnerRows) {
         if (!heads) continue;
         // Of heads whose statistics, and of heads whose dq the main kernel makes, some have queries and keys.
         const std::vector<int64_t> rows = c.used_q(), keys = c.used_k();
+        std::vector<size_t> sequences(rows.size());
+        std::iota(sequences.begin(), sequences.end(), size_t{0});
+        if (c.varlen_q) std::stable_sort(sequences.begin(), sequences.end(), [&](size_t a, size_t b) { return rows[a] > rows[b]; });
         bool begins = false, ends = false;
-        for (size_t b = 0; b < rows.size(); ++b) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            const size_t b = sequences[i];
             if (rows[b] == 0 || keys[b] == 0) continue;
-            const int head = static_cast<int>(b) * c.num_heads_k;
+            const int head = static_cast<int>(i) * c.num_heads_k;
             begins = begins || head >= heads.outer;
             ends = ends || head < heads.total - heads.outer;
         }

@@ -8,7 +8,7 @@
 namespace strobe::verify {
 namespace {
 
-constexpr int kShards = 48;
+constexpr int kShards = 144;
 
 class Verify : public testing::TestWithParam<int> {};
 

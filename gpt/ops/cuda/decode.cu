@@ -1,4 +1,4 @@
-// Attention of a single token over a cache, and products with a single row: both read each number once, so what counts is how many
+// Attention of a single token over a cache, and products with a single row: all read each number once, so what counts is how many
 // loads are on their way.
 #include <algorithm>
 #include <cmath>
@@ -21,6 +21,10 @@ struct Cache {
     int head_dim, heads, heads_k;
     float scale;                  // of log2
 };
+
+// What weights are relative to where the largest score is m. A worker without keys has none, and one whose scores are all NaN has no
+// larger one either: relative to zero the former's sums stay zero and the latter's stay NaN.
+__device__ float reference(float m) { return m == -INFINITY ? 0.0f : m; }
 
 // Block (x, y): head y over the x-th share of the keys, of whose softmax it leaves (head_dim sums, largest score, sum of weights) in
 // `partial`: (shares, heads, head_dim + 2). L lanes hold a row, eight numbers each; the 32 / L rows of a warp are workers that
@@ -46,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(Cache a, float* partia
     // All lanes go round equally often: the sums over a row's lanes are the whole warp's.
     for (int64_t j = begin; j < end; j += kWorkers * kAhead) {
         V key[kAhead], value[kAhead];
-        float score[kAhead], next = m;
+        float score[kAhead];
+        const float before = m;
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
             const int64_t at = j + u * kWorkers + worker;
@@ -62,17 +67,15 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(Cache a, float* partia
 #pragma unroll
             for (int offset = L / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(kFullWarp, dot, offset);
             score[u] = j + u * kWorkers + worker < end ? dot : -INFINITY;
-            next = fmaxf(next, score[u]);
+            m = fmaxf(m, score[u]);
         }
-        if (next == -INFINITY) continue;
-        const float shrink = exp2f(m - next);
-        m = next;
+        const float base = reference(m), shrink = exp2f(before - base);
         total *= shrink;
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] *= shrink;
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            const float weight = exp2f(score[u] - m);
+            const float weight = exp2f(score[u] - base);
             total += weight;
 #pragma unroll
             for (int i = 0; i < 8; ++i) sum[i] += weight * value[u][i];
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(Cache a, float* partia
         float x = 0.0f;
         for (int w = 0; w < kWorkers; ++w) {
             const float part = c < a.head_dim ? sums[w][c] : totals[w];
-            if (largest[w] > -INFINITY) x += exp2f(largest[w] - top) * part;
+            x += exp2f(largest[w] - reference(top)) * part;
         }
         out[c < a.head_dim ? c : c + 1] = x;
     }
@@ -107,11 +110,11 @@ __global__ void merge_kernel(const float* partial, int shares, int heads, int he
         float x = 0.0f, total = 0.0f;
 #pragma unroll 4
         for (int s = 0; s < shares; ++s) {
-            const float m = mine[s * stride + head_dim], weight = m > -INFINITY ? exp2f(m - top) : 0.0f;
+            const float weight = exp2f(mine[s * stride + head_dim] - reference(top));
             x += weight * mine[s * stride + c];
             total += weight * mine[s * stride + head_dim + 1];
         }
-        out[int64_t(head) * head_dim + c] = __float2bfloat16(total > 0.0f ? x / total : 0.0f);
+        out[int64_t(head) * head_dim + c] = __float2bfloat16(total == 0.0f ? 0.0f : x / total);
     }
 }
 
@@ -146,6 +149,41 @@ __global__ void __launch_bounds__(kThreads) row_product_kernel(int64_t in, int64
     y[row] = from_float<T>(sum);
 }
 
+// dx = sums W. A block: as many columns as kLanes threads hold, N each (a sector of bf16); its groups of so many take the rows of W in
+// turn.
+constexpr int kColumnThreads = 1024, kLanes = 2;
+
+template <class T, int N>
+__global__ void __launch_bounds__(kColumnThreads) column_product_kernel(int64_t in, int64_t out, const T* weight, const float* sums, float* dx) {
+    using V = Vector<T, N>;
+    constexpr int kGroups = kColumnThreads / kLanes, kColumns = kLanes * N;
+    __shared__ float parts[kColumnThreads / 32][kColumns];
+    const int lane = threadIdx.x % kLanes;
+    const int64_t first = int64_t(blockIdx.x) * kColumns, column = first + lane * N;
+    float sum[N] = {};
+    if (column < in) {
+#pragma unroll 8
+        for (int64_t row = threadIdx.x / kLanes; row < out; row += kGroups) {
+            const V w = V::load(weight + row * in + column);
+            const float factor = sums[row];
+#pragma unroll
+            for (int i = 0; i < N; ++i) sum[i] += factor * w[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        for (int offset = kLanes; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
+        if (threadIdx.x % 32 < kLanes) parts[threadIdx.x / 32][lane * N + i] = sum[i];
+    }
+    __syncthreads();
+    const int c = threadIdx.x;
+    if (c >= kColumns || first + c >= in) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kColumnThreads / 32; ++w) total += parts[w][c];
+    dx[first + c] = total;
+}
+
 int shares_of(const Exec& e, const AttentionShape& s) {
     return static_cast<int>(std::clamp<int64_t>(2 * e.parts / s.num_heads, 1, kMostDecodeShares));
 }
@@ -155,7 +193,7 @@ int shares_of(const Exec& e, const AttentionShape& s) {
 bool decodes(const AttentionForward& a) {
     const AttentionShape& s = a.shape;
     return a.q.precision == Precision::bf16 && s.batch == 1 && s.total_q == 1 && !a.lse && s.head_dim % 8 == 0 && s.head_dim <= 256 &&
-           a.k_stride % 8 == 0 && a.v_stride % 8 == 0;
+           a.k_stride % 8 == 0 && a.v_stride % 8 == 0 && aligned(a.q.data) && aligned(a.k.data) && aligned(a.v.data);
 }
 
 void decode_attention(Exec& e, const AttentionForward& a) {
@@ -184,6 +222,21 @@ void row_product(Exec& e, const LinearForward& a) {
     };
     by_precision(a.y.precision, launch);
     check_launch("row_product");
+}
+
+void bias_backward(Exec& e, const BiasBackward& a) {
+    by_precision(a.weight.precision, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        constexpr int kWide = kVectorSize<T>;
+        const auto launch = [&](auto kernel, int width) {
+            kernel<<<blocks_for(a.in, int64_t{kLanes} * width), kColumnThreads, 0, stream_of(e)>>>(a.in, a.out, as<T>(a.weight), a.sums, a.dx);
+        };
+        if (a.in % kWide == 0 && aligned(a.weight.data))
+            launch(column_product_kernel<T, kWide>, kWide);
+        else
+            launch(column_product_kernel<T, 1>, 1);
+    });
+    check_launch("bias_backward");
 }
 
 }  // namespace strobe::gpt::cuda

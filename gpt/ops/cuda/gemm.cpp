@@ -21,6 +21,9 @@ namespace {
 constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 constexpr int kCandidates = 16;
 constexpr int kTimedRuns = 3;
+// Who comes into a contest: so many, if they took no longer than so many times the fastest's.
+constexpr size_t kContestants = 8;
+constexpr float kContestMargin = 1.15f;
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
@@ -148,6 +151,15 @@ struct Gemm::Plan {
     bool possible = false;
     cublasLtMatmulAlgo_t algo{};
     float milliseconds = 0.0f;
+
+    struct Contestant {
+        cublasLtMatmulAlgo_t algo;
+        float alone;  // milliseconds
+        double sum = 0.0;
+        int bouts = 0;
+    };
+    std::vector<Contestant> contestants;  // the fastest first; of a product that was measured in this process
+    size_t turn = 0;
 };
 
 Gemm::Gemm(void* stream, const std::string& device)
@@ -204,7 +216,7 @@ Gemm::Plan& Gemm::plan(const GemmCall& c) {
     layout(p->b, c.b.precision, c.transpose_b ? c.n : c.k, c.transpose_b ? c.k : c.n, c.ldb);
     layout(p->d, c.d.precision, c.m, c.n, c.ldd);
 
-    if (const std::string product = name_of(c); !recall(*p, product)) choose(*p, c, product);
+    if (const std::string product = name_of(c); contest_ || !recall(*p, product)) choose(*p, c, product);
     slot = std::move(p);
     return *slot;
 }
@@ -285,7 +297,6 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     cudaEvent_t begin = nullptr, end = nullptr;
     check(cudaEventCreate(&begin), "cudaEventCreate");
     check(cudaEventCreate(&end), "cudaEventCreate");
-    float best = 0.0f;
     for (const auto& candidate : candidates) {
         if (launch(p, trial, candidate.algo) != CUBLAS_STATUS_SUCCESS) continue;
         float fastest = 0.0f;
@@ -298,20 +309,58 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
             check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
             if (i == 0 || milliseconds < fastest) fastest = milliseconds;
         }
-        if (best == 0.0f || fastest < best) {
-            best = fastest;
-            p.algo = candidate.algo;
-        }
+        p.contestants.push_back({candidate.algo, fastest});
     }
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
-    p.milliseconds = best;
+    if (p.contestants.empty()) return;
+    std::ranges::stable_sort(p.contestants, {}, &Plan::Contestant::alone);
+    p.algo = p.contestants.front().algo;
+    p.milliseconds = p.contestants.front().alone;
+    std::erase_if(p.contestants, [&](const auto& other) { return other.alone > kContestMargin * p.milliseconds; });
+    if (p.contestants.size() > kContestants) p.contestants.resize(kContestants);
+}
+
+void Gemm::compete(Plan& p, const GemmCall& call) {
+    Bout bout{&p, p.turn++ % p.contestants.size(), nullptr, nullptr};
+    const auto stream = static_cast<cudaStream_t>(stream_);
+    check(cudaEventCreate(&bout.begin), "cudaEventCreate");
+    check(cudaEventCreate(&bout.end), "cudaEventCreate");
+    bouts_.push_back(bout);
+    check(cudaEventRecord(bout.begin, stream), "cudaEventRecord");
+    check(launch(p, call, p.contestants[bout.candidate].algo), "cublasLtMatmul");
+    check(cudaEventRecord(bout.end, stream), "cudaEventRecord");
+}
+
+void Gemm::end_contest() {
+    contest_ = false;
+    check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream_)), "waiting for the device");
+    for (const Bout& bout : bouts_) {
+        float milliseconds = 0.0f;
+        check(cudaEventElapsedTime(&milliseconds, bout.begin, bout.end), "cudaEventElapsedTime");
+        Plan::Contestant& contestant = bout.plan->contestants[bout.candidate];
+        contestant.sum += milliseconds;
+        ++contestant.bouts;
+        cudaEventDestroy(bout.begin);
+        cudaEventDestroy(bout.end);
+    }
+    bouts_.clear();
+    for (const auto& [key, plan] : plans_) {
+        constexpr int kFewest = 8;  // bouts of each: fewer say nothing
+        const auto judged = [](const Plan::Contestant& c) { return c.bouts >= kFewest; };
+        if (plan->contestants.empty() || !std::ranges::all_of(plan->contestants, judged)) continue;
+        const auto best = std::ranges::min_element(plan->contestants, {}, [](const auto& c) { return c.sum / c.bouts; });
+        plan->algo = best->algo;
+        plan->milliseconds = best->alone;
+        choices_.replace(name_of(plan->call), {std::bit_cast<std::array<uint64_t, 8>>(plan->algo), plan->milliseconds});
+    }
 }
 
 void Gemm::run(const GemmCall& call) {
     Plan& p = plan(call);
     if (!p.possible)
         throw std::runtime_error(fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
+    if (contest_ && p.contestants.size() > 1) return compete(p, call);
     check(launch(p, call, p.algo), "cublasLtMatmul");
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cublasLt.h>
+#include <cuda_runtime.h>
 
 #include <map>
 #include <memory>
@@ -43,6 +44,12 @@ public:
     float milliseconds(const GemmCall& call);
     /// Whether there is an algorithm for the call.
     bool possible(const GemmCall& call);
+
+    /// From here to the contest's end the products that are met first are called by their fastest candidates in turn and timed where
+    /// they stand, on the operators' own data, in the cache and at the clock that these leave; what was fastest there is kept. Meanwhile
+    /// two calls of a product may round differently.
+    void begin_contest() { contest_ = true; }
+    void end_contest();
     std::string version() const;
 
     /// A product that was met, and what its algorithm took when it was measured.
@@ -55,12 +62,19 @@ public:
 private:
     struct Library;
     struct Plan;
+    /// A call in a contest.
+    struct Bout {
+        Plan* plan;
+        size_t candidate;
+        cudaEvent_t begin, end;
+    };
     using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool, int>;
 
     Plan& plan(const GemmCall& call);
     bool recall(Plan& plan, const std::string& product);
     void choose(Plan& plan, const GemmCall& call, const std::string& product);
     void tune(Plan& plan, const GemmCall& call, std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
+    void compete(Plan& plan, const GemmCall& call);
     cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo);
     static Key key_of(const GemmCall& call);
     static std::string name_of(const GemmCall& call);
@@ -71,6 +85,8 @@ private:
     void* workspace_ = nullptr;
     std::map<Key, std::unique_ptr<Plan>> plans_;
     GemmChoices choices_;
+    bool contest_ = false;
+    std::vector<Bout> bouts_;
 };
 
 }  // namespace strobe::gpt::cuda

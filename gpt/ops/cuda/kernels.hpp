@@ -11,6 +11,7 @@ void norm_forward(Exec&, const NormForward&);
 void norm_backward(Exec&, const NormBackward&);
 void linear_forward(Exec&, const LinearForward&);
 void linear_backward(Exec&, const LinearBackward&);
+void bias_backward(Exec&, const BiasBackward&);
 void activation_forward(Exec&, const ActivationForward&);
 void activation_backward(Exec&, const ActivationBackward&);
 void rope(Exec&, const Rope&);

@@ -30,16 +30,17 @@ void weight_gradient(Exec& e, const LinearBackward& a, int64_t dy_stride) {
     const GemmCall call{.transpose_b = true, .m = a.in, .n = a.out, .k = a.rows, .lda = a.in, .ldb = dy_stride, .ldd = a.in,
                         .a = a.x, .b = a.dy, .d = a.dweight, .accumulate = !a.overwrite};
     if (!a.dbias) return e.gemm->run(call);
+    const int64_t columns = a.dbias_columns > 0 ? a.dbias_columns : a.out;
     GemmCall both = call;
     both.epilogue = Epilogue::sum_b;
     both.bias = e.scratch;
     // The sums come in dweight's precision, and they are fp32.
-    if (a.dweight.precision == Precision::fp32 && fusion_pays(e, call, both, bytes_of(1, a.rows, a.out, a.dy))) {
+    if (a.dweight.precision == Precision::fp32 && fusion_pays(e, call, both, bytes_of(1, a.rows, columns, a.dy))) {
         e.gemm->run(both);
-        return add_parts(e, static_cast<const float*>(e.scratch), 1, a.out, a.out, {{a.dbias}});
+        return add_parts(e, static_cast<const float*>(e.scratch), 1, columns, a.out, {{a.dbias}});
     }
     e.gemm->run(call);
-    add_column_sums(e, a.dy, a.rows, a.out, dy_stride, a.dbias);
+    add_column_sums(e, a.dy, a.rows, columns, dy_stride, a.dbias);
 }
 
 }  // namespace

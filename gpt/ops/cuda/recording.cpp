@@ -1,38 +1,34 @@
 #include "gpt/ops/cuda/recording.hpp"
 
-#include <cuda_runtime.h>
-
-#include "cuda/device.hpp"
+#include "gpt/ops/cuda/handles.hpp"
 
 namespace strobe::gpt::cuda {
 
 namespace {
 
-using strobe::cuda::check;
+using Graph = std::unique_ptr<CUgraph_st, Destroyer<cudaGraphDestroy>>;
+using ExecutableGraph = std::unique_ptr<CUgraphExec_st, Destroyer<cudaGraphExecDestroy>>;
 
-struct GraphDeleter {
-    void operator()(cudaGraph_t g) const { cudaGraphDestroy(g); }
-};
-using Graph = std::unique_ptr<CUgraph_st, GraphDeleter>;
+ExecutableGraph executable(const Graph& graph) {
+    cudaGraphExec_t executable = nullptr;
+    // Of work on several streams: those that went first go first.
+    check(cudaGraphInstantiate(&executable, graph.get(), cudaGraphInstantiateFlagUseNodePriority), "cudaGraphInstantiate");
+    return ExecutableGraph(executable);
+}
 
 class GraphRecording final : public Recording {
 public:
-    GraphRecording(const Graph& graph, cudaStream_t stream) : stream_(stream) {
-        // Of work on several streams: those that went first go first.
-        check(cudaGraphInstantiate(&executable_, graph.get(), cudaGraphInstantiateFlagUseNodePriority), "cudaGraphInstantiate");
-        check(cudaGraphUpload(executable_, stream), "cudaGraphUpload");
+    GraphRecording(const Graph& graph, cudaStream_t stream) : executable_(executable(graph)), stream_(stream) {
+        check(cudaGraphUpload(executable_.get(), stream), "cudaGraphUpload");
     }
-    ~GraphRecording() override {
-        cudaStreamSynchronize(stream_);
-        cudaGraphExecDestroy(executable_);
-    }
+    ~GraphRecording() override { cudaStreamSynchronize(stream_); }
     GraphRecording(const GraphRecording&) = delete;
     GraphRecording& operator=(const GraphRecording&) = delete;
 
-    void replay() override { check(cudaGraphLaunch(executable_, stream_), "cudaGraphLaunch"); }
+    void replay() override { check(cudaGraphLaunch(executable_.get(), stream_), "cudaGraphLaunch"); }
 
 private:
-    cudaGraphExec_t executable_ = nullptr;
+    ExecutableGraph executable_;
     cudaStream_t stream_;
 };
 

@@ -10,34 +10,36 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMaxThreads = 1024;
+constexpr int kSumThreads = 512, kRowsAhead = 8;
 
-// Block (x, y): a stretch of columns, N to a thread, and part y of the rows, one whole stretch after the other: what is read lies
-// behind one another, and no sum crosses a thread.
+// Block (x, y): a stretch of columns, N to a thread; of the groups of kRowsAhead rows it takes every gridDim.y-th. No sum crosses a
+// thread.
 template <class T, int N>
-__global__ void __launch_bounds__(kMaxThreads) column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride,
-                                                                  float* partial) {
+__global__ void __launch_bounds__(kSumThreads, 2) column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride,
+                                                                     float* partial) {
     using V = Vector<T, N>;
-    constexpr int kAhead = 4;  // rows on their way
     const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (c >= columns) return;
-    const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
+    const int64_t groups = (rows + kRowsAhead - 1) / kRowsAhead;
     float sum[N] = {};
-    const T* p = x + begin * stride + c;
-    int64_t r = begin;
-    for (; r + kAhead <= end; r += kAhead, p += kAhead * stride) {
-        V v[kAhead];
+    for (int64_t turn = blockIdx.y; turn < groups; turn += gridDim.y) {
+        const int64_t first = turn * kRowsAhead;
+        const T* p = x + first * stride + c;
+        if (first + kRowsAhead <= rows) {
+            V v[kRowsAhead];
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) v[k] = V::load(p + k * stride);
+            for (int k = 0; k < kRowsAhead; ++k) v[k] = V::load(p + k * stride);
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k)
+            for (int k = 0; k < kRowsAhead; ++k)
 #pragma unroll
-            for (int i = 0; i < N; ++i) sum[i] += v[k][i];
-    }
-    for (; r < end; ++r, p += stride) {
-        const V v = V::load(p);
+                for (int i = 0; i < N; ++i) sum[i] += v[k][i];
+        } else {
+            for (int64_t r = first; r < rows; ++r, p += stride) {
+                const V v = V::load(p);
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] += v[i];
+                for (int i = 0; i < N; ++i) sum[i] += v[i];
+            }
+        }
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) partial[blockIdx.y * columns + c + i] = sum[i];
@@ -112,15 +114,20 @@ void add_parts(Exec& e, const float* partial, int64_t parts, int64_t columns, in
 
 void add_column_sums(Exec& e, Buffer x, int64_t rows, int64_t columns, int64_t stride, float* sums) {
     auto* partial = static_cast<float*>(e.scratch);
-    const int64_t parts = std::min<int64_t>(e.parts, rows);
     by_precision(x.precision, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto launch = [&](auto kernel, int width) {
             const int64_t wanted = (columns / width + 31) / 32 * 32;  // threads that a row keeps busy
-            const int64_t stretches = (wanted + kMaxThreads - 1) / kMaxThreads;
+            const int64_t stretches = (wanted + kSumThreads - 1) / kSumThreads;
             const auto threads = static_cast<unsigned>(std::max<int64_t>(32, (wanted / stretches + 31) / 32 * 32));
-            const dim3 grid(blocks_for(columns, int64_t{threads} * width), static_cast<unsigned>(parts));
+            const unsigned blocks = blocks_for(columns, int64_t{threads} * width);
+            // No more parts than run at once, and as many groups of rows to each.
+            const int64_t groups = (rows + kRowsAhead - 1) / kRowsAhead, most = std::max<int64_t>(1, e.parts / blocks);
+            const int64_t parts = blocks_for(groups, blocks_for(groups, most));
+            const dim3 grid(blocks, static_cast<unsigned>(parts));
             kernel<<<grid, threads, 0, stream_of(e)>>>(as<T>(x), rows, columns, stride, partial);
+            check_launch("column_sums");
+            add_parts(e, partial, parts, columns, columns, {{sums}});
         };
         constexpr int kWide = kVectorSize<T>;
         if (columns % kWide == 0 && stride % kWide == 0 && aligned(x.data))
@@ -128,8 +135,6 @@ void add_column_sums(Exec& e, Buffer x, int64_t rows, int64_t columns, int64_t s
         else
             launch(column_sums_kernel<T, 1>, 1);
     });
-    check_launch("column_sums");
-    add_parts(e, partial, parts, columns, columns, {{sums}});
 }
 
 void loss_sum(Exec& e, const LossSum& a) {

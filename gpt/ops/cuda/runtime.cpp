@@ -1,7 +1,5 @@
 #include "gpt/runtime.hpp"
 
-#include <cuda_runtime.h>
-
 #include <array>
 #include <stdexcept>
 #include <vector>
@@ -10,6 +8,7 @@
 
 #include "cuda/device.hpp"
 #include "gpt/ops/cuda/gemm.hpp"
+#include "gpt/ops/cuda/handles.hpp"
 #include "gpt/ops/cuda/kernels.hpp"
 #include "gpt/ops/cuda/recording.hpp"
 
@@ -17,28 +16,22 @@ namespace strobe::gpt::cuda {
 
 namespace {
 
-using strobe::cuda::check;
-
-struct StreamDeleter {
-    void operator()(cudaStream_t s) const { cudaStreamDestroy(s); }
-};
-using Stream = std::unique_ptr<CUstream_st, StreamDeleter>;
-
 Stream make_stream() {
     cudaStream_t stream = nullptr;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
     return Stream(stream);
 }
 
-struct EventDeleter {
-    void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
-};
-using Event = std::unique_ptr<CUevent_st, EventDeleter>;
-
 Event make_event(unsigned flags) {
     cudaEvent_t event = nullptr;
     check(cudaEventCreateWithFlags(&event, flags), "cudaEventCreate");
     return Event(event);
+}
+
+PinnedMemory pinned(size_t bytes) {
+    void* data = nullptr;
+    check(cudaMallocHost(&data, bytes), "pinned memory");
+    return PinnedMemory(data);
 }
 
 /// Pinned blocks in turn on the host, so that the next batch is written while the last is still on its way; one block on the
@@ -47,22 +40,19 @@ class DeviceStage final : public InputStage {
 public:
     DeviceStage(size_t bytes, Memory& memory, cudaStream_t stream) : device_(bytes, memory), stream_(stream) {
         for (Slot& slot : slots_) {
-            check(cudaMallocHost(&slot.data, bytes), "pinned memory");
+            slot.data = pinned(bytes);
             slot.sent = make_event(cudaEventDisableTiming);
         }
-    }
-    ~DeviceStage() override {
-        for (Slot& slot : slots_) cudaFreeHost(slot.data);
     }
     std::byte* host() override {
         Slot& slot = slots_[turn_];
         if (slot.pending) check(cudaEventSynchronize(slot.sent.get()), "waiting for a batch to be sent");
         slot.pending = false;
-        return static_cast<std::byte*>(slot.data);
+        return static_cast<std::byte*>(slot.data.get());
     }
     std::byte* send(size_t bytes) override {
         Slot& slot = slots_[turn_];
-        check(cudaMemcpyAsync(device_.at<void>(0), slot.data, bytes, cudaMemcpyHostToDevice, stream_), "sending a batch");
+        check(cudaMemcpyAsync(device_.at<void>(0), slot.data.get(), bytes, cudaMemcpyHostToDevice, stream_), "sending a batch");
         check(cudaEventRecord(slot.sent.get(), stream_), "cudaEventRecord");
         slot.pending = true;
         turn_ = (turn_ + 1) % slots_.size();
@@ -71,13 +61,13 @@ public:
 
 private:
     struct Slot {
-        void* data = nullptr;
+        PinnedMemory data;
         Event sent;
         bool pending = false;
     };
     std::array<Slot, 2> slots_;
     size_t turn_ = 0;
-    Arena device_;
+    Arena device_;  // goes first, which waits for what is still on its way
     cudaStream_t stream_;
 };
 
@@ -212,10 +202,11 @@ const Ops& table() {
     static const Ops ops{
         .embedding_forward = embedding_forward, .embedding_backward = embedding_backward, .norm_forward = norm_forward,
         .norm_backward = norm_backward, .linear_forward = linear_forward, .linear_backward = linear_backward,
+        .bias_backward = bias_backward,
         .activation_forward = activation_forward, .activation_backward = activation_backward, .rope = rope,
         .attention_forward = attention_forward, .attention_backward = attention_backward, .cache_append = cache_append,
         .cross_entropy = cross_entropy, .loss_sum = loss_sum, .adamw = adamw, .squared_norm = squared_norm,
-        .fuses_gelu = true, .fuses_residual = true, .norms_again = true,
+        .fuses_gelu = true, .fuses_residual = true, .norms_again = true, .avoids_row_sums = true,
         .uses_row_groups = true,
     };
     return ops;

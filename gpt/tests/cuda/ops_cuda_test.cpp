@@ -23,7 +23,7 @@ protected:
     void gelu_in_products(int64_t rows, int64_t in, int64_t out);
     void activation(ActivationKind kind, int64_t rows, int64_t ffn);
     void attention(const std::vector<int32_t>& lengths, int64_t heads, int64_t heads_k, int64_t head_dim);
-    void decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim);
+    void decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim, int64_t poisoned_key = -1);
     void cross_entropy(int64_t rows, int64_t vocab, int64_t stride);
 };
 
@@ -118,6 +118,20 @@ void CudaOps::linear(int64_t rows, int64_t in, int64_t out, int64_t stride, bool
     twins.expect_same(narrow, "dweight, overwritten", GetParam() == Precision::fp32 ? 1e-4 : 4e-3);
     if (biased) twins.expect_same(dbias, "dbias beside it", 1e-4);
 
+    // A bias of some columns alone, and one ahead of the product.
+    Twin some = twins.normal_f32(size_t(out), 6), ahead = twins.filled_f32(size_t(in), -7.0f);
+    for (int64_t i = 0; i < rows * out; ++i)
+        if (i % out < (out + 2) / 3) some.host[size_t(i % out)] += dy.host[size_t(i / out * stride + i % out)];
+    LinearBackward partial = backward(there);
+    partial.dbias = some.device.f32(), partial.dbias_columns = (out + 2) / 3;
+    run(device, partial);
+    twins.expect_same(some, "dbias of some columns", 1e-4);
+    Doubles through(size_t(in), 0.0);
+    for (int64_t i = 0; i < out * in; ++i) through[size_t(i % in)] += double(some.host[size_t(i / in)]) * weight.host[size_t(i)];
+    ahead.host.assign(through.begin(), through.end());
+    run(device, BiasBackward{.in = in, .out = out, .weight = weight.device, .sums = some.device.f32(), .dx = ahead.device.f32()});
+    twins.expect_same(ahead, "the gradient of a bias ahead", 1e-4);
+
     // With a residual: elsewhere, then in the place of y.
     Twin residual = twins.normal(size_t(rows * stride), 8), sum = twins.filled(size_t(rows * stride), 0.0f);
     run(host, forward(here));
@@ -202,13 +216,16 @@ void CudaOps::attention(const std::vector<int32_t>& lengths, int64_t heads, int6
     twins.expect_same(dqkv, "dqkv");
 }
 
-// A single query over a cache of more rows than it has keys; the GPU is told the cache's rows.
-void CudaOps::decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim) {
-    SCOPED_TRACE(testing::Message() << keys << " keys, " << heads << "/" << heads_k << " heads of " << head_dim);
+// A single query over a cache of more rows than it has keys; the GPU is told the cache's rows. With a poisoned key the last head of
+// the keys has a NaN there, which must reach that head's queries and no others.
+void CudaOps::decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, int64_t head_dim, int64_t poisoned_key) {
+    SCOPED_TRACE(testing::Message() << keys << " keys, " << heads << "/" << heads_k << " heads of " << head_dim << ", NaN " << poisoned_key);
     const std::vector<int32_t> borders{0, 1, 0, keys};
     const int64_t q = heads * head_dim, kv = heads_k * head_dim, capacity = keys + 37;
-    Twin query = twins.normal(size_t(q + 8), 1), k = twins.normal(size_t(capacity * kv), 2), v = twins.normal(size_t(capacity * kv), 3);
-    Twin out = twins.filled(size_t(q), -7.0f);
+    Twin query = twins.normal(size_t(q + 8), 1), v = twins.normal(size_t(capacity * kv), 3), out = twins.filled(size_t(q), -7.0f);
+    Floats numbers = random_floats(size_t(capacity * kv), 2);
+    if (poisoned_key >= 0) numbers[size_t((poisoned_key + 1) * kv - 1)] = NAN;
+    Twin k = twins.of(std::move(numbers));
     const auto forward = [&](auto at, const int32_t* cu, int64_t told) {
         return AttentionForward{.shape = {.batch = 1, .num_heads = heads, .num_heads_k = heads_k, .head_dim = head_dim, .total_q = 1, .total_k = told,
                                           .max_seqlen_q = 1, .max_seqlen_k = told, .cu_seqlens_q = cu, .cu_seqlens_k = cu + 2},
@@ -217,7 +234,11 @@ void CudaOps::decoding_attention(int32_t keys, int64_t heads, int64_t heads_k, i
     };
     run(host, forward([](Twin& t) { return Buffer(t.host.data()); }, borders.data(), keys));
     run(device, forward([](Twin& t) { return t.device; }, twins.upload(borders), capacity));
-    twins.expect_same(out, "out");
+    if (poisoned_key < 0) return twins.expect_same(out, "out");
+    const Floats actual = twins.fetch(out);
+    const int64_t clean = (heads - heads / heads_k) * head_dim;
+    for (int64_t i = 0; i < q; ++i) EXPECT_EQ(std::isnan(actual[size_t(i)]), i >= clean) << i;
+    for (int64_t i = 0; i < clean; ++i) EXPECT_NEAR(actual[size_t(i)], out.host[size_t(i)], twins.tolerance()) << i;
 }
 
 void CudaOps::cross_entropy(int64_t rows, int64_t vocab, int64_t stride) {
@@ -296,6 +317,9 @@ TEST_P(CudaOps, decoding) {
     }
     decoding_attention(300, 3, 1, 40);
     decoding_attention(700, 2, 2, 256);
+    decoding_attention(1, 4, 2, 64, 0);
+    decoding_attention(300, 4, 2, 64, 299);
+    decoding_attention(1000, 6, 2, 128, 500);
 }
 
 TEST_P(CudaOps, cross_entropy) {

@@ -31,6 +31,7 @@ public:
     Twin normal_f32(size_t count, uint64_t seed, double scale = 1.0) {
         return make(random_floats(count, seed, scale), Precision::fp32);
     }
+    Twin of(Floats values) { return make(std::move(values), precision_); }
     Twin filled(size_t count, float value) { return make(Floats(count, value), precision_); }
     Twin filled_f32(size_t count, float value) { return make(Floats(count, value), Precision::fp32); }
 

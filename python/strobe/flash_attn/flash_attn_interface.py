@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import _extras
-from .._attention import attention, new_rng_state
+from .._attention import attention_with_options as attention
+from .._attention import new_rng_state
 from . import _debug
 
 
@@ -253,7 +254,7 @@ def flash_attn_varlen_qkvpacked_func(
 @torch.no_grad()
 def _forward(q, k, v, dropout_p, return_softmax, options):
     q, k, v = (maybe_contiguous(x) for x in (q, k, v))
-    rng_state = new_rng_state() if dropout_p > 0 else torch.zeros(2, dtype=torch.int64)
+    rng_state = new_rng_state() if dropout_p > 0 else torch.zeros(2, dtype=torch.int64, device="cpu")
     out, lse = attention(q, k, v, dropout_p=dropout_p, rng_state=rng_state, return_lse=True, **options)
     s_dmask = _debug.s_dmask(q, k, dropout_p, rng_state, options) if return_softmax else q.new_empty((0,))
     return out, _infinite_where_empty(lse), s_dmask, rng_state

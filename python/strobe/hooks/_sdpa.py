@@ -193,7 +193,7 @@ class Handle:
         self._libraries = [torch.library.Library("aten", "IMPL", key) for key in ("CUDA", "CPU")]
         try:
             self._override(*self._libraries)
-        except RuntimeError:
+        except BaseException:
             self.remove()
             raise
 

@@ -12,7 +12,7 @@ from types import CodeType
 import torch
 from torch import Tensor
 
-from .._attention import attention
+from .._attention import attention_with_options as attention
 
 NAME = "strobe"
 

@@ -80,6 +80,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const int64_t q_row = seq.q_row;
     const int seqlen_q = static_cast<int>(seq.seqlen_q);
     const auto load_queries = [&](int head, int tile, int stage) {
+        // Read each time where registers are short: or a thread's places in the tiles would be held over the step.
+        const int thread = kPInRegisters ? static_cast<int>(threadIdx.x) : thread_index();
         const int64_t row = q_row + static_cast<int64_t>(tile) * kM;
         const int valid = seqlen_q - tile * kM;
         const Operand q(p.q, batch, row, head);
@@ -119,9 +121,13 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     int head = kv_head * group, tile = first_tile;
     for (int step = 0; step < steps; ++step) {
         const int stage = kStages > 1 ? step & 1 : 0;
-        const bool wraps = tile + 1 == tile_begin + tiles;
-        const int next_tile = wraps ? tile_begin : tile + 1;
-        const int next_head = (kSpreadsStarts ? next_tile == first_tile : wraps) ? head + 1 : head;
+        int next_tile, next_head;
+        const auto look_ahead = [&] {  // as late as it can be: the products need the registers
+            const bool wraps = tile + 1 == tile_begin + tiles;
+            next_tile = wraps ? tile_begin : tile + 1;
+            next_head = (kSpreadsStarts ? next_tile == first_tile : wraps) ? head + 1 : head;
+        };
+        if (kStages > 1) look_ahead();
         cp_async_wait<0>();
         __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
         if (kStages > 1 && step + 1 < steps) load_queries(next_head, next_tile, stage ^ 1);
@@ -182,8 +188,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             if (!kAddsDq || !ws.dq) return;
             float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
                               warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
-            // In halves where all of it beside dK and dV would not fit in registers.
-            constexpr int kParts = (kD == 256 || (kD == 128 && !kVectorReductions)) && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
+            // In halves where all of it beside dK and dV would not fit in registers; the first half's reductions drain behind the second.
+            constexpr int kParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
 #pragma unroll 1
             for (int part = 0; part < kParts; ++part) {
                 float dq[kDqM][kPartN][4];
@@ -194,12 +200,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 #pragma unroll
                 for (int i = 0; i < kDqM; ++i)
 #pragma unroll
-                    for (int h = 0; h < 2; ++h)
-#pragma unroll
-                        for (int j = 0; j < kPartN; j += 2) {
-                            add_dq_group(to + ((2 * i + h) * (kDqN / 2) + (j + part * kPartN) / 2) * 128, dq[i][j][2 * h],
-                                         dq[i][j][2 * h + 1], dq[i][j + 1][2 * h], dq[i][j + 1][2 * h + 1]);
-                        }
+                    for (int j = 0; j < kPartN; ++j) add_dq_atom(to + (i * kDqN + j + part * kPartN) * 128, dq[i][j]);
             }
         };
         if constexpr (kStages > 1) add_dq();
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             }
         }
         if constexpr (kStages == 1) {
+            look_ahead();
             if (step + 1 < steps) {
                 __syncthreads();  // everyone is done with the queries
                 load_queries(next_head, next_tile, 0);

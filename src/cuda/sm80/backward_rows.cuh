@@ -92,22 +92,27 @@ constexpr bool kVectorReductions = true;
 constexpr bool kVectorReductions = false;
 #endif
 
-/// Fragment order of the dQ accumulator: group f of a warp's tile holds four elements of every lane. One vector reduction
-/// per lane where the device has it (sm_90), else four coalesced scalar ones.
+/// Fragment order of the dQ accumulator: atom f of a warp's tile, as its accumulator registers lie. One vector reduction per lane where
+/// the device has it (sm_90), else four coalesced scalar ones.
 __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
     return kVectorReductions ? (f * 32 + lane) * 4 + e : (f * 4 + e) * 32 + lane;
 }
 
-/// Adds four elements of a lane; `to` is the lane's first one.
-__device__ __forceinline__ void add_dq_group(float* to, float a, float b, float c, float d) {
+/// Adds a lane's part of an atom; `to` is its first element.
+__device__ __forceinline__ void add_dq_atom(float* to, const float (&x)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 #else
-    atomicAdd(to, a);
-    atomicAdd(to + 32, b);
-    atomicAdd(to + 64, c);
-    atomicAdd(to + 96, d);
+    for (int e = 0; e < 4; ++e) atomicAdd(to + 32 * e, x[e]);
 #endif
+}
+
+__device__ __forceinline__ float4 read_dq_atom(const float* tile, int f, int lane) {
+    if constexpr (kVectorReductions) {
+        return *reinterpret_cast<const float4*>(tile + dq_offset(f, lane, 0));
+    } else {
+        return {tile[dq_offset(f, lane, 0)], tile[dq_offset(f, lane, 1)], tile[dq_offset(f, lane, 2)], tile[dq_offset(f, lane, 3)]};
+    }
 }
 
 /// dQ = softmax_scale * accumulator, in the caller's layout and type.
@@ -117,7 +122,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr BackwardConfig kConfig(V);
     constexpr int kRows = V.block_m / kConfig.dq_warps_m;
-    constexpr int kPairs = V.head_dim / kConfig.dq_warps_d / 16;
+    constexpr int kNAtoms = V.head_dim / kConfig.dq_warps_d / 8;
     const int64_t head_index = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
     if (head_index >= static_cast<int64_t>(p.size.batch) * p.size.num_heads) return;
     const int batch = static_cast<int>(head_index / p.size.num_heads);
@@ -128,18 +133,22 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int warp_row = warp / kConfig.dq_warps_d * kRows, warp_block = warp % kConfig.dq_warps_d;
     const float* from = ws.dq + (ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
-                        warp * (kRows * kPairs * 16);
+                        warp * (kRows * kNAtoms * 8);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
     constexpr int kMAtoms = kRows / 16;
     const bool drops = may_drop(V.features) && p.dropout.enabled();
     const float scale = p.score.softmax_scale * (drops ? p.dropout.rescale : 1.0f);
-    float acc[kMAtoms][2 * kPairs][4];
+    float acc[kMAtoms][kNAtoms][4];
 #pragma unroll
-    for (int f = 0; f < kRows / 8 * kPairs; ++f) {
-        const int i = f / kPairs / 2, h = f / kPairs % 2, j = 2 * (f % kPairs);
+    for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[i][j + e / 2][2 * h + e % 2] = scale * from[dq_offset(f, lane, e)];
-    }
+        for (int j = 0; j < kNAtoms; ++j) {
+            const float4 x = read_dq_atom(from, i * kNAtoms + j, lane);
+            acc[i][j][0] = scale * x.x;
+            acc[i][j][1] = scale * x.y;
+            acc[i][j][2] = scale * x.z;
+            acc[i][j][3] = scale * x.w;
+        }
     const int rows_left = static_cast<int>(seq.rows_q - row0);
     if (dq.is_float) {
         store_float<kConfig.dq_warps_d>(acc, dq, warp_row, warp_block * 16, rows_left, p.size.head_dim, p.accumulate, lane);

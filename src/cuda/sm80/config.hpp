@@ -9,6 +9,9 @@ namespace strobe::sm80 {
 constexpr int kWarpSize = 32;
 constexpr int kRegistersPerSm = 65536;
 
+/// Softcaps in units of softmax_scale no power of whose reciprocal leaves the range of floats: those that a polynomial serves.
+STROBE_HD constexpr bool is_moderate_softcap(float cap) { return cap > 1e-5f && cap < 1e5f; }
+
 STROBE_HD constexpr int ctas_for_registers(int threads, int registers_per_thread) {
     const int ctas = kRegistersPerSm / (threads * registers_per_thread);
     return ctas < 1 ? 1 : ctas;
@@ -40,10 +43,10 @@ struct ForwardConfig {
           bias_bytes(has_bias(v.features) ? v.block_m * v.block_n * 2 : 0),
           shared_rows_bytes(warps_of_rows > 1 ? v.block_m * (v.block_n * 2 + 2 * 4) : 0),  // P, and two floats a row
           smem_bytes(q_bytes + v.stages * (2 * kv_bytes + bias_bytes) + shared_rows_bytes),
-          // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the general
-          // kernels address bias and dropout bits besides.
+          // Accumulators of O and S, and about 40 registers for operands, row statistics and addresses; the others hold a softcap,
+          // address a bias or make random bits besides.
           ctas_per_sm(ctas_for_smem(ctas_for_registers(threads, 4 * m_atoms * (n_atoms + d_atoms) +
-                                                                    (is_general(v.features) || may_drop(v.features) ? 72 : 40)),
+                                                                    (v.features == Features::plain || v.features == Features::tiled ? 40 : 72)),
                                     smem_bytes)) {}
 };
 

@@ -78,8 +78,7 @@ struct DropoutBits {
     __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
         const Kept kept(dropout.drop_below);
         if constexpr (!kTransposed) {
-            const Philox4x32 bits =
-                dropout.group_at(batch_head, Dropout::row_group(query0) + 8 * i, Dropout::col_group(key0) + 2 * j);
+            const Philox4x32 bits = own_group(i, j);
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
                 mask.kept[i][j + (word & 1)][word >> 1] = kept(bits.word[word]);
@@ -99,6 +98,24 @@ struct DropoutBits {
                 mask.kept[i][j + col_high][1] = kept(__byte_perm(mine, theirs, second));
             }
         }
+    }
+
+    /// What stays of packed probabilities as the A operand of their product with V (a_registers). The bits of a step of k are made while
+    /// the step before is multiplied, and no mask is held.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ auto a_kept(const uint32_t (&packed)[kMAtoms][kNAtoms][2]) const {
+        static_assert(!kTransposed);
+        return [this, &packed](int k, uint32_t (&a)[kMAtoms][4]) {
+            const HalvesKept kept(dropout.drop_below);
+#pragma unroll
+            for (int i = 0; i < kMAtoms; ++i) {
+                const Philox4x32 bits = own_group(i, 2 * k);
+                a[i][0] = packed[i][2 * k][0] & kept(bits.word[0]);
+                a[i][1] = packed[i][2 * k][1] & kept(bits.word[2]);
+                a[i][2] = packed[i][2 * k + 1][0] & kept(bits.word[1]);
+                a[i][3] = packed[i][2 * k + 1][1] & kept(bits.word[3]);
+            }
+        };
     }
 
     /// Part n of kParts of the whole tile.
@@ -134,6 +151,12 @@ struct DropoutBits {
                     mask.kept[i][j][h] = (kept >> 2 * h & 1u ? 0xffffu : 0u) | (kept >> 2 * h & 2u ? 0xffff0000u : 0u);
                 }
             }
+    }
+
+private:
+    /// The bits of atoms (i, j) and (i, j + 1), j even, of an untransposed tile.
+    __device__ __forceinline__ Philox4x32 own_group(int i, int j) const {
+        return dropout.group_at(batch_head, Dropout::row_group(query0) + 8 * i, Dropout::col_group(key0) + 2 * j);
     }
 };
 

@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows, kPair = kConfig.warps_of_rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
     constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features), kBiased = V.features == Features::biased;
+    constexpr bool kCapped = V.features == Features::capped;
+    static_assert(!kCapped || (V.dtype == DType::bf16 && kPair == 1));
     // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
     // no registers for it.)
     constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
@@ -131,7 +133,6 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         float s[kMAtoms][kNAtoms][4];
         const auto k_operand = FragmentAddress<kD>::chunks_first(k_smem + stage * kConfig.kv_bytes, lane, key0);
         const FragmentOrigin<false> origin{q0 + lane / 4, k0 + key0 + 2 * (lane % 4)};
-        DropoutMask<kMAtoms, kNAtoms> dropped;
         if constexpr (kSpreads) {
             using Copy = SpreadCopy<kN, kD, kThreads>;
             const bool spread = wanted && works && k0 + kN <= band.seqlen_k && p.size.head_dim_v == kD;
@@ -149,12 +150,6 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                     });
             }
             cp_async_commit();
-        } else if constexpr (V.features == Features::dropout) {
-            if (works) {
-                const DropoutBits<false> bits(p, static_cast<uint32_t>(index.head), origin);
-                multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand), b_rows(k_operand),
-                                                                   [&](int k) { bits.template make_part<kD / 16>(dropped, k); });
-            }
         } else if (works) {
             multiply<V.dtype, true, kMAtoms, kNAtoms, kD / 16>(s, a_rows<kMAtoms>(q_operand.anew()), b_rows(k_operand));
         }
@@ -175,21 +170,48 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             } else if constexpr (kGeneral) {
                 score.apply(s, origin, NoBias());
             }
-            if (!band.all_visible(q0, kRows, k0 + key0, kN / kPair)) apply_mask(s, band, origin, -INFINITY);
-            if constexpr (kPair == 1) {
+            const bool masked = !band.all_visible(q0, kRows, k0 + key0, kN / kPair);
+            if (masked) apply_mask(s, band, origin, kCapped ? NAN : -INFINITY);
+            if constexpr (kCapped) {
+                const TightSoftcap tight(score.softcap, softmax.scale_log2);
+                const auto add_product = [&] {
+                    uint32_t probability[kMAtoms][kNAtoms][2];
+                    pack_fragments<V.dtype>(probability, s);
+                    multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
+                        o, a_registers(probability), b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
+                };
+                // The product is here twice: exponentials run beside it only if no branch is between them.
+                const auto hide = [&] {
+                    if (masked) apply_mask(s, band, origin, -INFINITY);
+                };
+                bool tightly[kMAtoms][2];
+                if (softmax.prepare(s, o, tight, score.softcap, hide, tightly)) {
+                    softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int, int) { return tight.exponent(x, offset); });
+                    add_product();
+                } else {
+                    softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int i, int h) {
+                        return tightly[i][h] ? tight.exponent(x, offset) : fmaf(x, softmax.scale_log2, -offset);
+                    });
+                    add_product();
+                }
+            } else if constexpr (kPair == 1) {
                 softmax.update(s, o);
                 uint32_t probability[kMAtoms][kNAtoms][2];
                 pack_fragments<V.dtype>(probability, s);
-                if constexpr (V.features == Features::dropout) {
-                    dropped.apply(probability);
-                } else if constexpr (kBiased) {
+                const DropoutBits<false> bits(p, static_cast<uint32_t>(index.head), origin);
+                if constexpr (kBiased) {
                     if (p.dropout.enabled()) {
-                        DropoutBits<false>(p, static_cast<uint32_t>(index.head), origin).make_anywhere(dropped, p.mask);
+                        DropoutMask<kMAtoms, kNAtoms> dropped;
+                        bits.make_anywhere(dropped, p.mask);
                         dropped.apply(probability);
                     }
                 }
-                const auto v_operand = FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane);
-                multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_registers(probability), b_columns<1>(v_operand));
+                const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
+                if constexpr (V.features == Features::dropout) {
+                    multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, bits.a_kept(probability), v_operand);
+                } else {
+                    multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_registers(probability), v_operand);
+                }
             } else {
                 pair.template update<V.dtype>(softmax, s, o, p_store.anew());
                 const auto v_operand = FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane, 0, col0);

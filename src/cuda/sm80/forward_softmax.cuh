@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm80/config.hpp"
-#include "cuda/sm80/tile.cuh"
+#include "cuda/sm80/score.cuh"
 
 namespace strobe::sm80 {
 
@@ -61,9 +61,9 @@ struct OnlineSoftmax {
             }
     }
 
-    /// s becomes exp2(scale_log2 * (s - reference)); total += its row sums.
-    template <int kNAtoms>
-    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2]) const {
+    /// s becomes exp2(exponent(s, scale_log2 * reference, i, h)); total += its row sums.
+    template <int kNAtoms, typename Exponent>
+    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2], Exponent exponent) const {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -74,10 +74,60 @@ struct OnlineSoftmax {
                 for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], scale_log2, -offset));
+                        s[i][j][e] = exp2_fast(exponent(s[i][j][e], offset, i, h));
                         total[i][h] += s[i][j][e];
                     }
             }
+    }
+
+    /// s becomes exp2(scale_log2 * (s - reference)); total += its row sums.
+    template <int kNAtoms>
+    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2]) const {
+        exponentiate(s, total, [this](float x, float offset, int, int) { return fmaf(x, scale_log2, -offset); });
+    }
+
+    /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; true if `tight` serves all of them. In bf16,
+    /// whose range is that of floats, the largest magnitude of a row serves as its maximum. Rows that `tight` does not serve (`tightly`
+    /// false) are bent here, each for itself, so that no result depends on a neighbour. Hidden elements are NaN, which no maximum
+    /// sees, until hide() makes them -inf; `tight` takes that to -inf, too.
+    template <int kNAtoms, int kDAtoms, typename Hide>
+    __device__ __forceinline__ bool prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4], const TightSoftcap& tight,
+                                            const Softcap& softcap, Hide hide, bool (&tightly)[kMAtoms][2]) {
+        float row_max[kMAtoms][2];
+        bool all = true, grows = false;
+        for_each_row([&](int i, int h) {
+            float m = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(fabsf(s[i][j][2 * h]), fabsf(s[i][j][2 * h + 1])));
+            m = quad_max(m);
+            tightly[i][h] = m <= tight.largest;
+            all &= tightly[i][h];
+            row_max[i][h] = tight.score(m);
+        });
+        all = __all_sync(0xffffffffu, all);
+        if (!all) {
+            for_each_row([&](int i, int h) {
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) {
+                        if (!tightly[i][h]) s[i][j][e] = softcap(s[i][j][e]);
+                    }
+            });
+        }
+        hide();
+        if (!all) {
+            for_each_row([&](int i, int h) {
+                float m = -INFINITY;
+#pragma unroll
+                for (int j = 0; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+                m = quad_max(m);
+                if (!tightly[i][h]) row_max[i][h] = m;
+            });
+        }
+        for_each_row([&](int i, int h) { grows |= outgrows(row_max[i][h], reference[i][h]); });
+        if (__any_sync(0xffffffffu, grows)) grow(row_max, o);
+        return all;
     }
 
     /// One tile: scores become probabilities; o and the sums follow when a reference moves.
@@ -99,6 +149,13 @@ struct OnlineSoftmax {
     }
 
 private:
+    template <typename F>
+    __device__ __forceinline__ static void for_each_row(F f) {
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) f(i, h);
+    }
     __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }  // -inf - -inf: no
 };
 

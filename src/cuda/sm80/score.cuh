@@ -84,8 +84,70 @@ struct SmallSoftcap {
         const float square = x * x;
         return x * fmaf(fmaf(fmaf(c3, square, c2), square, c1), square, kTanh[0]);
     }
-    /// No power of 1 / cap leaves the range of floats.
-    __device__ static bool serves(float cap) { return cap > 1e-5f && cap < 1e5f; }
+};
+
+/// The softcap alone, of scores in any unit.
+struct Softcap {
+    float cap;  // 0: none
+
+    /// s: score in, capped score out.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4]) const {
+        if (all_small(s)) {
+            const SmallSoftcap small(1.0f / cap);
+            for_each(s, [&](float& x, int, int, int) { x = small(x); });
+        } else {
+            for_each(s, [&](float& x, int, int, int) { x = (*this)(x); });
+        }
+    }
+
+    /// Each element decides for itself by which formula, lest a result depend on its neighbours.
+    __device__ float operator()(float x) const {
+        const float inner = 1.0f / cap;
+        return fabsf(x) <= cap && is_moderate_softcap(cap) ? SmallSoftcap(inner)(x) : cap * tanh_fast(x * inner);
+    }
+
+    /// No score of the warp's tile is beyond the softcap, so that the short form of tanh serves.
+    template <int kMAtoms, int kNAtoms>
+    __device__ __forceinline__ bool all_small(float (&s)[kMAtoms][kNAtoms][4]) const {
+        float largest[4] = {};  // of each element of an atom: chains short enough to run side by side
+        for_each(s, [&](float& x, int, int, int e) { largest[e] = fmaxf(largest[e], fabsf(x)); });
+        const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+        return __all_sync(0xffffffffu, all <= cap && is_moderate_softcap(cap));
+    }
+};
+
+/// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is in the coefficients,
+/// so that it takes three multiply-adds more than scores without a softcap.
+struct TightSoftcap {
+    float largest;  // that it serves; negative: nothing
+    float c0, c1, c2;
+    float inverse;
+
+    __device__ TightSoftcap(const Softcap& softcap, float scale_log2) : inverse(1.0f / scale_log2) {
+        // exp2 of any capped score minus any other one is far from the smallest float, so that a bound of a row's scores serves as well
+        // as the largest of them.
+        constexpr float kWidest = 40.0f;
+        const float half = 0.5f * softcap.cap;
+        largest = is_moderate_softcap(softcap.cap) && half * scale_log2 < kWidest ? half : -1.0f;
+        const float square = 1.0f / (softcap.cap * softcap.cap);
+        c0 = 0.99997744f * scale_log2;
+        c1 = -0.33169151f * square * scale_log2;
+        c2 = 0.11520976f * (square * square) * scale_log2;
+    }
+    __device__ float exponent(float x, float offset) const {
+        const float square = x * x;
+        return fmaf(x, fmaf(fmaf(c2, square, c1), square, c0), -offset);
+    }
+    __device__ float score(float x) const { return exponent(x, 0.0f) * inverse; }
+};
+
+/// softmax_scale * q.k and a softcap.
+struct CappedScore {
+    Softcap softcap;  // in units of softmax_scale, as the scores
+
+    __device__ CappedScore(const AttentionParams& p, const Sequence&, int, int) : softcap{p.score.softcap / p.score.softmax_scale} {}
+    __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
 };
 
 /// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
@@ -95,7 +157,7 @@ struct ScoreFunction {
     float unit;       // score = unit * what the fragments hold
     float prescale;   // 1 unless softmax_scale is no good unit: not positive, or tiny
     float inverse;    // 1 / unit
-    float cap;        // softcap / unit; 0: none
+    Softcap softcap;  // / unit
     float slope;      // of ALiBi, / unit; 0: none
     int diagonal;
     BiasOf<kBias> bias;
@@ -106,7 +168,7 @@ struct ScoreFunction {
         : unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
           prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
           inverse(1.0f / unit),
-          cap(p.score.softcap * inverse),
+          softcap{p.score.softcap * inverse},
           slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * inverse : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(p, seq, batch, head) {}
@@ -118,23 +180,9 @@ struct ScoreFunction {
     __device__ __forceinline__ void apply(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
                                           const Staged& staged) const {
         scale(s);
-        if (cap > 0.0f) {
-            const float inner = 1.0f / cap;
-            if (all_small(s)) {
-                const SmallSoftcap small(inner);
-                for_each(s, [&](float& x, int, int, int) { x = small(x); });
-            } else {
-                for_each(s, [&](float& x, int, int, int) { x = capped(x); });
-            }
-        }
+        if (softcap.cap > 0.0f) softcap.apply(s);
         bias.add(s, origin, inverse, staged);
         add_slope(s, origin);
-    }
-
-    /// The softcap alone. Each element decides for itself by which formula, lest a result depend on its neighbours.
-    __device__ float capped(float x) const {
-        const float inner = 1.0f / cap;
-        return fabsf(x) <= cap && SmallSoftcap::serves(cap) ? SmallSoftcap(inner)(x) : cap * tanh_fast(x * inner);
     }
 
     /// The same, and slope_of_cap = d score / d (softmax_scale * q.k) in the kernel's 16-bit type, two columns a word.
@@ -143,12 +191,12 @@ struct ScoreFunction {
                                                         uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
                                                         const FragmentOrigin<kTransposed>& origin, const Staged& staged) const {
         scale(s);
-        if (cap > 0.0f) {
-            const float inner = 1.0f / cap;
-            if (all_small(s)) {
+        if (softcap.cap > 0.0f) {
+            const float inner = 1.0f / softcap.cap;
+            if (softcap.all_small(s)) {
                 cap_with_gradient<kType>(s, slope_of_cap, inner, SmallSoftcap(inner));
             } else {
-                cap_with_gradient<kType>(s, slope_of_cap, inner, [&](float x) { return capped(x); });
+                cap_with_gradient<kType>(s, slope_of_cap, inner, softcap);
             }
         }
         bias.add(s, origin, inverse, staged);
@@ -159,15 +207,6 @@ private:
     template <int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void scale(float (&s)[kMAtoms][kNAtoms][4]) const {
         if (prescale != 1.0f) for_each(s, [&](float& x, int, int, int) { x *= prescale; });
-    }
-
-    /// No score of the warp's tile is beyond the softcap, so that the short form of tanh serves.
-    template <int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ bool all_small(float (&s)[kMAtoms][kNAtoms][4]) const {
-        float largest[4] = {};  // of each element of an atom: chains short enough to run side by side
-        for_each(s, [&](float& x, int, int, int e) { largest[e] = fmaxf(largest[e], fabsf(x)); });
-        const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-        return __all_sync(0xffffffffu, all <= cap && SmallSoftcap::serves(cap));
     }
 
     template <DType kType, int kMAtoms, int kNAtoms, typename Cap>
@@ -206,6 +245,10 @@ struct ScoreFunctionChoice<Features::plain> {
 template <>
 struct ScoreFunctionChoice<Features::dropout> {
     using Type = NoScoreFunction;
+};
+template <>
+struct ScoreFunctionChoice<Features::capped> {
+    using Type = CappedScore;
 };
 template <>
 struct ScoreFunctionChoice<Features::tiled> {

@@ -32,7 +32,7 @@ struct ScoreGradient {
                                            const Staged& staged) {
         if constexpr (kGeneral) {
             score.template apply_with_gradient<kType>(s, slope_of_cap, origin, staged);
-            capped = score.cap > 0.0f;
+            capped = score.softcap.cap > 0.0f;
         } else if constexpr (kFeatures == Features::tiled) {
             score.bias.template add_tile<kType, kTransposed>(s, score.inverse, staged);
         }

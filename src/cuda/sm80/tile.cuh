@@ -38,8 +38,10 @@ struct FragmentAddress {
     __device__ static FragmentAddress chunks_first(uint32_t tile, int lane, int row0 = 0, int col0 = 0) {
         return {tile + Layout::offset(row0 + ((lane & 7) | (lane >> 4 << 3)), (col0 >> 3) + (lane >> 3 & 1))};
     }
-    /// This lane's first element of an accumulator fragment whose atom (0, 0) lies at (row0, col0).
+    /// Where a lane points packed_to_tile for accumulators whose atom (0, 0) lies at (row0, col0): at its own first element, or as
+    /// rows_first.
     __device__ static FragmentAddress accumulator(uint32_t tile, int lane, int row0, int col0) {
+        if constexpr (kStoresMatrices) return rows_first(tile, lane, row0, col0);
         return {tile + Layout::offset(row0 + (lane >> 2), col0 >> 3) + 4 * (lane & 3)};
     }
     __device__ uint32_t at(int row, int col) const {
@@ -261,12 +263,22 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAto
 /// Packed accumulators into a tile of shared memory, whence other warps read them as operands; `to`: FragmentAddress::accumulator.
 template <int kCols, int kMAtoms, int kNAtoms>
 __device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
+    static_assert(kNAtoms % 2 == 0);
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < kNAtoms; j += 2) {
+            const uint32_t(&left)[2] = packed[i][j], (&right)[2] = packed[i][j + 1];
+            if constexpr (kStoresMatrices) {
+                stmatrix(to.at(16 * i, 8 * j), {left[0], left[1], right[0], right[1]});
+            } else {
 #pragma unroll
-            for (int j = 0; j < kNAtoms; ++j) store_shared(to.at_chunk(16 * i + 8 * h, j), packed[i][j][h]);
+                for (int h = 0; h < 2; ++h) {
+                    store_shared(to.at_chunk(16 * i + 8 * h, j), left[h]);
+                    store_shared(to.at_chunk(16 * i + 8 * h, j + 1), right[h]);
+                }
+            }
+        }
 }
 
 template <int kMAtoms, int kNAtoms>

@@ -34,7 +34,7 @@ struct BackwardConfig {
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kSlots = 8;                  // of QuerySlot
     // Of k and v. Where a head has few query tiles the next keys should be there when they come; a third stage matters less.
-    static constexpr bool kFewKeys = serves_few_keys(V);
+    static constexpr bool kFewKeys = V.keys == Keys::few;
     static constexpr int kKeyStages = kFewKeys ? 2 : 1;
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
@@ -46,7 +46,7 @@ struct BackwardConfig {
     static constexpr int kKeyWarpgroups = 2;
     static constexpr bool kPipelined = kDim == 64 && !kFewKeys;  // PipelinedKeyWorker
     static constexpr bool kTransposedDq = kPipelined; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
-    static constexpr bool kBulkAdd = kPipelined;      // dq is added by the copy engine
+    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && !kFewKeys;  // dq may be added by the copy engine
     static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
@@ -229,6 +229,7 @@ struct BackwardLaunch {
     int64_t tiles = 0;
     int32_t* finished = nullptr;  // shared key tiles: see BackwardWorkspace
     float4* parts = nullptr;
+    bool bulk_add = false;        // dq is added by the copy engine
 
     bool own_statistics = false;  // no kernel in front
     // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).

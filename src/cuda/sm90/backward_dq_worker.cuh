@@ -222,7 +222,7 @@ private:
                             piece.unit * (64 * C::kDim);
         float* const out = unit + (C::kWarpMajor ? warp * (16 * C::kDim) + piece.column * 16 : piece.column * 64 + warp * 128);
         if constexpr (C::kBulkAdd) {
-            if (!params.deterministic) {
+            if (launch.bulk_add) {
                 add_in_bulk<N>(acc, out);
                 return;
             }
@@ -234,7 +234,7 @@ private:
     }
 
     /// Reductions from registers keep the load and store unit, and with it the key warpgroups, waiting for L2; the copy engine
-    /// waits by itself. In deterministic mode nobody could tell when it is done without waiting for it.
+    /// waits by itself.
     template <int N>
     __device__ __forceinline__ void add_in_bulk(const float (&acc)[N / 2], float* out) {
         const int lane = thread % 32;

@@ -28,10 +28,9 @@ struct BackwardWorkspace {
     int64_t bytes = 0;
 };
 
-/// At head_dim 64 and 128 the rows with two stages serve few keys, the others many.
-STROBE_HD constexpr bool serves_few_keys(const Variant& v) { return v.head_dim <= 128 && v.stages == 2; }
+/// Head dims 64 and 128 have rows of their own for few keys.
 STROBE_HD constexpr bool may_take_whole_heads(const Variant& v) {
-    return serves_few_keys(v) || (v.head_dim != 64 && v.head_dim != 128);
+    return v.keys == Keys::few || (v.head_dim != 64 && v.head_dim != 128);
 }
 
 /// Whole heads: a CTA (or pair) takes all key tiles of a key head, one after the other. It alone adds to the head's dq then: no

@@ -52,6 +52,7 @@ struct ForwardArgs {
     ForwardSchedule schedule;
     int heads_per_key_head;
     float scale_log2;  // softmax_scale * log2(e)
+    bool overlaps_upstream;  // launched before the kernel in front of it on the stream has finished
     bool clean_tails;  // memory behind a sequence's last key holds other data: zero what a value block caught of it
 };
 

@@ -80,6 +80,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
+    config.attrs = &early;
+    config.numAttrs = 1;
     config.gridDim = dim3(static_cast<unsigned>(grid));
     config.blockDim = dim3(Config::kThreads);
     config.dynamicSmemBytes = kSmemBytes;
@@ -90,8 +92,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
         reset_tile_counter<<<1, 1, 0, context.stream>>>(schedule.next_tile);
         status = cudaGetLastError();
         if (status != cudaSuccess) return status;
-        config.attrs = &early;
-        config.numAttrs = 1;
+    } else {
+        args.overlaps_upstream = true;
     }
     return cudaLaunchKernelEx(&config, kernel, args);
 }

@@ -118,6 +118,8 @@ private:
 /// One thread decides the tiles and loads queries and keys, ...
 template <typename Config>
 __device__ void produce_queries_and_keys(const ForwardArgs& args, ForwardSmem<Config>& smem) {
+    // The kernel in front may still write what this one reads, or read what it writes. Everybody else waits for a tile.
+    if (args.overlaps_upstream) wait_for_upstream_kernels();
     TileSource<Config::kBlockM, Config::kBlockN> source(args.params, args.schedule);
     QueryKeyLoader<Config> loader(args, smem);
     for (uint32_t count = 0;; ++count) {
