@@ -205,6 +205,7 @@ TEST(Sm90BackwardSchedule, AClaimIsAHeadOrATile) {
     s.claim_tiles = 2;
     EXPECT_EQ(next_tile(s, 4, claim), 5);
     EXPECT_EQ(next_tile(s, 5, claim), 12);
+}
 
 TEST(Sm90BackwardSchedule, TilesThatDoNotFillTheMachineAreShared) {
     BackwardParams p;
