@@ -42,9 +42,10 @@ struct Row {
 };
 
 const Row kRows[] = {
-#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, W)                                                                 \
-    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W},                            \
-     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W}>},
+constexpr Keys few = Keys::few;
+#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                                                 \
+    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__},                            \
+     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}>},
 #include "backward_sm90_rows.inc"
 #undef STROBE_VARIANT
 };
@@ -64,13 +65,18 @@ struct Case {
     bool bhsd = false;  // memory order (batch, heads, seqlen, dim)
 };
 
+/// As cuda/select.cpp finds it.
 const Row* find(const Case& c) {
     const bool band = c.left >= 0 || c.right >= 0;
+    int64_t keys = c.seqlen_k;
+    for (int n : c.lens_k) keys = std::max<int64_t>(keys, n);
+    const Row* best = nullptr;
     for (const Row& r : kRows) {
-        if (r.variant.dtype != c.dtype || (r.variant.mask == MaskClass::band) != band) continue;
-        if (c.dim <= r.variant.head_dim) return &r;
+        if (r.variant.dtype != c.dtype || (r.variant.mask == MaskClass::band) != band || c.dim > r.variant.head_dim) continue;
+        if (best && r.variant.head_dim != best->variant.head_dim) break;
+        if (!best || (r.variant.keys == Keys::few && keys <= (band ? 512 : 256))) best = &r;
     }
-    return nullptr;
+    return best;
 }
 
 struct Buffer {
@@ -539,12 +545,16 @@ std::vector<Case> check_cases() {
         for (int d : {64, 128, 96, 192, 256, 40, 80, 136, 200}) {
             const bool narrow = t == DType::f16;
             cases.push_back({"one tile", 1, 1, 1, 64, 128, d, t});
+            cases.push_back({"whole heads full 256", 33, 8, 8, 256, 256, d, t});
+            cases.push_back({"whole heads causal 203x250", 33, 8, 8, 203, 250, d, t, -1, 0});
             cases.push_back({"full 256", 2, 2, 2, 256, 256, d, t});
             cases.push_back({"causal 512", 1, 2, 2, 512, 512, d, t, -1, 0});
             if (narrow) continue;
             cases.push_back({"ragged 113x203", 2, 3, 3, 113, 203, d, t});
             cases.push_back({"causal 113x203", 2, 3, 3, 113, 203, d, t, -1, 0});
             cases.push_back({"causal 203x113 (empty rows)", 2, 3, 3, 203, 113, d, t, -1, 0});
+            cases.push_back({"causal gqa 700x100 (unseen tiles)", 3, 4, 2, 700, 100, d, t, -1, 0});
+            cases.push_back({"window (20, 5) gqa 300x250", 33, 16, 8, 300, 250, d, t, 20, 5});
             cases.push_back({"window (70, 30) 500x700", 1, 2, 2, 500, 700, d, t, 70, 30});
             cases.push_back({"gqa 6/2 causal 300", 2, 6, 2, 300, 300, d, t, -1, 0});
             cases.push_back({"mqa full 1023x1024 bhsd", 1, 4, 1, 1023, 1024, d, t});

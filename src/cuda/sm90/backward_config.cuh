@@ -13,6 +13,10 @@
 // There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's columns for
 // the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A dS buffer is free
 // when the dq warpgroups of both CTAs have said so.
+//
+// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then leaves without an
+// accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers for keys; there, and at 96, two
+// warps of the fourth warpgroup make the row statistics of a head with a single key tile (backward_statistics_worker.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -33,9 +37,8 @@ struct BackwardConfig {
     static constexpr int kBlockM = V.block_m;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kSlots = 8;                  // of QuerySlot
-    // Of k and v. Where a head has few query tiles the next keys should be there when they come; a third stage matters less.
     static constexpr bool kFewKeys = V.keys == Keys::few;
-    static constexpr int kKeyStages = kFewKeys ? 2 : 1;
+    static constexpr int kKeyStages = kFewKeys ? 2 : 1;  // of k and v: a short head's next keys should be there when they are wanted
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
