@@ -298,7 +298,7 @@ void add_kernel_rows(List& list) {
             }
         }
         // Rows of 264 numbers of 16 bits begin on 16 bytes.
-        for (int head_dim : {40, 64, 128}) {
+        for (int head_dim : {40, 64, 128, 256}) {
             for (Window window : {kFull, kCausal}) {
                 for (BiasShape bias : {BiasShape::full, BiasShape::heads, BiasShape::keys}) {
                     Case c = base;
