@@ -42,9 +42,10 @@ struct Row {
 };
 
 const Row kRows[] = {
-#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, W)                                                                 \
-    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W},                            \
-     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, W}>},
+constexpr Keys few = Keys::few;
+#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                                                 \
+    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__},                            \
+     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}>},
 #include "backward_sm90_rows.inc"
 #undef STROBE_VARIANT
 };
@@ -64,13 +65,18 @@ struct Case {
     bool bhsd = false;  // memory order (batch, heads, seqlen, dim)
 };
 
+/// As cuda/select.cpp finds it.
 const Row* find(const Case& c) {
     const bool band = c.left >= 0 || c.right >= 0;
+    int64_t keys = c.seqlen_k;
+    for (int n : c.lens_k) keys = std::max<int64_t>(keys, n);
+    const Row* best = nullptr;
     for (const Row& r : kRows) {
-        if (r.variant.dtype != c.dtype || (r.variant.mask == MaskClass::band) != band) continue;
-        if (c.dim <= r.variant.head_dim) return &r;
+        if (r.variant.dtype != c.dtype || (r.variant.mask == MaskClass::band) != band || c.dim > r.variant.head_dim) continue;
+        if (best && r.variant.head_dim != best->variant.head_dim) break;
+        if (!best || (r.variant.keys == Keys::few && keys <= (band ? 512 : 256))) best = &r;
     }
-    return nullptr;
+    return best;
 }
 
 struct Buffer {
@@ -463,14 +469,14 @@ bool check_typed(const Case& c) {
 
 bool check(const Case& c) { return c.dtype == DType::bf16 ? check_typed<DType::bf16>(c) : check_typed<DType::f16>(c); }
 
-/// dk and dv (and dq in deterministic mode) must come out bit-equal every time.
+/// dk and dv (and dq in deterministic mode, and with whole heads) must come out bit-equal every time.
 bool race(const Case& c, int repeats) {
     Fixture f(c);
     if (!f.row) return true;
     const auto grab = [&] {
         std::vector<std::vector<char>> r;
         for (const TensorRef* t : {&f.p.dk, &f.p.dv, &f.p.dq}) {
-            if (t == &f.p.dq && !c.deterministic) continue;
+            if (t == &f.p.dq && !c.deterministic && !sm90::takes_whole_heads(f.row->variant, f.p)) continue;
             std::vector<char> v((t == &f.p.dq ? f.rows_q * c.heads : f.rows_k * c.heads_k) * c.dim * 2);
             CHECK_CUDA(cudaMemcpy(v.data(), t->data, v.size(), cudaMemcpyDeviceToHost));
             r.push_back(std::move(v));
@@ -539,12 +545,16 @@ std::vector<Case> check_cases() {
         for (int d : {64, 128, 96, 192, 256, 40, 80, 136, 200}) {
             const bool narrow = t == DType::f16;
             cases.push_back({"one tile", 1, 1, 1, 64, 128, d, t});
+            cases.push_back({"whole heads full 256", 33, 8, 8, 256, 256, d, t});
+            cases.push_back({"whole heads causal 203x250", 33, 8, 8, 203, 250, d, t, -1, 0});
             cases.push_back({"full 256", 2, 2, 2, 256, 256, d, t});
             cases.push_back({"causal 512", 1, 2, 2, 512, 512, d, t, -1, 0});
             if (narrow) continue;
             cases.push_back({"ragged 113x203", 2, 3, 3, 113, 203, d, t});
             cases.push_back({"causal 113x203", 2, 3, 3, 113, 203, d, t, -1, 0});
             cases.push_back({"causal 203x113 (empty rows)", 2, 3, 3, 203, 113, d, t, -1, 0});
+            cases.push_back({"causal gqa 700x100 (unseen tiles)", 3, 4, 2, 700, 100, d, t, -1, 0});
+            cases.push_back({"window (20, 5) gqa 300x250", 33, 16, 8, 300, 250, d, t, 20, 5});
             cases.push_back({"window (70, 30) 500x700", 1, 2, 2, 500, 700, d, t, 70, 30});
             cases.push_back({"gqa 6/2 causal 300", 2, 6, 2, 300, 300, d, t, -1, 0});
             cases.push_back({"mqa full 1023x1024 bhsd", 1, 4, 1, 1023, 1024, d, t});
@@ -619,6 +629,8 @@ int main(int argc, char** argv) {
     if (wanted("race")) {
         for (int d : {64, 128, 96, 192, 256}) {
             if (!wants_dim(d)) continue;
+            ok = race({"whole heads full 128", 40, 8, 8, 128, 128, d}, 100) && ok;
+            ok = race({"whole heads causal 256", 33, 8, 8, 256, 256, d, DType::bf16, -1, 0}, 100) && ok;
             ok = race({"full 1024", 2, 4, 4, 1024, 1024, d}, 100) && ok;
             ok = race({"causal 1024 gqa", 2, 4, 2, 1024, 1024, d, DType::bf16, -1, 0}, 100) && ok;
             ok = race({"causal 2048, 32 heads", 2, 16, 16, 2048, 2048, d, DType::bf16, -1, 0}, 50) && ok;

@@ -23,6 +23,11 @@ constexpr bool is_general(Features f) { return f == Features::general || f == Fe
 constexpr bool has_bias(Features f) { return f == Features::tiled || f == Features::biased; }
 constexpr bool may_drop(Features f) { return f == Features::dropout || f == Features::biased; }
 
+enum class Keys : int {
+    any,
+    few,  // for sequences of few keys: buffers for the next ones in place of others
+};
+
 struct Variant {
     Arch arch;
     Direction direction;
@@ -34,6 +39,7 @@ struct Variant {
     int block_n;   // key rows of a tile
     int stages;    // buffers of the streamed operand
     int warps;     // all warps of the CTA, producers included
+    Keys keys = Keys::any;
 
     bool operator==(const Variant&) const = default;
 };

@@ -82,7 +82,8 @@ bool covers(Features features, Features wanted) {
 
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
-/// costs more than the mask code of a lower one. In the sm80 backward the dQ pass of the deterministic mode wants the second
+/// costs more than the mask code of a lower one. The sm90 backward for few keys has two buffers for them, and a CTA
+/// may take a head as a whole. In the sm80 backward the dQ pass of the deterministic mode wants the second
 /// stage that the reduction of dQ does better without.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
@@ -90,7 +91,11 @@ bool suits_better(const Variant& v, const Variant& best, const Request& request)
     if (served(v) != served(best)) return false;
     const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
     if (v.arch == Arch::sm90) {
-        if (v.direction != Direction::forward || v.mask < best.mask) return false;
+        if (v.mask < best.mask) return false;
+        if (v.direction == Direction::backward) {
+            const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
+            return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
+        }
         if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
         if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
         return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
@@ -163,10 +168,10 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
 int smem_bytes(const Variant& v) { return v.arch == Arch::sm80 ? sm80::smem_bytes(v) : 0; }
 
 std::string to_string(const Variant& v) {
-    return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps", static_cast<int>(v.arch),
+    return fmt::format("sm{} {} {} d{} {} {} {}x{}, {} stages, {} warps{}", static_cast<int>(v.arch),
                        v.direction == Direction::forward ? "forward" : "backward", name(v.dtype), v.head_dim,
                        v.mask == MaskClass::full ? "full" : "band", name(v.features),
-                       v.block_m, v.block_n, v.stages, v.warps);
+                       v.block_m, v.block_n, v.stages, v.warps, v.keys == Keys::few ? ", few keys" : "");
 }
 
 }  // namespace strobe::cuda

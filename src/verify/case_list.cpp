@@ -330,6 +330,27 @@ void add_kernel_rows(List& list) {
     }
 }
 
+/// Two tiles of 128 keys, and heads that go round a large GPU twice: the sm90 backward gives each CTA whole ones, which then adds up dq
+/// by itself (takes_whole_heads). With one tile, as in most of this list, it does so anyway.
+void add_short_sequences(List& list) {
+    for (int head_dim : {64, 96, 128, 256}) {
+        Case c{.dtype = DType::bf16, .batch = 33, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 70, .seqlen_k = 150, .head_dim = head_dim};
+        list.add(c);
+        c.window_right = 0;
+        list.add(c);
+        c.seqlen_q = 140, c.window_left = 20, c.window_right = 5;  // the last keys are out of the first queries' reach
+        list.add(c);
+        c.batch = 66, c.num_heads_k = 4, c.seqlen_q = 66, c.seqlen_k = 200, c.window_left = -1, c.window_right = 0;
+        c.varlen_q = c.varlen_k = c.seqused_q = c.seqused_k = c.dlse = true;
+        list.add(c);
+    }
+    Case c{.dtype = DType::f16, .batch = 33, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 140, .head_dim = 64};
+    c.deterministic = true;
+    list.add(c);
+    c.grad_f32 = c.accumulate = c.out_f32 = true;
+    list.add(c);
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -344,6 +365,7 @@ std::vector<Case> verify_cases() {
     add_rows_without_keys(list);
     add_long_batches(list);
     add_kernel_rows(list);
+    add_short_sequences(list);
     return list.take();
 }
 

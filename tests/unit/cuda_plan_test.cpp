@@ -20,9 +20,10 @@
 namespace strobe::sm80 {
 namespace {
 
-#define STROBE_VARIANT(arch, direction, dtype, head_dim, mask, features, block_m, block_n, stages, warps)                  \
+constexpr Keys few = Keys::few;
+#define STROBE_VARIANT(arch, direction, dtype, head_dim, mask, features, block_m, block_n, stages, ...)                    \
     Variant{Arch::arch, Direction::direction, DType::dtype, head_dim, MaskClass::mask, Features::features, block_m, block_n, \
-            stages, warps},
+            stages, __VA_ARGS__},
 const Variant kRows[] = {
 #include "variants.def"
 };
@@ -181,6 +182,24 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
                     ASSERT_NE(row, nullptr) << refusal;
                     if (seqlen_q <= 128) EXPECT_LT(row->block_m, 256) << seqlen_q << " x " << seqlen_k;
                     else EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full) << seqlen_q << " x " << seqlen_k;
+                }
+            }
+        }
+    }
+}
+
+TEST(Sm90Plan, BackwardOfFewKeysHasRowsOfItsOwn) {
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        for (int head_dim : {64, 128}) {
+            for (bool band : {false, true}) {
+                for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
+                    const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim, .seqlen_q = 300,
+                                                .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
+                    std::string refusal;
+                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                    ASSERT_NE(row, nullptr) << refusal;
+                    EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
+                    EXPECT_EQ(row->keys, seqlen_k <= (band ? 512 : 256) ? Keys::few : Keys::any) << seqlen_k;
                 }
             }
         }

@@ -19,6 +19,8 @@ namespace {
 
 constexpr Variant kFull{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 3, 16};
 constexpr Variant kBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 3, 16};
+constexpr Variant kFewKeys{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 2, 16, Keys::few};
+constexpr Variant kFewKeysBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 2, 16, Keys::few};
 
 struct Problem {
     BackwardParams params;
@@ -29,7 +31,7 @@ struct Problem {
         ProblemSize& n = params.size;
         n.num_heads_k = pick(1, 3);
         n.num_heads = n.num_heads_k * pick(1, 3);
-        n.batch = pick(0, 4) ? pick(1, 4) : 80;  // several groups of heads
+        n.batch = pick(0, 4) ? pick(1, 4) : pick(0, 1) ? 80 : 264;  // several groups of heads, or enough to take them whole
         n.head_dim = n.head_dim_v = 128;
         params.deterministic = pick(0, 1);
         if (band) {
@@ -42,7 +44,7 @@ struct Problem {
             }
         }
         const bool varlen = pick(0, 1);
-        n.seqlen_q = pick(1, 500), n.seqlen_k = pick(1, 500);
+        n.seqlen_q = pick(1, 500), n.seqlen_k = pick(1, pick(0, 1) ? 250 : 500);
         n.total_q = n.batch * n.seqlen_q, n.total_k = n.batch * n.seqlen_k;
         if (varlen) {
             cu_q = {0}, cu_k = {0};
@@ -86,6 +88,7 @@ void check(std::mt19937& rng) {
     std::set<std::tuple<int, int, int>> seen;
     std::set<std::pair<int, int>> parts, shared_pairs;  // (shared tile, part), (shared tile, query tile)
     std::map<std::tuple<int, int, int>, int> additions;  // to a query tile of one key head, by work tiles claimed so far
+    std::map<std::tuple<int, int, int>, bool> complete;  // such a query tile has had the last of its key tiles
     for (int index = 0; index < schedule.work_tiles; ++index) {
         BackwardTile tile;
         if (!decode_tile<V>(p, schedule, index, tile)) {
@@ -120,7 +123,15 @@ void check(std::mt19937& rng) {
             if (tile.shared >= 0) ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
             const int turn = query_turn<V>(tile, m, seq.seqlen_q);
             // Whoever waits for its turn waits for tiles that were claimed before it: they are running or done.
-            if (tile.shared < 0) ASSERT_EQ(turn, (additions[{tile.batch, tile.head_k, m}]++));
+            if (tile.shared < 0) {
+                ASSERT_EQ(turn, (additions[{tile.batch, tile.head_k, m}]++));
+            }
+            if (schedule.whole_heads) {
+                const QueryShare share = query_share<V>(tile, m, static_cast<int>(seq.seqlen_q));
+                ASSERT_EQ(share.first, turn == 0);
+                ASSERT_EQ(complete.count({tile.batch, tile.head_k, m}), 0u);
+                if (share.last) complete[{tile.batch, tile.head_k, m}] = true;
+            }
             for (int w = 0; w < V.block_n / 64; ++w) {
                 const int64_t keys = key0 + 64 * w;
                 if (tile.mask.all_visible(m * V.block_m, V.block_m, static_cast<int>(keys), 64)) {
@@ -143,6 +154,9 @@ void check(std::mt19937& rng) {
         ASSERT_LE(used, workspace.tiles);
     }
     ASSERT_EQ(seen.size(), expected);
+    if (schedule.whole_heads) {
+        ASSERT_EQ(complete.size(), additions.size());
+    }
     ASSERT_EQ(static_cast<int>(parts.size()), schedule.shared.tiles * schedule.shared.parts * (schedule.shared.parts > 1));
     ASSERT_EQ(static_cast<int64_t>(shared_pairs.size()), schedule.shared.tiles * ceil_div(p.size.seqlen_q, V.block_m));
 }
@@ -153,8 +167,44 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
         SCOPED_TRACE(i);
         check<kFull>(rng);
         check<kBand>(rng);
+        check<kFewKeys>(rng);
+        check<kFewKeysBand>(rng);
         if (HasFatalFailure()) return;
     }
+}
+
+TEST(Sm90BackwardSchedule, WholeHeadsWhereKeysAreFewAndHeadsAreMany) {
+    BackwardParams p;
+    p.size = {2, 4, 4, 128, 128, 4096, 128, 8192, 256};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // one key tile: always
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 0);
+    EXPECT_FALSE(takes_whole_heads(kFull, p));
+    p.size.seqlen_k = 129;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // the machine is not full
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
+    p.size = {64, 16, 16, 128, 128, 256, 256, 64 * 256, 64 * 256};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 132 * 4);
+    p.size.batch = 9;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // 144 heads: the second round would be all but empty
+    p.size.batch = 16;
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
+    p.size.num_heads = 128;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // dq of eight query heads is too much to wait in L2
+    p.size.num_heads = 16;
+    p.size.seqlen_q = p.size.seqlen_k = 512;
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));
+    EXPECT_TRUE(takes_whole_heads(kFewKeysBand, p));  // half of it waits half as often
+}
+
+TEST(Sm90BackwardSchedule, AClaimIsAHeadOrATile) {
+    BackwardSchedule s;
+    int next = 5;
+    const auto claim = [&] { return next++; };
+    EXPECT_EQ(next_tile(s, 2, claim), 5);
+    s.claim_tiles = 2;
+    EXPECT_EQ(next_tile(s, 4, claim), 5);
+    EXPECT_EQ(next_tile(s, 5, claim), 12);
 }
 
 TEST(Sm90BackwardSchedule, TilesThatDoNotFillTheMachineAreShared) {
@@ -233,15 +283,41 @@ TEST(Sm90BackwardSchedule, TheCaseListHasInnerRows) {
     for (const int count : {full, band, grouped, varlen, used, narrower_v}) EXPECT_GT(count, 0);
 }
 
+TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
+    int one_tile = 0, full = 0, band = 0, grouped = 0, varlen = 0, accumulating = 0;
+    for (const verify::Case& c : verify::verify_cases()) {
+        if (c.dtype == DType::f32 || c.head_dim > 256) continue;
+        BackwardParams p;
+        p.size.batch = c.batch, p.size.num_heads = c.num_heads, p.size.num_heads_k = c.num_heads_k;
+        p.size.seqlen_q = c.seqlen_q, p.size.seqlen_k = c.seqlen_k;
+        const bool is_band = c.window_left >= 0 || c.window_right >= 0;
+        Variant v = is_band ? kFewKeysBand : kFewKeys;
+        v.head_dim = c.head_dim <= 64 ? 64 : c.head_dim <= 128 ? 128 : 256;
+        v.block_m = v.head_dim == 64 ? 128 : 64;
+        if (!takes_whole_heads(v, p)) continue;
+        one_tile += c.seqlen_k <= v.block_n;
+        if (c.seqlen_k <= v.block_n) continue;
+        (is_band ? band : full) += 1;
+        grouped += c.num_heads > c.num_heads_k;
+        varlen += c.varlen_q && c.varlen_k && c.seqused_q;
+        accumulating += c.accumulate;
+    }
+    for (const int count : {one_tile, full, band, grouped, varlen, accumulating}) EXPECT_GT(count, 0);
+}
+
 TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
     std::mt19937 rng(21);
     for (int i = 0; i < 100; ++i) {
         const Problem problem(rng, true);
-        const BackwardWorkspace w = backward_workspace(kBand, problem.params);
+        const BackwardWorkspace w = backward_workspace(kFewKeysBand, problem.params);
         const int64_t tiles = w.tiles * problem.params.size.num_heads;
-        EXPECT_LE(w.stats_offset + tiles * 2 * kBand.block_m * 4, w.dq_offset);
-        EXPECT_LE(w.dq_offset + tiles * kBand.block_m * kBand.head_dim * 4, w.semaphore_offset);
-        EXPECT_LE(w.semaphore_offset + tiles * 4, w.counter_offset);
+        const bool whole = takes_whole_heads(kFewKeysBand, problem.params);
+        EXPECT_LE(w.stats_offset + tiles * 2 * kFewKeysBand.block_m * 4, w.dq_offset);
+        EXPECT_LE(w.dq_offset + w.dq_tiles * kFewKeysBand.block_m * kFewKeysBand.head_dim * 4, w.semaphore_offset);
+        EXPECT_LE(w.semaphore_offset + (whole ? 0 : tiles * 4), w.counter_offset);
+        if (!whole) {
+            EXPECT_EQ(w.dq_tiles, tiles);
+        }
         EXPECT_LE(w.counter_offset + 1024, w.progress_offset);
         EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.sequences_offset);
         EXPECT_LE(w.sequences_offset + 4 * problem.params.size.batch, w.finished_offset);

@@ -21,6 +21,7 @@ STROBE_HD constexpr uint64_t encode_variant(const Variant& v) {
     put(v.block_n, 10);
     put(v.stages, 4);
     put(v.warps, 6);
+    put(static_cast<int>(v.keys), 1);
     return code;
 }
 
@@ -31,6 +32,7 @@ STROBE_HD constexpr Variant decode_variant(uint64_t code) {
         return value;
     };
     Variant v{};
+    v.keys = static_cast<Keys>(take(1));
     v.warps = take(6);
     v.stages = take(4);
     v.block_n = take(10);

@@ -13,6 +13,10 @@
 // There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's columns for
 // the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A dS buffer is free
 // when the dq warpgroups of both CTAs have said so.
+//
+// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then leaves without an
+// accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers for keys; there, and at 96, two
+// warps of the fourth warpgroup make the row statistics of a head with a single key tile (backward_statistics_worker.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -33,6 +37,8 @@ struct BackwardConfig {
     static constexpr int kBlockM = V.block_m;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
     static constexpr int kSlots = 8;                  // of QuerySlot
+    static constexpr bool kFewKeys = V.keys == Keys::few;
+    static constexpr int kKeyStages = kFewKeys ? 2 : 1;  // of k and v: a short head's next keys should be there when they are wanted
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
@@ -41,20 +47,24 @@ struct BackwardConfig {
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
-    static constexpr bool kPipelined = kDim == 64;    // PipelinedKeyWorker
-    static constexpr bool kTransposedDq = kDim == 64; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
-    static constexpr bool kBulkAdd = kDim == 64 || kDim == 128;  // dq may be added by the copy engine
+    static constexpr bool kPipelined = kDim == 64 && !kFewKeys;  // PipelinedKeyWorker
+    static constexpr bool kTransposedDq = kPipelined; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
+    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && !kFewKeys;  // dq may be added by the copy engine
     static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
-    static constexpr bool kInnerRows = kDim == 64 || kDim == 128;
-    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kDim == 64 ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kDim == 64 ? 96 : kDim == 96 ? 88 : kDim == 128 ? 64 : 72;
-    static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows ? 32 : 24;
+    static constexpr bool kInnerRows = (kDim == 64 || kDim == 128) && !kFewKeys;
+    static constexpr bool kWholeHeads = may_take_whole_heads(V);
+    // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
+    static constexpr bool kOwnStatistics = kWholeHeads && kDim <= 96;
+    static constexpr int kKeyRegisters = kDim == 192 ? 184 : kPipelined ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kFewKeys ? 72 : kDim <= 128 ? 64 : 72;
+    static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows || kOwnStatistics ? 32 : 24;
     static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
-    static constexpr int kRowBufferBytes = kRowBufferRows * 2 * kChunks * 128;  // for each of the two row workers
+    // For each of the two row workers, and for each of the two that make a CTA's own statistics: its half of a tile of out.
+    static constexpr int kRowBufferBytes = kInnerRows ? kRowBufferRows * 2 * kChunks * 128 : kBlockM / 2 * kChunks * 128;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -90,6 +100,15 @@ struct TileRing {
     BackwardTile entry[kEntries];
 };
 
+/// Where the t-th key tile of a CTA lies.
+template <int kCount>
+struct KeyStage {
+    int index;
+    uint32_t phase;
+
+    __device__ __forceinline__ explicit KeyStage(int t) : index(kCount == 1 ? 0 : t % kCount), phase(t / kCount & 1) {}
+};
+
 /// Position in a ring of buffers and the parity of the current trip round it.
 struct RingPosition {
     int index = 0;
@@ -122,25 +141,39 @@ struct alignas(16) QuerySlot {
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
+    int batch, head;
+};
+
+/// Where a query tile's dq goes when a CTA has whole heads.
+struct alignas(8) DqTarget {
+    int64_t dq;        // element of its first row
+    int64_t partial;   // element of launch.dq: what the keys before added up to
+    int rows;          // of the sequence, from the first one on
+    bool first, last;  // of the key tiles that the queries see
 };
 
 template <Variant V>
 struct BackwardSmem {
     using C = BackwardConfig<V>;
-    alignas(1024) uint8_t k[C::kKeyTileBytes];
-    alignas(1024) uint8_t v[C::kKeyTileBytes];
+    alignas(1024) uint8_t k[C::kKeyStages][C::kKeyTileBytes];
+    alignas(1024) uint8_t v[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
-    alignas(1024) uint8_t rows[2][C::kInnerRows ? C::kRowBufferBytes : 16];
-    // The other's K from pair_chunk() on.
-    alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 128];
+    union {
+        // Of the row workers, or of those that make a CTA's own statistics.
+        alignas(C::kInnerRows || C::kOwnStatistics ? 1024 : 16) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
+        // The other's K from pair_chunk() on.
+        alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 16];
+    };
     alignas(C::kBulkAdd ? 128 : 16) uint8_t staging[C::kBulkAdd ? C::kStagingBytes : 16];
     alignas(128) float stats[C::kStages][2][C::kBlockM];
     QuerySlot slot[C::kSlots];
+    DqTarget dq_target[4];
     TileRing tiles;
-    Barrier k_full, v_full;           // a key tile has landed; k_full also publishes its TileRing entry
-    Barrier kv_free;                  // every warp is done with the key tile
+    Barrier k_full[C::kKeyStages];    // a key tile has landed; also publishes its TileRing entry
+    Barrier v_full[C::kKeyStages];
+    Barrier kv_free[C::kKeyStages];   // every warp is done with the key tile
     Barrier q_full[C::kStages];       // q and the row statistics
     Barrier dout_full[C::kStages];
     Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
@@ -167,8 +200,10 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
             words[i] = make_uint4(0, 0, 0, 0);
         }
     };
-    clear(smem.k, C::kKeyChunkBytes, size.head_dim);
-    clear(smem.v, C::kKeyChunkBytes, size.head_dim_v);
+    for (int s = 0; s < C::kKeyStages; ++s) {
+        clear(smem.k[s], C::kKeyChunkBytes, size.head_dim);
+        clear(smem.v[s], C::kKeyChunkBytes, size.head_dim_v);
+    }
     for (int s = 0; s < C::kStages; ++s) {
         clear(smem.q[s], C::kQueryChunkBytes, size.head_dim);
         clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
@@ -191,6 +226,7 @@ struct BackwardLaunch {
     float scale_log2 = 1.0f;      // softmax_scale * log2(e)
     float* stats = nullptr;       // see BackwardWorkspace
     float* dq = nullptr;
+    int64_t private_tiles = 0;    // of each CTA or pair in dq, with whole heads
     int32_t* semaphore = nullptr;
     int32_t* counter = nullptr;
     int64_t tiles = 0;
@@ -198,6 +234,7 @@ struct BackwardLaunch {
     float4* parts = nullptr;
     bool bulk_add = false;        // dq is added by the copy engine
 
+    bool own_statistics = false;  // no kernel in front
     // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;
     int first_inner_head = 0;     // statistics before that: by the kernel in front

@@ -1,16 +1,26 @@
-// Writes dK and dV from the accumulators of a 64 x dim tile.
+// Writes gradients from the accumulators of a 64 x dim tile.
 #pragma once
 
 #include "cuda/sm90/backward_config.cuh"
 
 namespace strobe::sm90 {
 
-/// The two rows (row, row + 8) of the tile's sequence that a thread's accumulators belong to, and its place in the quad.
+/// The rows of one head of a sequence in a gradient, and which two of them (row, row + 8) a thread's accumulators belong to.
 struct GradRows {
-    const BackwardTile& tile;
-    const Sequence& seq;
+    int64_t first;       // of the sequence, in elements
+    int64_t row_stride;
+    int rows;
+    int dim;
     int row;
-    int quad;
+    int quad;            // the thread's place among the four that share a row
+
+    __device__ __forceinline__ static GradRows of_keys(const BackwardParams& p, const TensorRef& grad, int dim,
+                                                       const BackwardTile& tile, int row, int quad) {
+        const Sequence seq = sequence_of(p, tile.batch);
+        const int64_t batch = p.seqlens.cu_seqlens_k ? 0 : tile.batch * grad.batch_stride;
+        return {batch + seq.k_row * grad.row_stride + tile.head_k * grad.head_stride, grad.row_stride,
+                static_cast<int>(seq.rows_k), dim, row, quad};
+    }
 };
 
 /// Transposes a 4 x 4 matrix of words over the four lanes of a quad: lane q ends up with word q of lanes 0...3.
@@ -65,20 +75,18 @@ __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const Ba
 }
 
 template <DType kType, int kCount>
-__device__ __forceinline__ void store_gradient(const BackwardParams& p, const TensorRef& grad, int dim, const GradRows& at,
-                                               float (&acc)[kCount], float scale, int first_column = 0) {
-    const int64_t batch_offset = p.seqlens.cu_seqlens_k ? 0 : at.tile.batch * grad.batch_stride;
-    const int64_t base = batch_offset + at.seq.k_row * grad.row_stride + at.tile.head_k * grad.head_stride;
+__device__ __forceinline__ void store_gradient(const BackwardParams& p, void* grad, const GradRows& at, const float (&acc)[kCount],
+                                               float scale, int first_column = 0) {
     if (p.grad_dtype == DType::f32) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = at.row + 8 * r;
-            if (row >= at.seq.rows_k) continue;
-            float* const out = static_cast<float*>(grad.data) + base + row * grad.row_stride;
+            if (row >= at.rows) continue;
+            float* const out = static_cast<float*>(grad) + at.first + row * at.row_stride;
 #pragma unroll
             for (int j = 0; j < kCount / 4; ++j) {
                 const int column = first_column + 8 * j + 2 * at.quad;
-                if (column >= dim) continue;
+                if (column >= at.dim) continue;
                 float2 value = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
                 if (p.accumulate) {
                     const float2 old = *reinterpret_cast<const float2*>(out + column);
@@ -101,8 +109,8 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& p, const Te
             transpose_quad(words, at.quad);
             const int row = at.row + 8 * r;
             const int column = first_column + 8 * (j + at.quad);
-            if (row < at.seq.rows_k && column < dim) {
-                uint16_t* const out = static_cast<uint16_t*>(grad.data) + base + row * grad.row_stride + column;
+            if (row < at.rows && column < at.dim) {
+                uint16_t* const out = static_cast<uint16_t*>(grad) + at.first + row * at.row_stride + column;
                 store_global_vector(out, make_uint4(words[0], words[1], words[2], words[3]));
             }
         }

@@ -10,6 +10,7 @@
 #include "cuda/sm90/backward_pipelined_worker.cuh"
 #include "cuda/sm90/backward_row_worker.cuh"
 #include "cuda/sm90/backward_split_worker.cuh"
+#include "cuda/sm90/backward_statistics_worker.cuh"
 
 namespace strobe::sm90 {
 
@@ -23,11 +24,13 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
     release_downstream_kernel();
     if (threadIdx.x == 0) {
         constexpr int kKeyWarps = 4 * C::kKeyWarpgroups;
-        smem.k_full.init(1);
-        smem.v_full.init(1);
-        smem.kv_free.init(kKeyWarps + 4);
+        for (int s = 0; s < C::kKeyStages; ++s) {
+            smem.k_full[s].init(1);
+            smem.v_full[s].init(1);
+            smem.kv_free[s].init(kKeyWarps + 4);
+        }
         for (int s = 0; s < C::kStages; ++s) {
-            smem.q_full[s].init(1);
+            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 3 : 1);
             smem.dout_full[s].init(1);
             smem.stage_free[s].init(kKeyWarps);
         }
@@ -55,6 +58,14 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
         if (warp == 0) {
             LoadWorker<V>{smem, params, launch, thread}.run();
+        } else if (C::kOwnStatistics && launch.own_statistics) {
+            if constexpr (C::kOwnStatistics) {
+                if (warp == 3) {
+                    clear_unseen_heads<V>(params, launch, thread % 32);
+                } else {
+                    OwnStatisticsWorker<V>{smem, params, launch, thread % 32, warp - 1}.run();
+                }
+            }
         } else if (C::kInnerRows && launch.inner_rows) {
             if constexpr (C::kInnerRows) {
                 if (warp == 1) StatisticsWorker<V>{{smem, params, launch, thread % 32, smem.row_job[0]}}.run();
@@ -69,7 +80,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
     } else if (warpgroup == C::kKeyWarpgroups) {
         register_limit_lower<C::kDqRegisters>();
-        DqWorker<V>{smem, params, launch, thread}.run();
+        if (C::kWholeHeads && launch.schedule.whole_heads) {
+            DqWorker<V, C::kWholeHeads>{smem, params, launch, thread}.run();
+        } else {
+            DqWorker<V, false>{smem, params, launch, thread}.run();
+        }
     } else {
         register_limit_raise<C::kKeyRegisters>();
         if constexpr (C::kPipelined) {

@@ -41,15 +41,16 @@ struct KeyWorkerBase {
     }
 
     /// Frees the key tile and writes its gradients.
-    __device__ __forceinline__ void finish(const BackwardTile& tile, typename F::Gradient& dk, typename F::Gradient& dv) {
+    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk, typename F::Gradient& dv) {
         const BackwardTile last = tile;
         __syncwarp();
-        if (lane() == 0) smem.kv_free.arrive();
+        if (lane() == 0) smem.kv_free[key_stage].arrive();
         if (last.shared >= 0 && !sum_parts<V>(launch, last, warpgroup, thread, dk, dv)) return;
-        const Sequence seq = sequence_of(params, last.batch);
-        const GradRows rows{last, seq, first_key(last), lane() % 4};
-        store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
-        store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+        const auto rows = [&](const TensorRef& grad, int dim) {
+            return GradRows::of_keys(params, grad, dim, last, first_key(last), lane() % 4);
+        };
+        store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
+        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
     }
 };
 
@@ -65,16 +66,17 @@ struct KeyWorker : KeyWorkerBase<V> {
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
-        const uint32_t k_rows = Base::rows_of(smem.k);
-        const uint32_t v_rows = Base::rows_of(smem.v);
         const DsAddress<V> ds_address(smem, warpgroup * 64, thread);
 
         RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            const uint32_t k_rows = Base::rows_of(smem.k[key_stage.index]);
+            const uint32_t v_rows = Base::rows_of(smem.v[key_stage.index]);
+            smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            smem.v_full.wait(t & 1);
+            smem.v_full[key_stage.index].wait(key_stage.phase);
 
             typename F::Gradient dk, dv;
 #pragma unroll
@@ -137,7 +139,7 @@ struct KeyWorker : KeyWorkerBase<V> {
             wgmma_wait<0>();
             fence_registers(dk);
             if (iterations > 0) Base::free_stage(previous);
-            Base::finish(tile, dk, dv);
+            Base::finish(tile, key_stage.index, dk, dv);
         }
     }
 };

@@ -43,12 +43,14 @@ cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cu
 }  // namespace detail
 
 template <Variant V>
-cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
+cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& context) {
     using C = BackwardConfig<V>;
     constexpr uint64_t kCode = cuda::encode_variant(V);
-    const ProblemSize& n = p.size;
+    const ProblemSize& n = params.size;
     if (n.batch == 0) return cudaSuccess;
-    const BackwardWorkspace layout = backward_workspace(V, p);
+    const BackwardWorkspace layout = backward_workspace(V, params);
+    BackwardParams p = params;
+    if (takes_whole_heads(V, p)) p.deterministic = false;  // there is no order to keep
     char* const workspace = static_cast<char*>(p.workspace);
 
     BackwardLaunch args;
@@ -56,6 +58,7 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     args.scale_log2 = p.score.softmax_scale * kLog2E;
     args.stats = reinterpret_cast<float*>(workspace + layout.stats_offset);
     args.dq = reinterpret_cast<float*>(workspace + layout.dq_offset);
+    args.private_tiles = layout.private_tiles;
     args.semaphore = reinterpret_cast<int32_t*>(workspace + layout.semaphore_offset);
     args.counter = reinterpret_cast<int32_t*>(workspace + layout.counter_offset);
     args.tiles = layout.tiles;
@@ -82,7 +85,7 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     // The row workers have no registers for other types than the usual.
     const int ends = outer_heads(args.schedule);
     const bool usual_types = p.out_dtype == V.dtype && p.grad_dtype == V.dtype;
-    if (C::kInnerRows && usual_types && !p.deterministic && args.schedule.heads > ends && inner_rows_pay(V, p)) {
+    if (C::kInnerRows && usual_types && !p.deterministic && !args.schedule.whole_heads && args.schedule.heads > ends && inner_rows_pay(V, p)) {
         const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
         args.inner_rows = map(args.dout_rows, p.dout, rows, C::kRowBufferRows) == cudaSuccess &&
                           map(args.out, p.out, rows, C::kRowBufferRows) == cudaSuccess;
@@ -94,7 +97,13 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         args.done = args.ready + args.schedule.heads;
     }
 
-    if (longest_first(V, p) && n.batch <= kMostOrderedSequences) {
+    if (C::kOwnStatistics && args.schedule.whole_heads && args.schedule.claim_tiles == 1 && args.schedule.work_tiles > 0 &&
+        p.out_dtype == V.dtype) {
+        const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
+        args.own_statistics = map(args.out, p.out, rows, C::kBlockM / 2) == cudaSuccess;
+    }
+
+    if (!args.own_statistics && longest_first(V, p) && n.batch <= kMostOrderedSequences) {
         int32_t* const sequences = reinterpret_cast<int32_t*>(workspace + layout.sequences_offset);
         args.schedule.sequences = sequences;
         const detail::LaunchShape one{dim3(1), kRowThreads, 0, false};
@@ -109,7 +118,7 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     };
     const int first_batches = args.inner_rows ? static_cast<int>(ceil_div(ends, n.num_heads_k)) : n.batch;
     const detail::LaunchShape before{tiles(C::kBlockM, first_batches), kRowThreads, 0, false};
-    status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
+    if (!args.own_statistics) status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
     if (status != cudaSuccess) return status;
 
     if (args.schedule.work_tiles > 0) {
@@ -118,11 +127,15 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         status = cuda::allow_dynamic_smem(backward_kernel<kCode>, kSmemBytes);
         if (status != cudaSuccess) return status;
         const int room = context.num_sms < C::kCtas ? 1 : context.num_sms / C::kCtas;
-        const int ctas = C::kCtas * (args.schedule.work_tiles < room ? args.schedule.work_tiles : room);
-        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, true, C::kCtas};
+        const int work = args.schedule.work_tiles / args.schedule.claim_tiles;
+        // Of a machine with more SMs than that, some have no memory of their own.
+        const int most = args.schedule.whole_heads && machine_tiles(V) < room ? machine_tiles(V) : room;
+        const int ctas = C::kCtas * (work < most ? work : most);
+        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, !args.own_statistics, C::kCtas};
         status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }
+    if (args.schedule.whole_heads) return cudaSuccess;
     const int last_batches = n.batch - args.inner_conversions / static_cast<int>(n.num_heads_k);
     const detail::LaunchShape after{tiles(64, last_batches), kRowThreads, 0, true};
     return detail::launch_chained(backward_convert_dq<kCode>, after, context.stream, p, args);

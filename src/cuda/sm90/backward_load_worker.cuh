@@ -19,12 +19,12 @@ struct LoadWorker {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
         // The row workers wait for work tiles; only a CTA that runs may own one.
-        int claimed = C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas;
+        int claimed = (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
         for (int t = 0;; ++t) {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
             while (claimed < launch.schedule.work_tiles && !decode_tile<V>(params, launch.schedule, claimed, tile)) {
-                claimed = claim_behind(claimed);
+                claimed = launch.schedule.whole_heads ? next(claimed) : claim_behind(claimed);
             }
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
@@ -32,21 +32,34 @@ struct LoadWorker {
             // Every warp has read the entry that this one replaces: the keys of the tile before last have been released.
             if (lane == 0) smem.tiles.entry[t % TileRing::kEntries] = tile;
             __syncwarp();
-            if (t > 0) smem.kv_free.wait(t - 1 & 1);
+            const bool any = tile.batch >= 0 && tile.m_begin < tile.m_end;
+            if (any) load_queries<true>(tile, stage, slot);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            if (t >= C::kKeyStages) smem.kv_free[key_stage.index].wait(key_stage.phase ^ 1);
             if (tile.batch < 0) {
-                if (lane == 0) smem.k_full.arrive();
-                if (params.deterministic) publish_end(stage, slot);
+                if (lane == 0) smem.k_full[key_stage.index].arrive();
+                if (slots_are_watched()) publish_end(stage, slot);
                 return;
             }
-            load_keys(tile);
-            load_queries(tile, stage, slot);
+            load_keys(tile, key_stage.index);
+            if (any) load_queries<false>(tile, stage, slot);
             // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
             // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
-            if (C::rank() == 0) claimed = claim();
+            if (C::rank() == 0) claimed = next(claimed);
         }
     }
 
 private:
+    __device__ __forceinline__ bool slots_are_watched() const {
+        return params.deterministic || (C::kOwnStatistics && launch.own_statistics);
+    }
+
+    /// With a single key tile all heads cost the same, and there is no kernel in front that would clear the counter.
+    __device__ __forceinline__ int next(int claimed) const {
+        if (C::kOwnStatistics && launch.own_statistics) return claimed + gridDim.x;
+        return next_tile(launch.schedule, claimed, [&] { return claim(); });
+    }
+
     __device__ __forceinline__ int claim() const {
         int next = 0;
         const int given = C::kInnerRows && launch.inner_rows ? 0 : gridDim.x / C::kCtas;
@@ -96,21 +109,21 @@ private:
 
     /// Without queries nothing is loaded: an empty sequence would make boxes that lie outside their tensor altogether, for
     /// which the hardware still looks at the map's base address, and that one need not exist (ragged_tensor_map.hpp).
-    __device__ __forceinline__ void load_keys(const BackwardTile& tile) {
+    __device__ __forceinline__ void load_keys(const BackwardTile& tile, int s) {
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
                                    static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
         const int row = C::first_key(tile);
         if (tile.m_begin >= tile.m_end) {
             if (lane == 0) {
-                smem.k_full.arrive();
-                smem.v_full.arrive();
+                smem.k_full[s].arrive();
+                smem.v_full[s].arrive();
             }
         } else if constexpr (C::kPair) {
             load_keys_of_pair(row, static_cast<int>(seq.seqlen_k), at);
         } else if (lane == 0) {
-            load_tile(smem.k, C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full, 0, row, at);
-            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+            load_tile(smem.k[s], C::kKeyChunkBytes, launch.k, params.size.head_dim, smem.k_full[s], 0, row, at);
+            load_tile(smem.v[s], C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full[s], 0, row, at);
         }
         __syncwarp();
     }
@@ -122,22 +135,22 @@ private:
         const int other_chunks = max(0, min(C::chunks_of(dim) - C::pair_chunk(), C::kPairChunks));
         const uint32_t other_bytes = other_row < seqlen_k ? other_chunks * C::kKeyChunkBytes : 0;
         if (row >= seqlen_k) {
-            clear(smem.k);
-            clear(smem.v);
+            clear(smem.k[0]);
+            clear(smem.v[0]);
         }
         if (other_row >= seqlen_k) clear(smem.k_peer);
         fence_async_proxy();
         __syncwarp();
         if (lane > 0) return;
         if (row < seqlen_k) {
-            load_tile(smem.k, C::kKeyChunkBytes, launch.k, dim, smem.k_full, other_bytes, row, at);
-            load_tile(smem.v, C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full, 0, row, at);
+            load_tile(smem.k[0], C::kKeyChunkBytes, launch.k, dim, smem.k_full[0], other_bytes, row, at);
+            load_tile(smem.v[0], C::kKeyChunkBytes, launch.v, params.size.head_dim_v, smem.v_full[0], 0, row, at);
         } else {
-            smem.k_full.arrive_expect(other_bytes);
-            smem.v_full.arrive();
+            smem.k_full[0].arrive_expect(other_bytes);
+            smem.v_full[0].arrive();
         }
         for (int c = 0; other_bytes > 0 && c < other_chunks; ++c) {
-            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full, (C::pair_chunk() + c) * 64,
+            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0], (C::pair_chunk() + c) * 64,
                         other_row, at);
         }
     }
@@ -148,7 +161,9 @@ private:
     }
 
     /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
-    /// side by side, in the direction that their round goes, and find each other's traffic in L2.
+    /// side by side, in the direction that their round goes, and find each other's traffic in L2. kFirst: the first tile alone, which
+    /// need not wait for the keys to leave; otherwise those behind it.
+    template <bool kFirst>
     __device__ __forceinline__ void load_queries(const BackwardTile& tile, RingPosition& stage, RingPosition& slot_at) {
         const Sequence seq = sequence_of(params, tile.batch);
         const int group = params.size.num_heads / params.size.num_heads_k;
@@ -158,16 +173,18 @@ private:
         const int tiles = static_cast<int>(launch.tiles);
         for (int i = 0; i < tile.m_end - tile.m_begin; ++i) {
             const int m = tile.down ? tile.m_end - 1 - i : tile.m_begin + i;
-            QuerySlot slot{0, query_turn<V>(tile, m, seq.seqlen_q), m * C::kBlockM, 0};
+            QuerySlot slot{0, query_turn<V>(tile, m, seq.seqlen_q), m * C::kBlockM, 0, tile.batch, 0};
 #pragma unroll
             for (int w = 0; w < C::kKeyUnits; ++w) {
                 slot.masked |= !tile.mask.all_visible(slot.query0, C::kBlockM, C::first_key(tile) + w * 64, 64) << w;
             }
-            for (int h = 0; h < group; ++h) {
+            for (int h = !kFirst && i == 0; h < group; ++h) {
                 at.head = tile.head_k * group + h;
+                slot.head = at.head;
                 slot.padded = at.head * tiles + first + m;
                 load_query_tile(slot, at, stage, slot_at.index);
                 slot_at.template advance<C::kSlots>();
+                if (kFirst) return;
             }
         }
     }
@@ -180,10 +197,13 @@ private:
         Barrier& dout_full = smem.dout_full[s];
         if (lane == 0) {
             smem.slot[slot_index] = slot;
-            if (params.deterministic) smem.slot_full[slot_index].arrive();
-            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, C::kStatsBytes, slot.query0, at);
-            bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
-                      launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
+            if (slots_are_watched()) smem.slot_full[slot_index].arrive();
+            const bool own = C::kOwnStatistics && launch.own_statistics;
+            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes, slot.query0, at);
+            if (!own) {
+                bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
+                          launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
+            }
             load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, dout_full, 0, slot.query0, at);
         }
         __syncwarp();

@@ -19,10 +19,10 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
     __device__ __forceinline__ void run() {
         Stream at{DsAddress<V>(smem, warpgroup * 64, Base::thread)};
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            smem.k_full[0].wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            smem.v_full.wait(t & 1);
+            smem.v_full[0].wait(t & 1);
 
             Registers r;
 #pragma unroll
@@ -33,7 +33,7 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
                 fence_registers(r.dv);
                 smem.q_full[at.stage.index].wait(at.stage.phase);
                 wgmma_fence();
-                F::multiply_over_dim(r.s, rows_of(smem.k), query_tile(at.stage.index));
+                F::multiply_over_dim(r.s, rows_of(smem.k[0]), query_tile(at.stage.index));
                 wgmma_commit();
                 wgmma_wait<0>();
                 fence_registers(r.s);
@@ -46,7 +46,7 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
                 fence_registers(r.dv);
                 Base::free_stage(at.previous);
             }
-            Base::finish(tile, r.dk, r.dv);
+            Base::finish(tile, 0, r.dk, r.dv);
         }
     }
 
@@ -76,7 +76,7 @@ private:
 
         smem.dout_full[stage].wait(at.stage.phase);
         wgmma_fence();
-        F::multiply_over_dim(r.dp, rows_of(smem.v), dout_tile(stage));
+        F::multiply_over_dim(r.dp, rows_of(smem.v[0]), dout_tile(stage));
         wgmma_commit();
         typename F::Statistic statistic;
         F::load(statistic, smem.stats[stage][0], lane());
@@ -86,7 +86,7 @@ private:
         if constexpr (kMore) smem.q_full[next.index].wait(next.phase);
         wgmma_fence();
         F::multiply_over_queries(r.dv, r.p, dout_tile(stage));
-        if constexpr (kMore) F::multiply_over_dim(r.s, rows_of(smem.k), query_tile(next.index));
+        if constexpr (kMore) F::multiply_over_dim(r.s, rows_of(smem.k[0]), query_tile(next.index));
         wgmma_commit();
 
         F::load(statistic, smem.stats[stage][1], lane());

@@ -31,6 +31,40 @@ __device__ __forceinline__ const void* element(const TensorRef& t, DType type, i
     return static_cast<const char*>(t.data) + index * (type == DType::f32 ? 4 : 2);
 }
 
+/// Writes eight columns of a dq row.
+template <DType kType>
+__device__ __forceinline__ void store_eight(const BackwardParams& p, int64_t index, const float (&x)[8]) {
+    if (p.grad_dtype == DType::f32) {
+        float4* const out = reinterpret_cast<float4*>(static_cast<float*>(p.dq.data) + index);
+        float4 lo = make_float4(x[0], x[1], x[2], x[3]), hi = make_float4(x[4], x[5], x[6], x[7]);
+        if (p.accumulate) {
+            const float4 a = out[0], b = out[1];
+            lo = make_float4(lo.x + a.x, lo.y + a.y, lo.z + a.z, lo.w + a.w);
+            hi = make_float4(hi.x + b.x, hi.y + b.y, hi.z + b.z, hi.w + b.w);
+        }
+        out[0] = lo;
+        out[1] = hi;
+    } else {
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.dq.data) + index) =
+            make_uint4(pack_pair<kType>(x[0], x[1]), pack_pair<kType>(x[2], x[3]), pack_pair<kType>(x[4], x[5]),
+                       pack_pair<kType>(x[6], x[7]));
+    }
+}
+
+/// dq = 0 for the query tile from row0 on, if none of its rows sees a key.
+template <Variant V>
+__device__ __forceinline__ void clear_unseen_rows(const BackwardParams& p, const Sequence& seq, int batch, int head, int64_t row0) {
+    constexpr int kColumns = V.head_dim / 8;
+    if (p.accumulate || (row0 < seq.seqlen_q && !seq.mask(p.mask).key_range(row0, row0 + V.block_m).empty())) return;
+    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
+    const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
+    for (int i = threadIdx.x; i < V.block_m * kColumns; i += kRowThreads) {
+        const int64_t row = row0 + i / kColumns;
+        const int column = i % kColumns * 8;
+        if (row < seq.rows_q && column < p.size.head_dim) store_eight<V.dtype>(p, dq0 + row * p.dq.row_stride + column, {});
+    }
+}
+
 /// Numbers the sequences from the longest to the shortest, so that the last work tiles are short ones.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
@@ -47,7 +81,8 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 /// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
-/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter.
+/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter, or with
+/// whole heads dq itself where no key tile will come by.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
@@ -75,13 +110,15 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
+    if (launch.schedule.whole_heads) clear_unseen_rows<V>(p, seq, batch, head, static_cast<int64_t>(m) * C::kBlockM);
     if (static_cast<int64_t>(m) * C::kBlockM >= seq.seqlen_q) return;
     const int64_t padded = head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM) + m;
-    if (threadIdx.x == 0) launch.semaphore[padded] = 0;
-
-    float4* const dq = reinterpret_cast<float4*>(launch.dq + padded * (C::kBlockM * C::kDim));
+    if (!launch.schedule.whole_heads) {
+        if (threadIdx.x == 0) launch.semaphore[padded] = 0;
+        float4* const dq = reinterpret_cast<float4*>(launch.dq + padded * (C::kBlockM * C::kDim));
 #pragma unroll
-    for (int i = threadIdx.x; i < C::kBlockM * C::kDim / 4; i += kRowThreads) dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = threadIdx.x; i < C::kBlockM * C::kDim / 4; i += kRowThreads) dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
 
     const int column = threadIdx.x % kLanes * 8;
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
@@ -123,26 +160,6 @@ __global__ void __launch_bounds__(kRowThreads)
             stats[row] = minus_lse;
             stats[C::kBlockM + row] = -delta;
         }
-    }
-}
-
-/// Writes eight columns of a dq row.
-template <DType kType>
-__device__ __forceinline__ void store_eight(const BackwardParams& p, int64_t index, const float (&x)[8]) {
-    if (p.grad_dtype == DType::f32) {
-        float4* const out = reinterpret_cast<float4*>(static_cast<float*>(p.dq.data) + index);
-        float4 lo = make_float4(x[0], x[1], x[2], x[3]), hi = make_float4(x[4], x[5], x[6], x[7]);
-        if (p.accumulate) {
-            const float4 a = out[0], b = out[1];
-            lo = make_float4(lo.x + a.x, lo.y + a.y, lo.z + a.z, lo.w + a.w);
-            hi = make_float4(hi.x + b.x, hi.y + b.y, hi.z + b.z, hi.w + b.w);
-        }
-        out[0] = lo;
-        out[1] = hi;
-    } else {
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.dq.data) + index) =
-            make_uint4(pack_pair<kType>(x[0], x[1]), pack_pair<kType>(x[2], x[3]), pack_pair<kType>(x[4], x[5]),
-                       pack_pair<kType>(x[6], x[7]));
     }
 }
 

@@ -30,6 +30,8 @@ struct BackwardSchedule {
     int rounds = 1;           // in which a group is worked on: more than one only for a single head
     int round_tiles = 1;      // work tiles of a round
     int work_tiles = 0;       // heads * key_tiles; each part of a shared one counts
+    int claim_tiles = 1;      // work tiles claimed at a time: one, or with whole heads all of a head
+    bool whole_heads = false; // see takes_whole_heads
     SharedTiles shared;
     WalkOrder order = WalkOrder::rounds;
     const int32_t* sequences = nullptr;  // in the order in which they are worked on; none: as they come
@@ -120,7 +122,14 @@ inline BackwardSchedule backward_schedule(const Variant& v, const BackwardParams
     s.key_tiles = static_cast<int>(ceil_div(p.size.seqlen_k, v.block_n));
     s.heads = p.size.batch * p.size.num_heads_k;
     s.work_tiles = s.heads * s.key_tiles;
+    s.whole_heads = takes_whole_heads(v, p);
     if (s.work_tiles == 0) return s;
+    if (s.whole_heads) {
+        s.claim_tiles = s.round_tiles = s.key_tiles;
+        s.whole_groups = s.heads;
+        s.order = WalkOrder::up;
+        return s;
+    }
     const int heads = (machine + s.key_tiles / 2) / s.key_tiles;
     s.heads_per_group = heads < 1 ? 1 : heads > s.heads ? s.heads : heads;
     const int rounds = (s.key_tiles + machine / 2) / machine;
@@ -189,12 +198,33 @@ STROBE_HD bool decode_tile(const BackwardParams& p, const BackwardSchedule& s, i
     tile.mask = tile_mask<V>(p, seq);
     tile.m_begin = rows.empty() ? 0 : static_cast<int>(rows.begin / V.block_m);
     tile.m_end = rows.empty() ? 0 : static_cast<int>(ceil_div(rows.end, V.block_m));
+    // What a whole head keeps between its key tiles has room for sequences as long as they were said to be.
+    const int most = static_cast<int>(ceil_div(p.size.seqlen_q, V.block_m));
+    if (s.whole_heads && tile.m_end > most) tile.m_end = most;
+    if (tile.m_begin > tile.m_end) tile.m_begin = tile.m_end;
     if (tile.shared >= 0) {
         const int first = tile.m_begin, count = tile.m_end - first;
         tile.m_begin = first + static_cast<int>(int64_t{count} * tile.part / s.shared.parts);
         tile.m_end = first + static_cast<int>(int64_t{count} * (tile.part + 1) / s.shared.parts);
     }
     return true;
+}
+
+/// Whether no key tile adds to query tile m before this one, and none after it, where they come first to last.
+struct QueryShare {
+    bool first, last;
+};
+template <Variant V>
+STROBE_HD QueryShare query_share(const BackwardTile& tile, int m, int seqlen_q) {
+    const int first = m * V.block_m;
+    const int end = first + V.block_m < seqlen_q ? first + V.block_m : seqlen_q;
+    return {tile.mask.first_key(first) / V.block_n == tile.n_block, tile.mask.last_key(end - 1) / V.block_n == tile.n_block};
+}
+
+/// The tile to work on behind `index`: another of the same claim, or the first one of the next.
+template <typename Claim>
+STROBE_HD int next_tile(const BackwardSchedule& s, int index, Claim claim) {
+    return (index + 1) % s.claim_tiles != 0 ? index + 1 : claim() * s.claim_tiles;
 }
 
 /// The first index behind one that decode_tile refused which it might not refuse: behind the longest sequence of a group of

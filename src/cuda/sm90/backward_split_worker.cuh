@@ -24,7 +24,7 @@ struct ValueWorker {
         const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage, slot_at;
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            smem.k_full[0].wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
             typename F::Gradient dv;
@@ -39,7 +39,7 @@ struct ValueWorker {
                 smem.q_full[stage.index].wait(stage.phase);
                 typename F::Accumulator s;
                 wgmma_fence();
-                F::multiply_over_dim(s, smem_address(smem.k), q);
+                F::multiply_over_dim(s, smem_address(smem.k[0]), q);
                 wgmma_commit();
                 typename F::Statistic minus_lse;
                 F::load(minus_lse, smem.stats[stage.index][0], lane);
@@ -72,10 +72,10 @@ struct ValueWorker {
             }
             const BackwardTile last = tile;
             __syncwarp();
-            if (lane == 0) smem.kv_free.arrive();
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
-            store_gradient<V.dtype>(params, params.dv, params.size.head_dim_v, rows, dv, 1.0f);
+            if (lane == 0) smem.kv_free[0].arrive();
+            const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
+            store_gradient<V.dtype>(params, params.dv.data,
+                                    GradRows::of_keys(params, params.dv, params.size.head_dim_v, last, row, lane % 4), dv, 1.0f);
         }
     }
 };
@@ -95,10 +95,10 @@ struct KeyGradWorker {
         const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage;
         for (int t = 0;; ++t) {
-            smem.k_full.wait(t & 1);
+            smem.k_full[0].wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            smem.v_full.wait(t & 1);
+            smem.v_full[0].wait(t & 1);
             typename F::Gradient dk;
 #pragma unroll
             for (int i = 0; i < C::kDim / 2; ++i) dk[i] = 0.0f;
@@ -112,7 +112,7 @@ struct KeyGradWorker {
                 smem.dout_full[stage.index].wait(stage.phase);
                 typename F::Accumulator dp;
                 wgmma_fence();
-                F::multiply_over_dim(dp, smem_address(smem.v), dout);
+                F::multiply_over_dim(dp, smem_address(smem.v[0]), dout);
                 wgmma_commit();
                 typename F::Statistic minus_delta;
                 F::load(minus_delta, smem.stats[stage.index][1], lane);
@@ -145,10 +145,11 @@ struct KeyGradWorker {
             }
             const BackwardTile last = tile;
             __syncwarp();
-            if (lane == 0) smem.kv_free.arrive();
-            const Sequence seq = sequence_of(params, last.batch);
-            const GradRows rows{last, seq, C::first_key(last) + thread / 32 * 16 + lane / 4, lane % 4};
-            store_gradient<V.dtype>(params, params.dk, params.size.head_dim, rows, dk, params.score.softmax_scale);
+            if (lane == 0) smem.kv_free[0].arrive();
+            const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
+            store_gradient<V.dtype>(params, params.dk.data,
+                                    GradRows::of_keys(params, params.dk, params.size.head_dim, last, row, lane % 4), dk,
+                                    params.score.softmax_scale);
         }
     }
 
