@@ -78,7 +78,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
     const ParameterLayout layout(config);
     const auto elements = static_cast<size_t>(layout.arena_elements());
     MemoryPlan plan;
-    plan.values = ParameterArena::bytes_of(layout, options.precision);
+    plan.values = ParameterArena::bytes_of(layout, options.precision, options.masters == Precision::fp32);
     plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
     plan.gradients = options.training ? ParameterArena::bytes_of(layout, options.gradients) : 0;
     plan.moments = options.training ? 2 * ParameterArena::bytes_of(layout, options.moments) / static_cast<size_t>(options.processes) : 0;
