@@ -337,7 +337,7 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
 /// there was to be chosen, and by how much.
 template <class Step>
 nlohmann::ordered_json hold_contest(cuda::Gemm& gemm, Step&& timed_step) {
-    constexpr int kRounds = 2, kSteps = 72, kTurns = 6;
+    constexpr int kRounds = 2, kSteps = 72, kTurns = 4;
     gemm.begin_contest();
     for (int i = 0; i < 3; ++i) timed_step();
     const std::vector<cuda::Gemm::Candidates> products = gemm.candidates();
@@ -356,7 +356,7 @@ nlohmann::ordered_json hold_contest(cuda::Gemm& gemm, Step&& timed_step) {
     for (int i = 0; i < kRounds * most; ++i) play();
     contest.shorten(0.04, 4);
     for (int i = 0; i < kSteps; ++i) play();
-    contest.shorten(0.04, 2);
+    contest.keep(2);
     for (int i = 0; i < kSteps / 3; ++i) play();
     const std::vector<int> usual(counts.size(), 0), best = contest.best();
     std::vector<double> with_usual, with_best;

@@ -12,8 +12,9 @@ namespace {
 constexpr size_t kStretch = 8;
 // Sweeps over the parts; each takes from a part's effects what the others explain.
 constexpr int kSweeps = 200;
-// A step further off than so many times the usual was disturbed.
-constexpr double kDisturbed = 5.0;
+// A step further off than so many times the usual was disturbed. What is usual becomes clearer from round to round.
+constexpr double kDisturbed = 6.0;
+constexpr int kRounds = 4;
 
 }  // namespace
 
@@ -62,6 +63,15 @@ void StepContest::shorten(double margin, size_t most) {
     }
 }
 
+void StepContest::keep(size_t most) {
+    const std::vector<std::vector<double>> all = effects();
+    for (size_t i = 0; i < left_.size(); ++i) {
+        std::ranges::stable_sort(left_[i], {}, [&](int c) { return all[i][static_cast<size_t>(c)]; });
+        if (left_[i].size() > most) left_[i].resize(most);
+        deck_[i].clear();
+    }
+}
+
 // One effect after the other is the mean of what the others leave, again and again: that converges to the least squares.
 std::vector<std::vector<double>> StepContest::fit(const std::vector<bool>& counts, std::vector<double>& residuals) const {
     const size_t parts = candidates_.size(), stretches = steps_.size() / kStretch + 1;
@@ -92,17 +102,26 @@ std::vector<std::vector<double>> StepContest::fit(const std::vector<bool>& count
     return effects;
 }
 
+// Steps that something else disturbed are left out: at first those far from the median of all, then those far from what is fitted.
 std::vector<std::vector<double>> StepContest::effects() const {
     std::vector<bool> counts(steps_.size(), true);
-    std::vector<double> residuals;
-    std::vector<std::vector<double>> all = fit(counts, residuals);
-    std::vector<double> sizes;
-    for (const double r : residuals) sizes.push_back(std::abs(r));
-    if (sizes.empty()) return all;
-    std::ranges::nth_element(sizes, sizes.begin() + static_cast<std::ptrdiff_t>(sizes.size() / 2));
-    const double usual = sizes[sizes.size() / 2];
-    for (size_t s = 0; s < counts.size(); ++s) counts[s] = std::abs(residuals[s]) <= kDisturbed * usual;
-    return fit(counts, residuals);
+    std::vector<double> off;
+    for (const Step& s : steps_) off.push_back(s.seconds);
+    const auto median = [](std::vector<double> x) {
+        std::ranges::nth_element(x, x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2));
+        return x[x.size() / 2];
+    };
+    std::vector<std::vector<double>> all;
+    if (off.empty()) return fit(counts, off);
+    for (int round = 0; round < kRounds; ++round) {
+        const double middle = median(off);
+        std::vector<double> sizes;
+        for (double& x : off) sizes.push_back(x = std::abs(x - middle));
+        const double bound = kDisturbed * median(sizes);
+        for (size_t s = 0; s < counts.size(); ++s) counts[s] = off[s] <= bound;
+        all = fit(counts, off);
+    }
+    return all;
 }
 
 std::vector<int> StepContest::best() const {

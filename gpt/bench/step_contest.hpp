@@ -23,6 +23,8 @@ public:
 
     /// Of each part stay those whose own calls took at most (1 + margin) times the fastest's, at most so many.
     void shorten(double margin, size_t most);
+    /// Of each part stay so many, those that make the shortest steps.
+    void keep(size_t most);
     /// Seconds that each candidate of each part adds to a step, beyond the mean over the part's.
     std::vector<std::vector<double>> effects() const;
     /// Mean seconds of a candidate's own calls.
