@@ -3,16 +3,19 @@
     python bench/python_overhead.py [--device cuda] [--stages] [--rounds 160] [--json FILE]
 
 In each round every contender makes CALLS calls in a row, in an order shuffled anew. The round belongs to one processor, on which the
-calling thread is held; the next round to the next one, so that a processor whose other half is busy, or that runs slower, shows as
-one and touches all contenders alike. Before its calls are timed a contender makes some untimed ones and waits for the device: neither
-another's kernels nor its code in the caches count, and the timed kernels never fill the device's queue. Python's garbage collector is off.
+calling thread is held; the next round to the next one. For a processor may run at half its speed for as long as others keep the other
+half of its core busy, which the system cannot see where it is a guest itself; a thread left alone stays on such a one for seconds. A
+Python loop of fixed work right before and behind the timed calls tells how fast the processor was meanwhile.
 
-Reported are the least and the median of the rounds, by the calling thread's own time; and the median by the clock on the wall, which
-differs where the thread waited or was kept off its processor. Forward and backward together are timed by the clock on the wall alone on
-CUDA, since autograd runs backwards in a thread of its own.
+Before its calls are timed a contender makes some untimed ones and waits for the device: neither another's kernels nor its code in the
+caches count, and the timed kernels never fill the device's queue. Python's garbage collector is off.
+
+Reported are the least and the median of the rounds, and the median of those at full speed (the fixed loop took at most SLOWER times its
+least), by the calling thread's own time; and the median by the clock on the wall, which differs where the thread waited or was kept off
+its processor. Forward and backward together are timed by the clock on the wall alone on CUDA, since autograd runs backwards in a thread of
+its own.
 --stages takes the parts of a forward call into the same rounds, each on its own: the operator below the Python function, the C function
-below the operator, both with nothing to launch, what torch takes to allocate a tensor and to launch one kernel, and a Python loop of
-fixed work, which tells how fast the processor is.
+below the operator, both with nothing to launch, and what torch takes to allocate a tensor and to launch one kernel.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import pathlib
 import random
@@ -39,7 +43,15 @@ import strobe.numpy as abi  # noqa: E402
 from strobe import _native, _ops  # noqa: E402
 
 WARM_UP, CALLS = 10, 50
-FIXED_WORK = "fixed Python loop"
+SLOWER = 1.15
+
+
+def fixed_work():
+    """Seconds of a loop that always does the same."""
+    start = time.thread_time()
+    for _ in range(1000):
+        pass
+    return time.thread_time() - start
 
 
 class Contender:
@@ -47,7 +59,11 @@ class Contender:
 
     def __init__(self, function, *contexts, wall=False):
         self.function, self.contexts, self.wall = function, contexts, wall
-        self.own, self.by_wall, self.processors = [], [], []  # seconds per call and where, one entry a round
+        self.forget()
+
+    def forget(self):
+        self.own, self.by_wall = [], []  # seconds per call, one entry a round
+        self.processors, self.work = [], []  # where, and the fixed work's seconds there
 
     def times(self):
         return self.by_wall if self.wall else self.own
@@ -60,14 +76,17 @@ class Contender:
             for _ in range(WARM_UP):
                 function()
             wait()
+            fixed = fixed_work()
             wall, own = time.perf_counter(), time.thread_time()
             for _ in range(CALLS):
                 function()
             own, wall = time.thread_time() - own, time.perf_counter() - wall
+            fixed = max(fixed, fixed_work())
             wait()
         self.own.append(own / CALLS)
         self.by_wall.append(wall / CALLS)
         self.processors.append(processor)
+        self.work.append(fixed)
 
 
 def in_turn(contenders: dict, rounds: int, device) -> None:
@@ -77,7 +96,7 @@ def in_turn(contenders: dict, rounds: int, device) -> None:
     order, generator = list(contenders.values()), random.Random(0)
     for contender in order:  # threads of torch's are made now, before this one is held anywhere, since they inherit it
         contender.measure(None, wait)
-        contender.own, contender.by_wall, contender.processors = [], [], []
+        contender.forget()
     gc.collect()
     gc.disable()
     try:
@@ -155,11 +174,6 @@ def c_calls(tensors) -> tuple:
     return forward, plan_only
 
 
-def fixed_work():
-    for _ in range(100):
-        pass
-
-
 def parts(device) -> dict:
     """{what: Contender} of a forward call's parts."""
     tensors = inputs(device)
@@ -180,7 +194,6 @@ def parts(device) -> dict:
         "ctypes alone": library.strobe_num_threads,
         "torch.empty": lambda: torch.empty((1, 8, 1, 64), device=device),
         "one torch kernel in place": one.neg_,
-        FIXED_WORK: fixed_work,
     }
     return {name: Contender(function, torch.no_grad) for name, function in calls.items()}
 
@@ -189,29 +202,34 @@ def parts(device) -> dict:
 
 
 def microseconds(seconds):
-    return round(seconds * 1e6, 3)
+    return None if math.isnan(seconds) else round(seconds * 1e6, 3)
 
 
-def by_processor(contenders: dict, names) -> dict:
-    """{name: {processor: median microseconds of its rounds}}."""
-    table = {}
-    for name in names:
-        c = contenders[name]
-        rounds = [(p, [t for t, q in zip(c.times(), c.processors) if q == p]) for p in sorted(set(c.processors))]
-        table[name] = {str(p): microseconds(statistics.median(times)) for p, times in rounds}
-    return table
+def at_full_speed(contender: Contender, least_work: float) -> list:
+    """Its times of those rounds."""
+    return [t for t, work in zip(contender.times(), contender.work) if work <= SLOWER * least_work]
 
 
-def summary(groups: dict) -> dict:
+STATISTICS = {
+    "": lambda c, _: min(c.times()),
+    "median_": lambda c, _: statistics.median(c.times()),
+    "full_speed_median_": lambda c, least_work: statistics.median(at_full_speed(c, least_work) or [math.nan]),
+    "wall_median_": lambda c, _: statistics.median(c.by_wall),
+}
+
+
+def by_processor(values, processors) -> dict:
+    """{processor: median microseconds}."""
+    groups = {p: [t for t, q in zip(values, processors) if q == p] for p in sorted(set(processors))}
+    return {str(p): microseconds(statistics.median(group)) for p, group in groups.items()}
+
+
+def summary(groups: dict, least_work: float) -> dict:
     """Fields of the record: for each group of contenders its least times under the group's name, medians beside them."""
     fields = {}
     for group, contenders in groups.items():
-        for prefix, value in (
-            ("", lambda c: min(c.times())),
-            ("median_", lambda c: statistics.median(c.times())),
-            ("wall_median_", lambda c: statistics.median(c.by_wall)),
-        ):
-            fields[prefix + group] = {name: microseconds(value(c)) for name, c in contenders.items()}
+        for prefix, value in STATISTICS.items():
+            fields[prefix + group] = {name: microseconds(value(c, least_work)) for name, c in contenders.items()}
     return fields
 
 
@@ -234,25 +252,28 @@ def main():
     elapsed = time.perf_counter() - start
     busy = measuring.busy_seconds() - busy
 
-    ours, theirs = (everything[f"{name} forward"].own for name in ("strobe.attention", "torch SDPA"))
-    shown = ["strobe.attention forward", "torch SDPA forward"]
-    if arguments.stages:
-        shown += ["strobe.attention", "torch.empty", FIXED_WORK]
+    ours, theirs = (everything[f"{name} forward"] for name in ("strobe.attention", "torch SDPA"))
+    least_work = min(work for c in everything.values() for work in c.work)
+    full_speed = len(at_full_speed(ours, least_work))
     record = {
         "machine": {**measuring.header()["machine"], **machine.describe()},
         "device": str(device),
         "method": {"rounds": arguments.rounds, "calls": CALLS, "untimed_calls": WARM_UP, "order": "shuffled in each round",
-                   "held_on": "one processor a round, each in its turn", "seconds": round(elapsed, 1),
-                   "processors_busy": round(busy / elapsed, 2)},
-        **summary(groups),
-        "forward_of_sdpa": round(statistics.median(a / b for a, b in zip(ours, theirs)), 3),
-        "median_microseconds_by_processor": by_processor(everything, shown),
+                   "held_on": "one processor a round, each in its turn", "rounds_at_full_speed": full_speed,
+                   "seconds": round(elapsed, 1), "processors_busy": round(busy / elapsed, 2)},
+        **summary(groups, least_work),
+        "forward_of_sdpa": round(statistics.median(a / b for a, b in zip(ours.own, theirs.own)), 3),
+        "median_microseconds_by_processor": {
+            "strobe.attention forward": by_processor(ours.own, ours.processors),
+            "torch SDPA forward": by_processor(theirs.own, theirs.processors),
+            "fixed Python loop": by_processor(ours.work, ours.processors),
+        },
     }  # fmt: skip
-    print(f"{'microseconds':40s} {'least':>8s} {'median':>8s} {'wall':>8s}")
+    print(f"{'microseconds':40s} {'least':>8s} {'median':>8s} {'at speed':>8s} {'wall':>8s}")
     for name, c in everything.items():
-        columns = (min(c.times()), statistics.median(c.times()), statistics.median(c.by_wall))
-        print(f"{name:40s} " + " ".join(f"{microseconds(x):8.2f}" for x in columns))
-    print(f"forward of SDPA's: {record['forward_of_sdpa']}; processors busy: {busy / elapsed:.2f}, with this one")
+        print(f"{name:40s} " + " ".join(f"{value(c, least_work) * 1e6:8.2f}" for value in STATISTICS.values()))
+    print(f"forward of SDPA's: {record['forward_of_sdpa']}; rounds at full speed: {full_speed} of {arguments.rounds}; "
+          f"processors busy, with this one: {busy / elapsed:.2f}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
