@@ -310,10 +310,8 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
     2023) with online softmax (Milakov, Gimelshein, 2018). Under autocast q, k and v are cast to its dtype first.
     """
-    left, right = window_size if isinstance(window_size, tuple) and len(window_size) == 2 else _pair(
-        "window_size", window_size, "(left, right)"
-    )
-    if isinstance(softmax_scale, Tensor) or isinstance(softcap, Tensor):
+    left, right = _NO_WINDOW if window_size is _NO_WINDOW else _pair("window_size", window_size, "(left, right)")
+    if type(softcap) is not float or (softmax_scale is not None and type(softmax_scale) is not float):
         _refuse_gradients(softmax_scale=softmax_scale, softcap=softcap)
     common = (
         bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
@@ -333,26 +331,29 @@ def attention(
         rng_state = None
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
-        _check_optional_tensors(
-            bias=bias, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
-            seqused_k=seqused_k,
-        )  # fmt: skip
-        if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
-        if bias is not None:
-            bias = _four_dimensional(bias)
-        if dropout_p == 0.0:
-            rng_state = None
-        else:
-            rng_state = new_rng_state() if rng_state is None else _as_rng_state(rng_state)
-        q_position, k_position = _positions(positions)
-        options = (
-            softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
-            _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
-            dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
-            out_dtype is not None and _float32_out(out_dtype, q.dtype),
-        )  # fmt: skip
-        out, lse = _call(q, k, v, bias, options, return_lse)
+        try:
+            if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+                raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
+            if bias is not None:
+                bias = _four_dimensional(bias)
+            if dropout_p == 0.0:
+                rng_state = None
+            else:
+                rng_state = new_rng_state() if rng_state is None else _as_rng_state(rng_state)
+            q_position, k_position = _positions(positions)
+            options = (
+                softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+                _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
+                dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
+                out_dtype is not None and _float32_out(out_dtype, q.dtype),
+            )  # fmt: skip
+            out, lse = _call(q, k, v, bias, options, return_lse)
+        except (AttributeError, RuntimeError):
+            _check_optional_tensors(
+                bias=bias, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
+                seqused_k=seqused_k,
+            )  # fmt: skip
+            raise
     if not (return_lse or return_rng_state):
         return out
     return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))

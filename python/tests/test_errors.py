@@ -139,8 +139,9 @@ def test_no_tensor(no_tensor, options):
 
 @pytest.mark.parametrize("name", ["bias", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"])
 def test_no_tensor_among_the_options(name):
+    longest = {f"max_seqlen_{name[-1]}": 8} if name.startswith("cu") else {}
     with pytest.raises(TypeError, match=f"^{name}: is a list; it must be a torch tensor"):
-        call(**{name: [0, 8, 16]})
+        call(**{name: [0, 8, 16]}, **longest)
     if name == "alibi_slopes":
         with pytest.raises(TypeError, match=name):
             flash_attn_func(*qkv(), alibi_slopes=[0.5] * 4)
