@@ -60,6 +60,12 @@ def test_compiles_in_one_graph(name, device):
         reference.near(a, b)
 
 
+def test_a_named_implementation_compiles():
+    q, k, v = qkv()
+    compiled = torch.compile(lambda *x: strobe.attention(*x, implementation="cpu"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), strobe.attention(q, k, v, implementation="cpu"))
+
+
 def test_compiles_with_inductor(device):
     q, k, v = qkv(device=device, grad=True)
 
