@@ -41,10 +41,10 @@ struct Row {
     cudaError_t (*launch)(const BackwardParams&, const cuda::LaunchContext&);
 };
 
-const Row kRows[] = {
 constexpr Keys few = Keys::few;
-#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                                                 \
-    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__},                            \
+const Row kRows[] = {
+#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                             \
+    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}, \
      &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}>},
 #include "backward_sm90_rows.inc"
 #undef STROBE_VARIANT
