@@ -67,8 +67,9 @@ ProblemSize problem_size(const strobe_attention& a) {
     s.num_heads_k = static_cast<int>(extent_from_end(a.k, 2));
     s.head_dim = static_cast<int>(extent_from_end(a.q, 1));
     s.head_dim_v = static_cast<int>(extent_from_end(a.v, 1));
-    s.seqlen_q = varlen_q ? a.max_seqlen_q : a.q.shape[1];
-    s.seqlen_k = varlen_k ? a.max_seqlen_k : a.k.shape[1];
+    // No sequence is longer than all of them, whatever the caller allowed for.
+    s.seqlen_q = varlen_q ? std::min(a.max_seqlen_q, a.q.shape[0]) : a.q.shape[1];
+    s.seqlen_k = varlen_k ? std::min(a.max_seqlen_k, a.k.shape[0]) : a.k.shape[1];
     s.total_q = varlen_q ? a.q.shape[0] : s.batch * s.seqlen_q;
     s.total_k = varlen_k ? a.k.shape[0] : s.batch * s.seqlen_k;
     return s;

@@ -46,7 +46,7 @@ inline bool takes_whole_heads(const Variant& v, const BackwardParams& p) {
     const int64_t group = p.size.num_heads / p.size.num_heads_k;
     const int64_t dq_bytes = machine * group * ceil_div(p.size.seqlen_q, v.block_m) * v.block_m * v.head_dim * 4;
     const int64_t times = key_tiles - 1;  // that a tile of dq waits; half of that, about, under a mask
-    const bool stays_near = times * dq_bytes <= (v.mask == MaskClass::band ? 2 : 1) * kMostBytes;
+    const bool stays_near = dq_bytes <= (v.mask == MaskClass::band ? 2 : 1) * kMostBytes / times;
     return stays_near && heads * 8 >= ceil_div(heads, machine) * machine * 7;
 }
 
