@@ -349,6 +349,22 @@ void add_short_sequences(List& list) {
     list.add(c);
     c.grad_f32 = c.accumulate = c.out_f32 = true;
     list.add(c);
+    // One tile in more heads than such a GPU has room for, and more query tiles of a head than a CTA's ring has slots: at head dims 64
+    // and 96 it makes their row statistics itself, and clears dq of queries that see nothing.
+    for (int head_dim : {64, 96, 128}) {
+        Case one{.dtype = DType::bf16, .batch = 67, .num_heads = 6, .num_heads_k = 2, .seqlen_q = 260, .seqlen_k = 9, .head_dim = head_dim};
+        one.window_right = 0;
+        one.dlse = true;
+        if (head_dim < 128) list.add(one);
+        one.window_right = -1;
+        one.varlen_q = one.varlen_k = one.seqused_q = one.seqused_k = true;
+        list.add(one);
+        one.seqlen_q = 33, one.seqlen_k = 100, one.num_heads = 10, one.window_right = 0;
+        list.add(one);
+    }
+    Case grouped{.dtype = DType::bf16, .batch = 66, .num_heads = 20, .num_heads_k = 4, .seqlen_q = 66, .seqlen_k = 140, .head_dim = 64};
+    grouped.window_right = 0;
+    list.add(grouped);
 }
 
 }  // namespace

@@ -284,7 +284,7 @@ TEST(Sm90BackwardSchedule, TheCaseListHasInnerRows) {
 }
 
 TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
-    int one_tile = 0, full = 0, band = 0, grouped = 0, varlen = 0, accumulating = 0;
+    int one_tile = 0, rounds_of_one = 0, rings_of_one = 0, full = 0, band = 0, grouped = 0, oddly = 0, varlen = 0, accumulating = 0;
     for (const verify::Case& c : verify::verify_cases()) {
         if (c.dtype == DType::f32 || c.head_dim > 256) continue;
         BackwardParams p;
@@ -295,14 +295,21 @@ TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
         v.head_dim = c.head_dim <= 64 ? 64 : c.head_dim <= 128 ? 128 : 256;
         v.block_m = v.head_dim == 64 ? 128 : 64;
         if (!takes_whole_heads(v, p)) continue;
-        one_tile += c.seqlen_k <= v.block_n;
-        if (c.seqlen_k <= v.block_n) continue;
+        if (c.seqlen_k <= v.block_n) {
+            one_tile += 1;
+            const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = c.batch * c.num_heads_k > machine_tiles(v);
+            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m);
+            rounds_of_one += own_statistics && goes_round;
+            rings_of_one += own_statistics && goes_round && slots > 8;
+            continue;
+        }
         (is_band ? band : full) += 1;
         grouped += c.num_heads > c.num_heads_k;
+        oddly += c.num_heads / c.num_heads_k % 2 == 1 && c.num_heads > c.num_heads_k;
         varlen += c.varlen_q && c.varlen_k && c.seqused_q;
         accumulating += c.accumulate;
     }
-    for (const int count : {one_tile, full, band, grouped, varlen, accumulating}) EXPECT_GT(count, 0);
+    for (const int count : {one_tile, rounds_of_one, rings_of_one, full, band, grouped, oddly, varlen, accumulating}) EXPECT_GT(count, 0);
 }
 
 TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
