@@ -367,6 +367,41 @@ void add_short_sequences(List& list) {
     list.add(grouped);
 }
 
+/// Masks as frameworks hand them over, the least finite number of the dtype added to a score: an eager implementation averages all values
+/// where all keys are hidden so. At scale 1, and times the inverse of any other, such a number leaves the range of fp32.
+void add_masking_biases(List& list) {
+    for (DType dtype : kDTypes) {
+        for (int head_dim : {64, 128}) {
+            for (double scale : {0.0, 1.0}) {
+                for (BiasShape bias : {BiasShape::full, BiasShape::keys}) {
+                    Case c{.dtype = dtype, .batch = 3, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264, .head_dim = head_dim};
+                    c.softmax_scale = scale;
+                    c.bias = bias, c.bias_hides = c.bias_least = true;
+                    list.add(c);
+                    c.bias_in_dtype = dtype != DType::f32;
+                    list.add(c);
+                }
+            }
+        }
+        Case c{.dtype = dtype, .batch = 3, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 70, .seqlen_k = 200, .head_dim = 64};
+        c.softmax_scale = 1.0;
+        c.bias = BiasShape::keys, c.bias_hides = true;
+        list.add(c);
+        c.bias_least = true;
+        const auto add = [&](auto set) {
+            Case with = c;
+            set(with);
+            list.add(with);
+        };
+        add([](Case& x) { x.window_right = 0; });
+        add([](Case& x) { x.softcap = 1.5; });
+        add([](Case& x) { x.alibi = Alibi::per_head; });
+        add([](Case& x) { x.dropout_p = 0.17; });
+        add([](Case& x) { x.bias = BiasShape::full, x.dbias = true; });
+        add([](Case& x) { x.bias_in_dtype = x.dtype != DType::f32, x.deterministic = true; });
+    }
+}
+
 }  // namespace
 
 std::vector<Case> verify_cases() {
@@ -382,6 +417,7 @@ std::vector<Case> verify_cases() {
     add_long_batches(list);
     add_kernel_rows(list);
     add_short_sequences(list);
+    add_masking_biases(list);
     return list.take();
 }
 
