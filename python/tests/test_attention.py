@@ -317,12 +317,12 @@ def test_scaled_dot_product_attention(device):
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masks_of_the_least_finite_number(device, dtype, scale):
-    """As transformers make them: the last keys are padding, and of one sequence all are."""
+@pytest.mark.parametrize("dtype, least", [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, -1e10)])
+def test_masks_of_huge_finite_numbers(device, dtype, least, scale):
+    """As programs make them, of the least finite number or a round one: the last keys are padding, and of one sequence all are."""
     q, k, v = (torch.randn(3, 2, n, 16, device=device).to(dtype).requires_grad_() for n in (70, 200, 200))
     padding = torch.arange(200, device=device) >= torch.tensor([200, 90, 0], device=device)[:, None]
-    mask = torch.zeros(3, 1, 1, 200, dtype=dtype, device=device).masked_fill(padding[:, None, None], torch.finfo(dtype).min)
+    mask = torch.zeros(3, 1, 1, 200, dtype=dtype, device=device).masked_fill(padding[:, None, None], least or torch.finfo(dtype).min)
     dout = torch.randn(3, 2, 70, 16, device=device).to(dtype)
     dout[2] = 0  # a loss leaves padding out
     out = strobe.scaled_dot_product_attention(q, k, v, mask, scale=scale)

@@ -271,6 +271,9 @@ void add_long_batches(List& list) {
     list.add(dense);
     // Fewer key tiles than a large GPU has room for: its CTAs share them.
     list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 400, .head_dim = 64});
+    for (int head_dim : {64, 96, 128}) {
+        list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 77, .head_dim = head_dim});
+    }
 }
 
 /// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied by tiles, and the

@@ -120,7 +120,9 @@ void check(std::mt19937& rng) {
                 ASSERT_LE(covered, visible) << "query tile " << m;
             }
             if (!covered) continue;
-            if (tile.shared >= 0) ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
+            if (tile.shared >= 0) {
+                ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
+            }
             const int turn = query_turn<V>(tile, m, seq.seqlen_q);
             // Whoever waits for its turn waits for tiles that were claimed before it: they are running or done.
             if (tile.shared < 0) {
@@ -176,12 +178,21 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
 TEST(Sm90BackwardSchedule, WholeHeadsWhereKeysAreFewAndHeadsAreMany) {
     BackwardParams p;
     p.size = {2, 4, 4, 128, 128, 4096, 128, 8192, 256};
-    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // one key tile: always
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // eight CTAs would take a tile of keys each, and many of queries
+    EXPECT_EQ(backward_schedule(kFewKeys, p).shared.tiles, 8);
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
+    p.deterministic = true;
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // the parts of a tile come in no order
+    p.deterministic = false;
+    p.size = {16, 4, 4, 128, 128, 4096, 128, 16 * 4096, 16 * 128};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // half of the machine has work
+    p.size = {2, 4, 4, 128, 128, 300, 128, 600, 256};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // too little of it to be shared
     EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 0);
     EXPECT_FALSE(takes_whole_heads(kFull, p));
     p.size.seqlen_k = 129;
     EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // the machine is not full
-    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 5 * 4);
     p.size = {64, 16, 16, 128, 128, 256, 256, 64 * 256, 64 * 256};
     EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
     EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 132 * 4);
