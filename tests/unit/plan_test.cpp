@@ -90,6 +90,12 @@ TEST(Plan, NoSequenceIsLongerThanAllOfThem) {
     a.max_seqlen_q = a.max_seqlen_k = 1 << 30;
     EXPECT_EQ(strobe::problem_size(a).seqlen_q, 70);
     EXPECT_EQ(strobe::problem_size(a).seqlen_k, 50);
+    const int64_t bias_shape[] = {3, 2, 100, 100};  // all of whose gradient is written
+    a.bias = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, bias_shape);
+    a.max_seqlen_q = a.max_seqlen_k = 100;
+    EXPECT_EQ(strobe::problem_size(a).seqlen_q, 100);
+    EXPECT_EQ(strobe::problem_size(a).seqlen_k, 100);
+    a.bias = {};
     a.max_seqlen_q = a.max_seqlen_k = 40;
     EXPECT_EQ(strobe::problem_size(a).seqlen_q, 40);
     EXPECT_EQ(strobe::problem_size(a).seqlen_k, 40);
