@@ -390,8 +390,13 @@ double decode(const Buffer& buffer, bool doubles, const std::byte* image, int64_
 
 std::vector<std::byte> encode(const Buffer& buffer, bool doubles) {
     std::vector<std::byte> image(buffer.values.size() * element_bytes(buffer, doubles));
+    const double* values = buffer.values.data();
+    if (doubles && buffer.dtype != DType::i32) {
+        std::memcpy(image.data(), values, image.size());
+        return image;
+    }
     for (size_t i = 0; i < buffer.values.size(); ++i) {
-        encode_element(buffer, doubles, image.data(), static_cast<int64_t>(i), buffer.values[i]);
+        encode_element(buffer, doubles, image.data(), static_cast<int64_t>(i), values[i]);
     }
     return image;
 }
