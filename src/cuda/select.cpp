@@ -84,24 +84,20 @@ bool covers(Features features, Features wanted) {
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
 /// costs more than the mask code of a lower one. The sm90 backward for few keys has two buffers for them, and a CTA
-/// may take a head as a whole. In the sm80 backward the dQ pass of the deterministic mode wants the second
-/// stage that the reduction of dQ does better without.
+/// may take a head as a whole.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
     if (served(v) != served(best)) return false;
-    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
-    if (v.arch == Arch::sm90) {
-        if (v.mask < best.mask) return false;
-        if (v.direction == Direction::backward) {
-            const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
-            return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
-        }
-        if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
-        if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
-        return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
+    if (v.arch != Arch::sm90 || v.mask < best.mask) return false;
+    if (v.direction == Direction::backward) {
+        const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
+        return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
     }
-    return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
+    if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
+    if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
+    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
+    return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
 }
 
 }  // namespace
@@ -110,7 +106,6 @@ Request request_of(const ForwardParams& p) { return shared_request(p, Direction:
 
 Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
-    r.deterministic = p.deterministic;
     r.tiled = r.tiled && !p.dbias && !p.deterministic;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
