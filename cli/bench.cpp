@@ -299,6 +299,9 @@ void bench(const BenchOptions& options) {
     const std::vector<Case> all = on_cpu ? verify::bench_cases() : verify::device_bench_cases();
     const std::vector<Case> cases = verify::filtered(all, options.filter);
     if (cases.empty()) throw Exit{kExitUsage, fmt::format("--filter: no benchmark case matches \"{}\"", options.filter)};
+    if (std::isnan(options.seconds)) throw Exit{kExitUsage, "--seconds: is not a number"};
+    check_implementation(options.implementation, device);
+    check_writable(options.json);
     if (options.threads > 0) set_num_threads(options.threads);
     const int threads = num_threads();
 
@@ -332,13 +335,13 @@ void bench(const BenchOptions& options) {
 void add_bench_command(CLI::App& app) {
     static BenchOptions options;
     CLI::App* command = app.add_subcommand("bench", "Time the benchmark cases, forward and backward");
-    add_common_options(*command, options, true);
+    add_common_options(*command, options);
     command->add_option("--vs", options.vs, "run a peer in turn on the same inputs")->check(CLI::IsMember({"torch"}));
     command->add_option("--python", options.python, "the interpreter that has the peer")->capture_default_str();
     command->add_option("--implementation", options.implementation,
                         "the implementation to time (default: the first that serves)");
-    command->add_option("--seconds", options.seconds, "time to spend on each cell")
-        ->capture_default_str()->check(CLI::PositiveNumber);
+    command->add_option("--seconds", options.seconds, "time to spend on each cell and direction")
+        ->capture_default_str()->check(CLI::Range(1e-3, 3600.0));
     command->callback([] { bench(options); });
 }
 

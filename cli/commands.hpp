@@ -19,7 +19,7 @@ struct CommonOptions {
     int threads = 0;
 };
 
-void add_common_options(CLI::App& command, CommonOptions& options, bool has_cases);
+void add_common_options(CLI::App& command, CommonOptions& options);
 
 void add_info_command(CLI::App& app);
 void add_verify_command(CLI::App& app);

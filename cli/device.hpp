@@ -16,6 +16,9 @@ namespace strobe::cli {
 /// "cpu", "cuda", "cuda:1". Throws Exit for anything else, and for a device that is not there.
 Device parse_device(const std::string& text);
 
+/// Throws Exit where `name`, what --implementation names, is neither empty nor an implementation for this type of device.
+void check_implementation(const std::string& name, const Device& device);
+
 /// Memory of the device.
 verify::Memory& device_memory(const Device& device);
 

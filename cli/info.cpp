@@ -4,6 +4,8 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
 
 #include "commands.hpp"
 #include "cpu/cpu_backend.hpp"
@@ -11,6 +13,7 @@
 #include "record.hpp"
 #include "registry.hpp"
 #include "strobe/strobe.hpp"
+#include "verify/case.hpp"
 
 namespace strobe::cli {
 namespace {
@@ -24,10 +27,17 @@ nlohmann::ordered_json implementations_json() {
 }
 
 void info(const CommonOptions& options) {
-    parse_device(options.device);  // refuses what this machine lacks, as every command does
+    const Device device = parse_device(options.device);  // refuses what this machine lacks, as every command does
+    const auto cases = [&](const std::vector<verify::Case>& list) { return verify::filtered(list, options.filter).size(); };
+    const size_t verify_cases = cases(verify::verify_cases());
+    const size_t bench_cases =
+        cases(device.type == DeviceType::cpu ? verify::bench_cases() : verify::device_bench_cases());
+    if (verify_cases + bench_cases == 0) throw Exit{kExitUsage, fmt::format("--filter: no case matches \"{}\"", options.filter)};
+    check_writable(options.json);
     if (options.threads > 0) set_num_threads(options.threads);
     nlohmann::ordered_json record = record_header("info");
     record["implementations"] = implementations_json();
+    record["cases"] = {{"verify", verify_cases}, {"bench", bench_cases}};
     const double fma = cpu::measured_fma_peak(), dot = cpu::measured_bf16_dot_peak();
     record["fma_peak_gflops_per_core"] = fma / 1e9;
     if (dot > 0) record["bf16_dot_peak_gflops_per_core"] = dot / 1e9;
@@ -60,6 +70,8 @@ void info(const CommonOptions& options) {
     for (const Implementation& i : implementations()) {
         std::printf("  %-4s  %s\n", i.device_type == STROBE_CPU ? "cpu" : "cuda", i.name);
     }
+    std::printf("\ncases             %zu of strobe verify, %zu of strobe bench%s%s\n", verify_cases, bench_cases,
+                options.filter.empty() ? "" : ", by --filter ", options.filter.c_str());
     if (!options.json.empty()) write_json(options.json, record);
 }
 
@@ -68,7 +80,7 @@ void info(const CommonOptions& options) {
 void add_info_command(CLI::App& app) {
     static CommonOptions options;
     CLI::App* command = app.add_subcommand("info", "What this machine and this build can do");
-    add_common_options(*command, options, false);
+    add_common_options(*command, options);
     command->callback([] { info(options); });
 }
 

@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
+#include <string>
 
 #include "commands.hpp"
 #include "error.hpp"
@@ -12,18 +13,30 @@
 
 namespace strobe::cli {
 
-void add_common_options(CLI::App& command, CommonOptions& options, bool has_cases) {
+void add_common_options(CLI::App& command, CommonOptions& options) {
     command.add_option("--device", options.device, "cpu, cuda or cuda:N")->capture_default_str();
-    if (has_cases) {
-        command.add_option("--filter", options.filter,
-                           "only cases whose name holds one of these comma-separated pieces; '!piece' leaves cases out, '*' and "
-                           "'?' are wildcards");
-    }
+    command.add_option("--filter", options.filter,
+                       "only cases whose name holds one of these comma-separated pieces; '!piece' leaves cases out, '*' and "
+                       "'?' are wildcards");
     command.add_option("--json", options.json, "also write the result to this file");
     command.add_option("--threads", options.threads, "CPU threads (default: the processors this process may use)")
-        ->check(CLI::PositiveNumber);
+        ->check(CLI::Range(1, 1 << 16));
 }
 
+namespace {
+
+/// The parser itself would say of a misspelt command only that one is wanted.
+void refuse_unknown_command(const CLI::App& app, const std::string& name) {
+    if (name.rfind('-', 0) == 0) return;
+    std::string names;
+    for (const CLI::App* command : app.get_subcommands({})) {
+        if (command->check_name(name)) return;
+        names += (names.empty() ? "" : ", ") + command->get_name();
+    }
+    throw Exit{kExitUsage, "\"" + name + "\" is no command; there are " + names};
+}
+
+}  // namespace
 }  // namespace strobe::cli
 
 int main(int argc, char** argv) {
@@ -40,6 +53,7 @@ int main(int argc, char** argv) {
     strobe::gpt::add_checkpoint_command(app);
 #endif
     try {
+        if (argc > 1) strobe::cli::refuse_unknown_command(app, argv[1]);
         app.parse(argc, argv);
         return 0;
     } catch (const CLI::ParseError& e) {

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -16,6 +15,7 @@
 #include "cpu/cpu_backend.hpp"
 #include "exit.hpp"
 #include "strobe/strobe.hpp"
+#include "utc_now.hpp"
 
 namespace strobe::cli {
 namespace {
@@ -45,10 +45,10 @@ std::string command_line() {
     return "strobe" + (program == std::string::npos ? std::string() : text.substr(program));
 }
 
-std::string utc_now() {
-    const std::time_t now = std::time(nullptr);
-    char text[sizeof "2000-01-01T00:00:00Z"];
-    return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now))};
+std::string temporary_beside(const std::string& path) { return fmt::format("{}.{}.tmp", path, getpid()); }
+
+Exit cannot_write(const std::string& path, const std::string& why) {
+    return {kExitUsage, fmt::format("--json: cannot write {}: {}", path, why)};
 }
 
 }  // namespace
@@ -76,19 +76,29 @@ nlohmann::ordered_json record_header(const std::string& kind) {
             {"machine", machine_json()}};
 }
 
+void check_writable(const std::string& path) {
+    if (path.empty()) return;
+    if (std::filesystem::is_directory(path)) throw cannot_write(path, "it is a directory");
+    const std::string temporary = temporary_beside(path);
+    if (!std::ofstream(temporary)) throw cannot_write(path, std::strerror(errno));
+    std::error_code ignored;
+    std::filesystem::remove(temporary, ignored);
+}
+
 void write_json(const std::string& path, const nlohmann::ordered_json& json) {
-    const std::string temporary = fmt::format("{}.{}.tmp", path, getpid());
+    const std::string temporary = temporary_beside(path);
     {
         std::ofstream file(temporary);
         file << json.dump(1) << '\n';
         file.flush();
-        if (!file) throw Exit{kExitUsage, fmt::format("--json: cannot write {}: {}", path, std::strerror(errno))};
+        if (!file) throw cannot_write(path, std::strerror(errno));
     }
     std::error_code error;
     std::filesystem::rename(temporary, path, error);
     if (error) {
+        const std::string why = error.message();
         std::filesystem::remove(temporary, error);
-        throw Exit{kExitUsage, fmt::format("--json: cannot write {}", path)};
+        throw cannot_write(path, why);
     }
 }
 

@@ -91,12 +91,16 @@ void verify_command(const VerifyCommandOptions& options) {
         for (const verify::Case& c : cases) std::printf("%s\n", c.name().c_str());
         return;
     }
+    check_implementation(options.implementation, device);
+    check_writable(options.json);
     if (options.threads > 0) set_num_threads(options.threads);
     const std::vector<CaseResult> results = run_cases(cases, options, device);
     Summary summary;
     for (const CaseResult& r : results) summary.add(r);
 
-    std::printf("largest error: %.2f of its bound, in %s\n", summary.worst, summary.worst_case.c_str());
+    if (!summary.worst_case.empty()) {
+        std::printf("largest error: %.2f of its bound, in %s\n", summary.worst, summary.worst_case.c_str());
+    }
     std::printf("%ld passed, %ld failed, %ld not supported\n", static_cast<long>(summary.passed),
                 static_cast<long>(summary.failed), static_cast<long>(summary.unsupported));
     if (!options.json.empty()) {
@@ -117,7 +121,7 @@ void verify_command(const VerifyCommandOptions& options) {
 void add_verify_command(CLI::App& app) {
     static VerifyCommandOptions options;
     CLI::App* command = app.add_subcommand("verify", "Hold the case list against the specification, forward and gradients");
-    add_common_options(*command, options, true);
+    add_common_options(*command, options);
     command->add_option("--implementation", options.implementation,
                         "the implementation to verify (default: the first that serves each case)");
     command->add_flag("--list", options.list, "print the names of the cases and stop");

@@ -27,6 +27,7 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.heads = int64_t{p.size.batch} * p.size.num_heads;
     r.seqlen_q = p.size.seqlen_q;
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
@@ -83,24 +84,20 @@ bool covers(Features features, Features wanted) {
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
 /// costs more than the mask code of a lower one. The sm90 backward for few keys has two buffers for them, and a CTA
-/// may take a head as a whole. In the sm80 backward the dQ pass of the deterministic mode wants the second
-/// stage that the reduction of dQ does better without.
+/// may take a head as a whole.
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
     if (served(v) != served(best)) return false;
-    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
-    if (v.arch == Arch::sm90) {
-        if (v.mask < best.mask) return false;
-        if (v.direction == Direction::backward) {
-            const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
-            return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
-        }
-        if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
-        if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
-        return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
+    if (v.arch != Arch::sm90 || v.mask < best.mask) return false;
+    if (v.direction == Direction::backward) {
+        const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
+        return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
     }
-    return request.deterministic && v.mask >= best.mask && area(v) == area(best) && v.stages > best.stages;
+    if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
+    if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
+    const auto area = [](const Variant& x) { return x.block_m * x.block_n; };
+    return v.mask == best.mask && (request.seqlen_k >= kLongSequence ? area(v) > area(best) : area(v) < area(best));
 }
 
 }  // namespace
@@ -109,7 +106,6 @@ Request request_of(const ForwardParams& p) { return shared_request(p, Direction:
 
 Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
-    r.deterministic = p.deterministic;
     r.tiled = r.tiled && !p.dbias && !p.deterministic;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
@@ -161,6 +157,17 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
                               request.head_dim, request.band ? "band" : "full", options_text(request), device.smem_per_cta);
+        return nullptr;
+    }
+    // Tiles are counted in 32 bits. So many need more memory than there is, unless most of them belong to no sequence.
+    constexpr int64_t kMostTiles = (int64_t{1} << 31) - (1 << 16);
+    const auto tiles = [&](int64_t rows, int block) { return request.heads * ((rows + block - 1) / block); };
+    const int64_t most = std::max(tiles(request.seqlen_q, best->block_m), tiles(request.seqlen_k, best->block_n));
+    if (most > kMostTiles) {
+        refusal = fmt::format("sequences of up to {} queries and {} keys would take {} tiles in {} heads of all sequences, {} are possible on "
+                              "CUDA; max_seqlen_q and max_seqlen_k need be no more than the longest sequences",
+                              request.seqlen_q, request.seqlen_k, most, request.heads, kMostTiles);
+        return nullptr;
     }
     return best;
 }

@@ -22,6 +22,7 @@ struct Request {
     Direction direction = Direction::forward;
     DType dtype = DType::bf16;
     int head_dim = 0;        // the larger of head_dim and head_dim_v
+    int64_t heads = 1;       // of all sequences
     int64_t seqlen_q = 0;    // at most
     int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window
@@ -31,7 +32,6 @@ struct Request {
     bool biased = false;     // an additive bias
     bool tiled = false;      // whose tiles can be copied 16 bytes at a time, and whose gradient is not wanted
     bool rare = false;       // dropout at positions or with probabilities that rows of dropout do not serve
-    bool deterministic = false;
     bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
 
     bool operator==(const Request&) const = default;

@@ -14,6 +14,10 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+double least_number(DType dtype) {
+    return dtype == DType::f16 ? -65504.0 : dtype == DType::bf16 ? -0x1.FEp127 : -0x1.FFFFFEp127;
+}
+
 /// Normal deviates, the same on every machine and standard library.
 class Random {
 public:
@@ -199,10 +203,14 @@ private:
         place("bias", c_.bias_dtype(), data_.bias);
         fill(data_.bias);
         if (c_.bias_hides) {
+            const double hidden = c_.bias_least ? least_number(c_.dtype) : -kInfinity;
             int64_t n = 0;
             data_.bias.for_each([&](int64_t at) {
-                const int64_t row = n++ / t.shape[3];
-                if (row % 5 == 3 || random_.bits() % 4 == 0) set(data_.bias, at, -kInfinity);
+                const int64_t row = n / t.shape[3], column = n % t.shape[3];
+                ++n;
+                // Of one batch entry all keys, of the others more and more of the last ones.
+                const bool padding = c_.bias == BiasShape::keys && column >= (b - 1 - row) * j / b;
+                if (padding || (c_.bias != BiasShape::keys && (row % 5 == 3 || random_.bits() % 4 == 0))) set(data_.bias, at, hidden);
             });
         }
         if (c_.dbias) {
@@ -382,8 +390,13 @@ double decode(const Buffer& buffer, bool doubles, const std::byte* image, int64_
 
 std::vector<std::byte> encode(const Buffer& buffer, bool doubles) {
     std::vector<std::byte> image(buffer.values.size() * element_bytes(buffer, doubles));
+    const double* values = buffer.values.data();
+    if (doubles && buffer.dtype != DType::i32) {
+        std::memcpy(image.data(), values, image.size());
+        return image;
+    }
     for (size_t i = 0; i < buffer.values.size(); ++i) {
-        encode_element(buffer, doubles, image.data(), static_cast<int64_t>(i), buffer.values[i]);
+        encode_element(buffer, doubles, image.data(), static_cast<int64_t>(i), values[i]);
     }
     return image;
 }

@@ -26,6 +26,10 @@ struct View {
     /// Calls f(element index in the buffer) for each element, last axis fastest.
     template <class F>
     void for_each(F&& f) const;
+
+    /// The same elements in the same order, by pieces that lie behind one another: f(index of the first, how many).
+    template <class F>
+    void for_each_run(F&& f) const;
 };
 
 /// One allocation. Whatever no view covers - the guard bands at both ends, the gaps between strided rows - is NaN.
@@ -79,13 +83,23 @@ BackwardParams backward_params(const CaseData& data, const Placement& placement)
 
 template <class F>
 void View::for_each(F&& f) const {
-    const int64_t count = elements();
-    if (count == 0) return;
+    for_each_run([&](int64_t first, int64_t count) {
+        for (int64_t n = 0; n < count; ++n) f(first + n);
+    });
+}
+
+template <class F>
+void View::for_each_run(F&& f) const {
+    if (elements() == 0) return;
+    int axes = static_cast<int>(shape.size());
+    int64_t run = 1;
+    if (axes > 0 && strides[axes - 1] == 1) run = shape[--axes];
+    const int64_t runs = elements() / run;
     std::array<int64_t, 8> index{};
     int64_t at = offset;
-    for (int64_t n = 0; n < count; ++n) {
-        f(at);
-        for (int axis = static_cast<int>(shape.size()) - 1; axis >= 0; --axis) {
+    for (int64_t n = 0; n < runs; ++n) {
+        f(at, run);
+        for (int axis = axes - 1; axis >= 0; --axis) {
             at += strides[axis];
             if (++index[axis] < shape[axis]) break;
             at -= shape[axis] * strides[axis];

@@ -26,6 +26,12 @@ def test_info_tells_what_there_is(tmp_path):
     used = record["machine"]["instruction_set_used"]
     assert used in record["machine"]["instruction_sets"] and f"(uses {used})" in done.stdout
     assert record["fma_peak_gflops_per_core"] > 1
+    assert record["cases"]["verify"] == len(strobe("verify", "--list").stdout.split()) and record["cases"]["bench"] == 48
+
+
+def test_info_counts_the_cases_of_a_filter():
+    count = len(strobe("verify", "--list", "--filter", "d64*causal").stdout.split())
+    assert f"cases             {count} of strobe verify, 12 of strobe bench" in strobe("info", "--filter", "d64*causal").stdout
 
 
 def test_an_instruction_set_can_be_forced():
@@ -80,15 +86,18 @@ def test_bench_times_both_directions(tmp_path):
     (("verify", "--help"), 0, ""),
     (("--version",), 0, ""),
     ((), 2, "subcommand"),
-    (("juggle",), 2, "subcommand"),
+    (("juggle",), 2, '"juggle" is no command; there are info, verify, bench'),
     (("verify", "--filter", "nothing-is-called-so"), 2, 'no case matches "nothing-is-called-so"'),
     (("bench", "--filter", "d63"), 2, 'no benchmark case matches "d63"'),
     (("verify", "--device", "tpu"), 2, 'is "tpu"; it must be cpu, cuda or cuda:N'),
+    (("info", "--filter", "nothing-is-called-so"), 2, 'no case matches "nothing-is-called-so"'),
     (("info", "--device", "cuda:-1"), 2, "it must be cpu, cuda or cuda:N"),
-    (("verify", "--threads", "0"), 2, "--threads"),
+    (("info", "--device", "cuda:99999999999"), 2, "it must be cpu, cuda or cuda:N"),
+    (("verify", "--threads", "0"), 2, "--threads: Value 0 not in range 1 to"),
+    (("bench", "--seconds", "nan"), 2, "--seconds: is not a number"),
     (("bench", "--vs", "abacus"), 2, "--vs"),
-    (("info", "--json", "/nowhere/info.json"), 2, "cannot write /nowhere/info.json"),
-    (("verify", "--filter", SMALL, "--implementation", "abacus"), 1, ""),
+    (("verify", "--implementation", "abacus"), 2, '--implementation: is "abacus"; for cpu there are: cpu, reference'),
+    (("bench", "--implementation", "abacus"), 2, '--implementation: is "abacus"; for cpu there are: cpu, reference'),
     (("bench", "--filter", "s512", "--vs", "torch", "--python", "/nowhere/python"), 3, "--python names another interpreter"),
 ])
 def test_exit_codes(arguments, code, message):
@@ -96,6 +105,15 @@ def test_exit_codes(arguments, code, message):
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stderr
     assert not (code == 0 and done.stderr)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "bench"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path):
+    for path, reason in (("/nowhere/x.json", "No such file or directory"), (tmp_path, "it is a directory")):
+        done = strobe(command, "--json", path)
+        assert done.returncode == 2 and done.stdout == "", done.stdout
+        assert f"--json: cannot write {path}: {reason}" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_device_that_is_not_there():

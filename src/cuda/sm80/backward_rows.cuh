@@ -5,13 +5,14 @@
 #include "cuda/sm80/backward_workspace.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/output.cuh"
+#include "cuda/sm80/score_gradient.cuh"
 
 namespace strobe::sm80 {
 
 constexpr int kRowThreads = 256;
 
-/// lse in base 2 and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
-/// Clears the tile's dQ accumulator.
+/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
+/// Clears the tile's dQ accumulator and its turns.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     constexpr int kPasses = (V.block_m + kRowsAtOnce - 1) / kRowsAtOnce;
     const int64_t head_index = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
+    if (ws.claims && head_index == 0 && blockIdx.x == 0 && threadIdx.x == 0) *ws.claims = 0;
     if (head_index >= static_cast<int64_t>(p.size.batch) * p.size.num_heads) return;
     const int batch = static_cast<int>(head_index / p.size.num_heads);
     const int head = static_cast<int>(head_index % p.size.num_heads);
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kRowThreads)
         if (live) a[pass] = read(dout.row(row));
         if (live && !out.is_float) b[pass] = read(out.half_row(row));
     }
+    if (ws.turns && thread == 0) ws.turns[tile] = 0;
     if (ws.dq) {
         float4* const dq = reinterpret_cast<float4*>(ws.dq + tile * (V.block_m * V.head_dim));
 #pragma unroll 4
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kRowThreads)
             if (p.dlse) dlse = p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + at];
         }
         const bool sees = lse != -INFINITY;
-        ws.lse_log2[tile * V.block_m + row] = sees ? lse * kLog2e : INFINITY;
+        ws.lse[tile * V.block_m + row] = sees ? lse * lse_factor<V.features>(p) : INFINITY;
         ws.delta[tile * V.block_m + row] = sees ? keep * (sum - dlse) : 0.0f;
     }
 }

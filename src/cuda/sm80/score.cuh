@@ -62,11 +62,11 @@ struct NoScoreFunction {
 /// softmax_scale * q.k and a bias whose tiles lie in shared memory, in the kernel's type.
 struct TiledBias {
     Bias bias;
-    float inverse;
+    float scale;
 
     __device__ TiledBias(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : bias(p, seq, batch, head), inverse(1.0f / p.score.softmax_scale) {}
-    __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
+        : bias(p, seq, batch, head), scale(p.score.softmax_scale) {}
+    __device__ float unit_log2(const AttentionParams&) const { return kLog2e; }
 };
 
 /// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the exponentials keep
@@ -117,11 +117,19 @@ struct Softcap {
     }
 };
 
+/// What bends the scores of a row: x (slope + c1 x^2 + c2 x^4).
+struct SoftcapCurve {
+    float c1, c2;
+};
+
 /// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is in the coefficients,
 /// so that it takes three multiply-adds more than scores without a softcap.
 struct TightSoftcap {
+    static constexpr float kSlope = 0.99997744f;
+    static constexpr float kHidden = -1e18f;  // its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight
     float largest;  // that it serves; negative: nothing
-    float c0, c1, c2;
+    float slope;
+    SoftcapCurve curve;
     float inverse;
 
     __device__ TightSoftcap(const Softcap& softcap, float scale_log2) : inverse(1.0f / scale_log2) {
@@ -131,15 +139,14 @@ struct TightSoftcap {
         const float half = 0.5f * softcap.cap;
         largest = is_moderate_softcap(softcap.cap) && half * scale_log2 < kWidest ? half : -1.0f;
         const float square = 1.0f / (softcap.cap * softcap.cap);
-        c0 = 0.99997744f * scale_log2;
-        c1 = -0.33169151f * square * scale_log2;
-        c2 = 0.11520976f * (square * square) * scale_log2;
+        slope = kSlope * scale_log2;
+        curve = {-0.33169151f * square * scale_log2, 0.11520976f * (square * square) * scale_log2};
     }
-    __device__ float exponent(float x, float offset) const {
+    __device__ float exponent(float x, float offset, const SoftcapCurve& row) const {
         const float square = x * x;
-        return fmaf(x, fmaf(fmaf(c2, square, c1), square, c0), -offset);
+        return fmaf(x, fmaf(fmaf(row.c2, square, row.c1), square, slope), -offset);
     }
-    __device__ float score(float x) const { return exponent(x, 0.0f) * inverse; }
+    __device__ float score(float x) const { return exponent(x, 0.0f, curve) * inverse; }
 };
 
 /// softmax_scale * q.k and a softcap.
@@ -151,25 +158,26 @@ struct CappedScore {
 };
 
 /// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
-/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway.
+/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway. With a bias
+/// they are held as they are: of a bias that is the least finite number of its type, as masks are made of, no multiple is finite.
 template <bool kBias>
 struct ScoreFunction {
-    float unit;       // score = unit * what the fragments hold
-    float prescale;   // 1 unless softmax_scale is no good unit: not positive, or tiny
-    float inverse;    // 1 / unit
-    Softcap softcap;  // / unit
-    float slope;      // of ALiBi, / unit; 0: none
+    float product_unit;  // before bias and ALiBi: score = product_unit * what the fragments hold
+    float unit;          // behind them: 1 with a bias, else the same
+    float prescale;      // 1 unless softmax_scale is no good unit: not positive, or tiny
+    Softcap softcap;     // / product_unit
+    float slope;         // of ALiBi, / unit; 0: none
     int diagonal;
     BiasOf<kBias> bias;
 
     static constexpr float kSmallestUnit = 1e-6f;
 
     __device__ ScoreFunction(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
+        : product_unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
+          unit(kBias && p.score.bias ? 1.0f : product_unit),
           prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
-          inverse(1.0f / unit),
-          softcap{p.score.softcap * inverse},
-          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * inverse : 0.0f),
+          softcap{p.score.softcap * (1.0f / product_unit)},
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit) : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(p, seq, batch, head) {}
 
@@ -181,7 +189,7 @@ struct ScoreFunction {
                                           const Staged& staged) const {
         scale(s);
         if (softcap.cap > 0.0f) softcap.apply(s);
-        bias.add(s, origin, inverse, staged);
+        bias.add(s, origin, product_unit, staged);
         add_slope(s, origin);
     }
 
@@ -199,7 +207,7 @@ struct ScoreFunction {
                 cap_with_gradient<kType>(s, slope_of_cap, inner, softcap);
             }
         }
-        bias.add(s, origin, inverse, staged);
+        bias.add(s, origin, product_unit, staged);
         add_slope(s, origin);
     }
 
