@@ -18,7 +18,7 @@ def _field(path, key):
     return ""
 
 
-def _busy_seconds():
+def busy_seconds():
     """CPU seconds of the whole machine since it started, idle and waiting left out."""
     fields = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
@@ -41,10 +41,10 @@ def header():
 
 def run(command):
     """Runs a program to its end; returns its output and how many processors others used meanwhile, on average."""
-    busy, mine, start = _busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    busy, mine, start = busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = after.ru_utime + after.ru_stime - mine.ru_utime - mine.ru_stime
-    return done.stdout, max(0.0, _busy_seconds() - busy - own) / (time.monotonic() - start)
+    return done.stdout, max(0.0, busy_seconds() - busy - own) / (time.monotonic() - start)

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -16,6 +15,7 @@
 #include "cpu/cpu_backend.hpp"
 #include "exit.hpp"
 #include "strobe/strobe.hpp"
+#include "utc_now.hpp"
 
 namespace strobe::cli {
 namespace {
@@ -43,12 +43,6 @@ std::string command_line() {
     }
     const size_t program = text.find(' ');
     return "strobe" + (program == std::string::npos ? std::string() : text.substr(program));
-}
-
-std::string utc_now() {
-    const std::time_t now = std::time(nullptr);
-    char text[sizeof "2000-01-01T00:00:00Z"];
-    return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now))};
 }
 
 std::string temporary_beside(const std::string& path) { return fmt::format("{}.{}.tmp", path, getpid()); }

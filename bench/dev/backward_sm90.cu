@@ -41,10 +41,10 @@ struct Row {
     cudaError_t (*launch)(const BackwardParams&, const cuda::LaunchContext&);
 };
 
-const Row kRows[] = {
 constexpr Keys few = Keys::few;
-#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                                                 \
-    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__},                            \
+const Row kRows[] = {
+#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                             \
+    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}, \
      &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}>},
 #include "backward_sm90_rows.inc"
 #undef STROBE_VARIANT
@@ -586,6 +586,7 @@ std::vector<Case> check_cases() {
             cases.push_back({"shared, full 1000x1030", 1, 3, 3, 1000, 1030, d, t});
             cases.push_back({"shared, gqa 6/2 full 700x515", 1, 6, 2, 700, 515, d, t});
             cases.push_back({"shared by eight, 2048x257", 1, 1, 1, 2048, 257, d, t});
+            cases.push_back({"shared, one key tile, 2050x77", 2, 4, 4, 2050, 77, d, t});
             Case h{"shared, accumulate f32 out", 1, 2, 2, 1100, 400, d, t};
             h.accumulate = h.f32_out = true;
             cases.push_back(h);
@@ -705,6 +706,13 @@ int main(int argc, char** argv) {
             Case c{"", static_cast<int>(lens.size()), 16, 16, 0, 0, 128, DType::bf16, -1, right};
             c.lens_q = c.lens_k = lens;
             std::printf("varlen %zu sequences %s %6.0f\n", lens.size(), right ? "full" : "causal", tflops(c, milliseconds(c, 9)));
+        }
+        for (int d : {64, 128}) {
+            std::printf("cross attention, 77 keys, 2x8, 2x32 heads d%d, us:", d);
+            for (int heads : {8, 32}) {
+                for (int64_t rows : {1024, 4096}) std::printf(" %6.1f", 1e3 * milliseconds({"", 2, heads, heads, rows, 77, d}, 21));
+            }
+            std::printf("\n");
         }
         const Case w{"", 1, 16, 16, 16384, 16384, 128, DType::bf16, 1023, 0};
         std::printf("window 1024 causal 16k %6.0f\n", tflops(w, milliseconds(w, 9)));

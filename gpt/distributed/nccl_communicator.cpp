@@ -67,7 +67,12 @@ public:
     }
     void as_one(const std::function<void()>& calls) override {
         nccl_.check(nccl_.ncclGroupStart(), "ncclGroupStart");
-        calls();
+        try {
+            calls();
+        } catch (...) {
+            nccl_.ncclGroupEnd();  // in an open group ncclCommAbort would wait for its end
+            throw;
+        }
         nccl_.check(nccl_.ncclGroupEnd(), "ncclGroupEnd", comm_);
     }
     void join() override {

@@ -62,12 +62,13 @@ std::string described(int rank, const std::string& name) { return fmt::format("r
 
 }  // namespace
 
-ProcessGroup::ProcessGroup(const Launch& launch) : launch_(launch), wake_fd_(::eventfd(0, EFD_CLOEXEC)) {
-    if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+ProcessGroup::ProcessGroup(const Launch& launch) : launch_(launch) {
     if (launch.rank == 0)
         meet_as_leader();
     else
         meet_leader();
+    wake_fd_ = ::eventfd(0, EFD_CLOEXEC);  // behind what may throw
+    if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
     watcher_ = std::thread([this] { watch(); });
 }
 

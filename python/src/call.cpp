@@ -62,7 +62,7 @@ strobe_attention describe(const Tensor& q, const Tensor& k, const Tensor& v, con
     a.q = view("q", q);
     a.k = view("k", k);
     a.v = view("v", v);
-    if (a.q.device_type == STROBE_CPU) a.num_threads = torch_num_threads();
+    a.num_threads = a.q.device_type == STROBE_CPU ? torch_num_threads() : 1;  // 0: the library asks the system, at every call
     const auto set = [](strobe_tensor& to, const char* name, const Tensor& tensor) {
         if (tensor) to = view(name, tensor);
     };

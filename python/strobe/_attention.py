@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from . import _native, _ops
 
@@ -27,6 +28,8 @@ _plain_backward = _ops.attention_backward_plain._handle
 
 def _run(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, options: tuple) -> tuple[Tensor, Tensor | None]:
     if len(options) != _ops.NUM_PLAIN_OPTIONS:
+        if _is_functorch_active():  # vmap has no way to batch an operator that may return None
+            return _ops.attention(q, k, v, *options)
         return _unrecorded(q, k, v, with_lse, *options)
     if _has_torch_function(q, k, v):
         return _ops.attention_plain_lse(q, k, v, *options) if with_lse else (_ops.attention_plain(q, k, v, *options), None)
@@ -64,6 +67,8 @@ class _Attention(torch.autograd.Function):
 
 class _TransformedAttention(torch.autograd.Function):
     """The same in the form that torch.func asks for."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, bias, options, with_lse):
@@ -104,22 +109,50 @@ def _with_bias(options: tuple, bias: Tensor | None) -> tuple:
     return (*options[: _ops.BIAS_OPTION], bias, *options[_ops.BIAS_OPTION + 1 :])
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
-        if not (x is None and name == "bias") and not isinstance(x, Tensor):
-            raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+def _must_be_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: is a {type(x).__name__}; it must be a torch tensor") from None
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _must_be_tensor(name, x)
+
+
+def _check_optional_tensors(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            _must_be_tensor(name, x)
+
+
+def _refuse_gradients(**numbers: Any) -> None:
+    for name, x in numbers.items():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires grad, but strobe takes it as a number; detach it, or apply it to q instead")
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Operators without a rule for forward mode drop tangents: the derivative would come out as zero."""
+    for x in tensors:
+        if isinstance(x, Tensor) and _forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "strobe.attention: forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) are not supported; "
+                "take them in reverse mode"
+            )
 
 
 def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     try:
         return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     except AttributeError:
-        _check_tensors(q, k, v, bias)
+        _check_tensors(q, k, v)
         raise
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of one call by the shortest way that torch's present mode allows; lse may be None without `with_lse`."""
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v, bias)
     if _is_compiling():
         return _ops.attention(q, k, v, *options)
     if _any_autocast() and torch.is_autocast_enabled(q.device.type):
@@ -134,7 +167,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: tuple, 
         result = _record(q, k, v, bias, options, with_lse)
         return result if with_lse else (result, None)
     except RuntimeError:
-        _check_tensors(q, k, v, bias)
+        _check_tensors(q, k, v)
         raise
 
 
@@ -147,10 +180,18 @@ def new_rng_state() -> Tensor:
     return torch.nn.functional.pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu"), (0, 1))
 
 
+def _pair(name: str, value: Any, meaning: str) -> tuple:
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: is {value!r}; it must be two integers, {meaning}") from None
+    return first, second
+
+
 def _as_rng_state(rng_state: Tensor | tuple[int, int]) -> Tensor:
     if isinstance(rng_state, Tensor):
         return rng_state
-    seed, offset = rng_state
+    seed, offset = _pair("rng_state", rng_state, "(seed, offset), or a tensor of them")
     return torch.tensor([seed, offset], dtype=torch.int64, device="cpu")
 
 
@@ -171,7 +212,7 @@ def _max_seqlen(name: str, cu_seqlens: Tensor | None, max_seqlen: int | None) ->
 def _positions(positions: tuple[int, int] | None) -> tuple[int, int]:
     if positions is None:
         return -1, -1
-    q_position, k_position = positions
+    q_position, k_position = _pair("positions", positions, "(q_position, k_position)")
     if q_position < 0 or k_position < 0:
         raise ValueError(f"positions: are {positions}; they must not be negative")
     return q_position, k_position
@@ -185,7 +226,9 @@ def _float32_out(out_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
 
 def _plain_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor | None:
     """The call without further options and without its log-sum-exp, in few steps; None where torch is in a mode that takes more."""
-    if _is_dynamo_compiling() or _has_torch_function(q, k, v):
+    if _is_dynamo_compiling() or _has_torch_function(q, k, v) or _forward_ad._current_level >= 0:
+        return None
+    if softmax_scale is not None and isinstance(softmax_scale, Tensor):
         return None
     try:
         if not (_is_grad_enabled() and _any_requires_grad(q, k, v, None)):
@@ -194,7 +237,7 @@ def _plain_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, ca
             return None
         return _record_plain(q, k, v, softmax_scale, causal)
     except RuntimeError:
-        _check_tensors(q, k, v, None)
+        _check_tensors(q, k, v)
         raise
 
 
@@ -267,7 +310,9 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
     2023) with online softmax (Milakov, Gimelshein, 2018). Under autocast q, k and v are cast to its dtype first.
     """
-    left, right = window_size
+    left, right = _NO_WINDOW if window_size is _NO_WINDOW else _pair("window_size", window_size, "(left, right)")
+    if type(softcap) is not float or (softmax_scale is not None and type(softmax_scale) is not float):
+        _refuse_gradients(softmax_scale=softmax_scale, softcap=softcap)
     common = (
         bias is None and alibi_slopes is None and cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None
         and seqused_k is None and dropout_p == 0.0 and positions is None and out_dtype is None and implementation is None
@@ -286,22 +331,29 @@ def attention(
         rng_state = None
         out, lse = _call(q, k, v, None, options, return_lse)
     else:
-        if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
-        if bias is not None:
-            bias = _four_dimensional(bias)
-        if dropout_p == 0.0:
-            rng_state = None
-        else:
-            rng_state = new_rng_state() if rng_state is None else _as_rng_state(rng_state)
-        q_position, k_position = _positions(positions)
-        options = (
-            softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
-            _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
-            dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
-            out_dtype is not None and _float32_out(out_dtype, q.dtype),
-        )  # fmt: skip
-        out, lse = _call(q, k, v, bias, options, return_lse)
+        try:
+            if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+                raise ValueError("alibi_slopes: requires grad, but slopes are not differentiable; detach them, or pass a bias")
+            if bias is not None:
+                bias = _four_dimensional(bias)
+            if dropout_p == 0.0:
+                rng_state = None
+            else:
+                rng_state = new_rng_state() if rng_state is None else _as_rng_state(rng_state)
+            q_position, k_position = _positions(positions)
+            options = (
+                softmax_scale, causal, left, right, softcap, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+                _max_seqlen("q", cu_seqlens_q, max_seqlen_q), _max_seqlen("k", cu_seqlens_k, max_seqlen_k), seqused_q, seqused_k,
+                dropout_p, rng_state, q_position, k_position, deterministic, _native.implementation_index(implementation),
+                out_dtype is not None and _float32_out(out_dtype, q.dtype),
+            )  # fmt: skip
+            out, lse = _call(q, k, v, bias, options, return_lse)
+        except (AttributeError, RuntimeError):
+            _check_optional_tensors(
+                bias=bias, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
+                seqused_k=seqused_k,
+            )  # fmt: skip
+            raise
     if not (return_lse or return_rng_state):
         return out
     return (out, *((lse,) if return_lse else ()), *((rng_state,) if return_rng_state else ()))

@@ -40,11 +40,13 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: is given beside is_causal; give one of them")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != query.dim() or x.dim() not in (3, 4):
+            like = "" if x is query else f", query has {query.dim()}"
+            raise ValueError(f"{name}: has {x.dim()} dimensions{like}; it must be (B, H, S, D) or (H, S, D)")
     batched = query.dim() == 4
     if not batched:
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-    if query.dim() != 4:
-        raise ValueError(f"query: has {query.dim()} dimensions; it must be (B, H, S, D) or (H, S, D)")
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(f"key: has {key.shape[1]} heads, query has {query.shape[1]}; set enable_gqa for grouped heads")
     bias = None

@@ -38,24 +38,30 @@ def c_abi() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
-def implementations() -> tuple[str, ...]:
-    """The names of this build's implementations ("sm90", "cpu", ...), in the order in which a call is offered to them. One may still
-    refuse every call on this machine; ``strobe.attention(..., implementation=name)`` then says why.
-    """
+def _names() -> tuple[str, ...]:
     names = []
     while (name := c_abi().strobe_implementation(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
 
 
+_IMPLEMENTATIONS = _names()  # a constant for torch's compiler, which cannot look into the library
+
+
+def implementations() -> tuple[str, ...]:
+    """The names of this build's implementations ("sm90", "cpu", ...), in the order in which a call is offered to them. One may still
+    refuse every call on this machine; ``strobe.attention(..., implementation=name)`` then says why.
+    """
+    return _IMPLEMENTATIONS
+
+
 def implementation_index(name: str | None) -> int:
     """-1 for None, else the index that the operators take; ValueError for a name that this build does not have."""
     if name is None:
         return -1
-    if name not in implementations():
-        raise ValueError(f"implementation: is {name!r}; this build has: {', '.join(implementations())}")
-    return implementations().index(name)
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation: is {name!r}; this build has: {', '.join(_IMPLEMENTATIONS)}")
+    return _IMPLEMENTATIONS.index(name)
 
 
 def version() -> str:

@@ -218,6 +218,8 @@ _not_differentiable("lse_merge", "the backward of each part takes the merged out
 class _Gradients(torch.autograd.Function):
     """The backward of an eager call while a graph of it is made: ``create_graph=True`` and torch.func."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dout, dlse, q, k, v, out, lse, tail):
         with torch._C._AutoDispatchBelowAutograd():

@@ -316,6 +316,30 @@ def test_scaled_dot_product_attention(device):
     )
 
 
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("dtype, least", [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, -1e10)])
+def test_masks_of_huge_finite_numbers(device, dtype, least, scale):
+    """As programs make them, of the least finite number or a round one: the last keys are padding, and of one sequence all are."""
+    q, k, v = (torch.randn(3, 2, n, 16, device=device).to(dtype).requires_grad_() for n in (70, 200, 200))
+    padding = torch.arange(200, device=device) >= torch.tensor([200, 90, 0], device=device)[:, None]
+    mask = torch.zeros(3, 1, 1, 200, dtype=dtype, device=device).masked_fill(padding[:, None, None], least or torch.finfo(dtype).min)
+    dout = torch.randn(3, 2, 70, 16, device=device).to(dtype)
+    dout[2] = 0  # a loss leaves padding out
+    out = strobe.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    def eager(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        scores = leaves[0] @ leaves[1].mT * (scale or 16**-0.5) + mask.to(dtype)
+        result = torch.softmax(scores, -1) @ leaves[2]
+        return result, *torch.autograd.grad(result, leaves, dout.to(dtype))
+
+    ours = (out, *torch.autograd.grad(out, (q, k, v), dout))
+    for name, x, exact, naive in zip(("out", "dq", "dk", "dv"), ours, eager(torch.float64), eager(dtype)):
+        reference.assert_close(x, exact, naive, name, factor=2.0 if name == "out" else 3.0)
+    if dtype != torch.float16:  # whose least number leaves a score its digits in fp32
+        reference.near(out[2], v[2].double().mean(dim=1, keepdim=True).expand_as(out[2]))
+
+
 def test_every_implementation_can_be_named():
     t = make()
     expected = strobe.attention(**t)

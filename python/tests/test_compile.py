@@ -60,6 +60,12 @@ def test_compiles_in_one_graph(name, device):
         reference.near(a, b)
 
 
+def test_a_named_implementation_compiles():
+    q, k, v = qkv()
+    compiled = torch.compile(lambda *x: strobe.attention(*x, implementation="cpu"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), strobe.attention(q, k, v, implementation="cpu"))
+
+
 def test_compiles_with_inductor(device):
     q, k, v = qkv(device=device, grad=True)
 
@@ -258,6 +264,45 @@ def test_functorch_grad_with_options(name, device):
     leaves = [x.requires_grad_() for x in leaves]
     for a, b in zip(ours, torch.autograd.grad(loss(*leaves), leaves)):
         reference.near(a, b)
+
+
+TRANSFORMED = {
+    "plain": {"causal": True},
+    "options": {"softcap": 2.0, "window_size": (4, 2)},
+    "deterministic": {"deterministic": True},
+    "with log-sum-exp": {"return_lse": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_functorch_vmap(name, device):
+    """Over calls, and over gradients of calls, as for gradients of each sample or for an ensemble."""
+    options = TRANSFORMED[name]
+    q, k, v = (torch.stack([x, x.flip(1), -x]) for x in qkv(device=device))
+
+    def call(q, k, v):
+        results = strobe.attention(q, k, v, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    def gradients(q, k, v):
+        return torch.func.grad(lambda *x: sum(y.sin().sum() for y in call(*x)), argnums=(0, 1, 2))(q, k, v)
+
+    for function in (call, gradients):
+        ours = torch.vmap(function)(q, k, v)
+        for i in range(3):
+            for a, b in zip(ours, function(q[i], k[i], v[i])):
+                reference.near(a[i], b)
+    moved = torch.vmap(call, in_dims=(2, None, 1), out_dims=1)(q.movedim(0, 2), k[0], v.movedim(0, 1))
+    for i in range(3):
+        reference.near(moved[0][:, i], call(q[i], k[0], v[i])[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_jacobian(device):
+    q, k, v = qkv(batch=1, rows=3, heads=2, heads_k=2, dim=8, device=device)
+    ours = torch.func.jacrev(lambda x: strobe.attention(x, k, v, causal=True))(q)
+    reference.near(ours, torch.autograd.functional.jacobian(lambda x: strobe.attention(x, k, v, causal=True), q))
 
 
 def test_the_signature_is_the_documented_one():

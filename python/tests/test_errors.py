@@ -51,6 +51,8 @@ CASES = {
     "positions": (lambda: call(positions=(-1, 0)), "positions: are"),
     "out dtype": (lambda: call(out_dtype=torch.float16), "out_dtype: is torch.float16"),
     "implementation": (lambda: call(implementation="fast"), "implementation: is 'fast'; this build has: "),
+    "scale with gradient": (lambda: call(softmax_scale=torch.tensor(0.3, requires_grad=True)), "softmax_scale: requires grad"),
+    "softcap with gradient": (lambda: call(softcap=torch.tensor(3.0, requires_grad=True)), "softcap: requires grad"),
     "max_seqlen without cu": (lambda: call(max_seqlen_q=5), "max_seqlen_q: is 5 without cu_seqlens_q"),
 }
 
@@ -135,6 +137,27 @@ def test_no_tensor(no_tensor, options):
                 strobe.attention(**tensors, **options)
 
 
+@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"])
+def test_no_tensor_among_the_options(name):
+    longest = {f"max_seqlen_{name[-1]}": 8} if name.startswith("cu") else {}
+    with pytest.raises(TypeError, match=f"^{name}: is a list; it must be a torch tensor"):
+        call(**{name: [0, 8, 16]}, **longest)
+    if name == "alibi_slopes":
+        with pytest.raises(TypeError, match=name):
+            flash_attn_func(*qkv(), alibi_slopes=[0.5] * 4)
+
+
+@pytest.mark.parametrize("value", [5, None, (1, 2, 3)], ids=str)
+def test_no_pair(value):
+    with pytest.raises(TypeError, match=r"window_size: is .*; it must be two integers, \(left, right\)"):
+        call(window_size=value)
+    if value is not None:
+        with pytest.raises(TypeError, match="positions: is .*; it must be two integers"):
+            call(positions=value)
+        with pytest.raises(TypeError, match="rng_state: is .*; it must be two integers"):
+            call(dropout_p=0.1, rng_state=value)
+
+
 def test_unknown_and_missing_arguments():
     q, k, v = qkv()
     with pytest.raises(TypeError, match="dropout"):
@@ -158,6 +181,23 @@ def test_no_second_derivative():
     (dq,) = torch.autograd.grad(strobe.attention(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(dq.sum(), q)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"return_lse": True}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("name", ["q", "v", "bias"])
+def test_no_forward_mode(name, options):
+    """A derivative that would silently be zero."""
+    tensors = dict(zip("qkv", qkv())) | ({"bias": torch.randn(8, 8)} if name == "bias" else {})
+    x = tensors.pop(name)
+    message = "forward-mode derivatives"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: strobe.attention(**tensors, **{name: x}, **options), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match=message):
+                strobe.attention(**tensors, **{name: dual}, **options)
+        strobe.attention(**tensors, **{name: x}, **options)
 
 
 def test_merge_is_not_differentiable():
@@ -188,6 +228,10 @@ def test_scaled_dot_product_attention_refusals():
     q = torch.randn(2, 4, 8, 16)
     with pytest.raises(ValueError, match="attn_mask: is given beside is_causal"):
         strobe.scaled_dot_product_attention(q, q, q, torch.ones(8, 8, dtype=torch.bool), is_causal=True)
+    with pytest.raises(ValueError, match="query: has 5 dimensions"):
+        strobe.scaled_dot_product_attention(q[None], q[None], q[None])
+    with pytest.raises(ValueError, match="key: has 3 dimensions, query has 4"):
+        strobe.scaled_dot_product_attention(q, q[0], q[0])
     with pytest.raises(ValueError, match="enable_gqa"):
         strobe.scaled_dot_product_attention(q, q[:, :2], q[:, :2])
 

@@ -27,6 +27,7 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.direction = direction;
     r.dtype = p.dtype;
     r.head_dim = std::max(p.size.head_dim, p.size.head_dim_v);
+    r.heads = int64_t{p.size.batch} * p.size.num_heads;
     r.seqlen_q = p.size.seqlen_q;
     r.seqlen_k = p.size.seqlen_k;
     r.band = p.mask.is_band();
@@ -161,6 +162,17 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
         refusal = fmt::format("no kernel for {} {} with head_dim {}, {} mask{}, in {} bytes of shared memory",
                               request.direction == Direction::forward ? "forward" : "backward", name(request.dtype),
                               request.head_dim, request.band ? "band" : "full", options_text(request), device.smem_per_cta);
+        return nullptr;
+    }
+    // Tiles are counted in 32 bits. So many need more memory than there is, unless most of them belong to no sequence.
+    constexpr int64_t kMostTiles = (int64_t{1} << 31) - (1 << 16);
+    const auto tiles = [&](int64_t rows, int block) { return request.heads * ((rows + block - 1) / block); };
+    const int64_t most = std::max(tiles(request.seqlen_q, best->block_m), tiles(request.seqlen_k, best->block_n));
+    if (most > kMostTiles) {
+        refusal = fmt::format("sequences of up to {} queries and {} keys would take {} tiles in {} heads of all sequences, {} are possible on "
+                              "CUDA; max_seqlen_q and max_seqlen_k need be no more than the longest sequences",
+                              request.seqlen_q, request.seqlen_k, most, request.heads, kMostTiles);
+        return nullptr;
     }
     return best;
 }

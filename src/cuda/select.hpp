@@ -22,6 +22,7 @@ struct Request {
     Direction direction = Direction::forward;
     DType dtype = DType::bf16;
     int head_dim = 0;        // the larger of head_dim and head_dim_v
+    int64_t heads = 1;       // of all sequences
     int64_t seqlen_q = 0;    // at most
     int64_t seqlen_k = 0;    // at most
     bool band = false;       // causal or window

@@ -78,7 +78,7 @@ std::string Case::name() const {
     add(alibi == Alibi::per_batch_and_head, "alibi_bh");
     const char* const bias_names[] = {"", "full", "heads", "shared", "keys", "queries", "scalar"};
     add(bias != BiasShape::none, "bias_" + std::string(bias_names[static_cast<int>(bias)]) +
-                                     (bias_in_dtype ? "_16" : "") + (bias_hides ? "_inf" : ""));
+                                     (bias_in_dtype ? "_16" : "") + (bias_least ? "_min" : bias_hides ? "_inf" : ""));
     add(dbias, "dbias");
     add(dropout_p != 0, "dropout" + number(dropout_p));
 
@@ -107,6 +107,7 @@ bool Case::consistent() const {
     }
     if (accumulate && grad_dtype() != DType::f32) return false;
     if ((dbias || bias_in_dtype || bias_hides) && bias == BiasShape::none) return false;
+    if (bias_least && !bias_hides) return false;
     return true;
 }
 

@@ -44,7 +44,8 @@ struct Case {
     Alibi alibi = Alibi::none;
     BiasShape bias = BiasShape::none;
     bool bias_in_dtype = false;  // else f32
-    bool bias_hides = false;     // a part of the bias is -inf, on some rows all of it
+    bool bias_hides = false;     // a part of the bias is -inf, on some rows all of it; of BiasShape::keys, the ends of sequences
+    bool bias_least = false;     // ... or the least finite number of `dtype`, as masks of padding are made of
     bool dbias = false;
     double dropout_p = 0;
 

@@ -14,6 +14,10 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+double least_number(DType dtype) {
+    return dtype == DType::f16 ? -65504.0 : dtype == DType::bf16 ? -0x1.FEp127 : -0x1.FFFFFEp127;
+}
+
 /// Normal deviates, the same on every machine and standard library.
 class Random {
 public:
@@ -199,10 +203,14 @@ private:
         place("bias", c_.bias_dtype(), data_.bias);
         fill(data_.bias);
         if (c_.bias_hides) {
+            const double hidden = c_.bias_least ? least_number(c_.dtype) : -kInfinity;
             int64_t n = 0;
             data_.bias.for_each([&](int64_t at) {
-                const int64_t row = n++ / t.shape[3];
-                if (row % 5 == 3 || random_.bits() % 4 == 0) set(data_.bias, at, -kInfinity);
+                const int64_t row = n / t.shape[3], column = n % t.shape[3];
+                ++n;
+                // Of one batch entry all keys, of the others more and more of the last ones.
+                const bool padding = c_.bias == BiasShape::keys && column >= (b - 1 - row) * j / b;
+                if (padding || (c_.bias != BiasShape::keys && (row % 5 == 3 || random_.bits() % 4 == 0))) set(data_.bias, at, hidden);
             });
         }
         if (c_.dbias) {

@@ -271,6 +271,9 @@ void add_long_batches(List& list) {
     list.add(dense);
     // Fewer key tiles than a large GPU has room for: its CTAs share them.
     list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 400, .head_dim = 64});
+    for (int head_dim : {64, 96, 128}) {
+        list.add({.dtype = DType::bf16, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 1100, .seqlen_k = 77, .head_dim = head_dim});
+    }
 }
 
 /// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied by tiles, and the
@@ -349,6 +352,57 @@ void add_short_sequences(List& list) {
     list.add(c);
     c.grad_f32 = c.accumulate = c.out_f32 = true;
     list.add(c);
+    // One tile in more heads than such a GPU has room for, and more query tiles of a head than a CTA's ring has slots: at head dims 64
+    // and 96 it makes their row statistics itself, and clears dq of queries that see nothing.
+    for (int head_dim : {64, 96, 128}) {
+        Case one{.dtype = DType::bf16, .batch = 67, .num_heads = 6, .num_heads_k = 2, .seqlen_q = 260, .seqlen_k = 9, .head_dim = head_dim};
+        one.window_right = 0;
+        one.dlse = true;
+        if (head_dim < 128) list.add(one);
+        one.window_right = -1;
+        one.varlen_q = one.varlen_k = one.seqused_q = one.seqused_k = true;
+        list.add(one);
+        one.seqlen_q = 33, one.seqlen_k = 100, one.num_heads = 10, one.window_right = 0;
+        list.add(one);
+    }
+    Case grouped{.dtype = DType::bf16, .batch = 66, .num_heads = 20, .num_heads_k = 4, .seqlen_q = 66, .seqlen_k = 140, .head_dim = 64};
+    grouped.window_right = 0;
+    list.add(grouped);
+}
+
+/// Masks as frameworks hand them over, the least finite number of the dtype added to a score: an eager implementation averages all values
+/// where all keys are hidden so. At scale 1, and times the inverse of any other, such a number leaves the range of fp32.
+void add_masking_biases(List& list) {
+    for (DType dtype : kDTypes) {
+        for (int head_dim : {64, 128}) {
+            for (double scale : {0.0, 1.0}) {
+                for (BiasShape bias : {BiasShape::full, BiasShape::keys}) {
+                    Case c{.dtype = dtype, .batch = 3, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264, .head_dim = head_dim};
+                    c.softmax_scale = scale;
+                    c.bias = bias, c.bias_hides = c.bias_least = true;
+                    list.add(c);
+                    c.bias_in_dtype = dtype != DType::f32;
+                    list.add(c);
+                }
+            }
+        }
+        Case c{.dtype = dtype, .batch = 3, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 70, .seqlen_k = 200, .head_dim = 64};
+        c.softmax_scale = 1.0;
+        c.bias = BiasShape::keys, c.bias_hides = true;
+        list.add(c);
+        c.bias_least = true;
+        const auto add = [&](auto set) {
+            Case with = c;
+            set(with);
+            list.add(with);
+        };
+        add([](Case& x) { x.window_right = 0; });
+        add([](Case& x) { x.softcap = 1.5; });
+        add([](Case& x) { x.alibi = Alibi::per_head; });
+        add([](Case& x) { x.dropout_p = 0.17; });
+        add([](Case& x) { x.bias = BiasShape::full, x.dbias = true; });
+        add([](Case& x) { x.bias_in_dtype = x.dtype != DType::f32, x.deterministic = true; });
+    }
 }
 
 }  // namespace
@@ -366,6 +420,7 @@ std::vector<Case> verify_cases() {
     add_long_batches(list);
     add_kernel_rows(list);
     add_short_sequences(list);
+    add_masking_biases(list);
     return list.take();
 }
 

@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <ctime>
 #include <fstream>
 #include <thread>
 
 #include "cuda/device.hpp"
 #include "parts.hpp"
 #include "strobe/strobe.hpp"
+#include "utc_now.hpp"
 
 namespace strobe::gpu_tests {
 
@@ -22,12 +22,6 @@ void Finding::fail(const std::string& what) {
 }
 
 namespace {
-
-std::string utc_now() {
-    const std::time_t now = std::time(nullptr);
-    char text[sizeof "2000-01-01T00:00:00Z"];
-    return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now))};
-}
 
 struct Part {
     const char* name;
@@ -55,7 +49,7 @@ int run(const Options& options, const std::string& commit, const std::string& pa
                 {"program", "gpu_check"},
                 {"version", version()},
                 {"commit", commit},
-                {"utc", utc_now()},
+                {"utc", cli::utc_now()},
                 {"device", {{"name", device.name},
                             {"compute_capability", device.compute_capability},
                             {"multiprocessors", device.num_sms},

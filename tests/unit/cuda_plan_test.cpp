@@ -112,6 +112,25 @@ TEST(Sm80Plan, TheSmallestBucketThatServes) {
     EXPECT_EQ(row->features, Features::general);
 }
 
+TEST(Sm80Plan, TilesAreCountedIn32Bits) {
+    constexpr int64_t kLong = int64_t{1} << 20;
+    for (const Direction direction : {Direction::forward, Direction::backward}) {
+        for (const auto& [seqlen_q, seqlen_k] : {std::pair{kLong, int64_t{1}}, std::pair{int64_t{1}, kLong}}) {
+            const auto served = [&](int64_t heads) {
+                const cuda::Request request{.direction = direction, .dtype = DType::bf16, .head_dim = 64, .heads = heads, .seqlen_q = seqlen_q,
+                                            .seqlen_k = seqlen_k, .tma_layout = true};
+                std::string refusal;
+                const bool found = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal) != nullptr;
+                EXPECT_EQ(found, refusal.empty());
+                EXPECT_TRUE(found || refusal.find("max_seqlen_q") != std::string::npos) << refusal;
+                return found;
+            };
+            EXPECT_TRUE(served(1 << 16));
+            EXPECT_FALSE(served(1 << 20));
+        }
+    }
+}
+
 TEST(Sm80Plan, RowsOfOneOptionServeNothingElse) {
     const auto features = [](cuda::Request request) {
         request.dtype = DType::bf16;

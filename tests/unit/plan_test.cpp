@@ -80,6 +80,27 @@ strobe_tensor view_of(const CaseData& data, const Placement& placement, const Vi
     return t;
 }
 
+TEST(Plan, NoSequenceIsLongerThanAllOfThem) {
+    strobe_attention a;
+    strobe_attention_init(&a);
+    const int64_t q_shape[] = {70, 2, 8}, k_shape[] = {50, 2, 8}, sums_shape[] = {4};
+    a.q = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 3, q_shape);
+    a.k = a.v = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 3, k_shape);
+    a.cu_seqlens_q = a.cu_seqlens_k = strobe_tensor_dense(nullptr, STROBE_I32, STROBE_CPU, 1, sums_shape);
+    a.max_seqlen_q = a.max_seqlen_k = 1 << 30;
+    EXPECT_EQ(strobe::problem_size(a).seqlen_q, 70);
+    EXPECT_EQ(strobe::problem_size(a).seqlen_k, 50);
+    const int64_t bias_shape[] = {3, 2, 100, 100};  // all of whose gradient is written
+    a.bias = strobe_tensor_dense(nullptr, STROBE_F32, STROBE_CPU, 4, bias_shape);
+    a.max_seqlen_q = a.max_seqlen_k = 100;
+    EXPECT_EQ(strobe::problem_size(a).seqlen_q, 100);
+    EXPECT_EQ(strobe::problem_size(a).seqlen_k, 100);
+    a.bias = {};
+    a.max_seqlen_q = a.max_seqlen_k = 40;
+    EXPECT_EQ(strobe::problem_size(a).seqlen_q, 40);
+    EXPECT_EQ(strobe::problem_size(a).seqlen_k, 40);
+}
+
 TEST(Plan, EveryOptionReachesTheKernel) {
     for (const Case& c : option_cases({.dtype = DType::bf16, .seqlen_q = 7, .seqlen_k = 12, .head_dim = 8})) {
         SCOPED_TRACE(c.name());

@@ -120,7 +120,9 @@ void check(std::mt19937& rng) {
                 ASSERT_LE(covered, visible) << "query tile " << m;
             }
             if (!covered) continue;
-            if (tile.shared >= 0) ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
+            if (tile.shared >= 0) {
+                ASSERT_TRUE(shared_pairs.insert({tile.shared, m}).second);
+            }
             const int turn = query_turn<V>(tile, m, seq.seqlen_q);
             // Whoever waits for its turn waits for tiles that were claimed before it: they are running or done.
             if (tile.shared < 0) {
@@ -176,12 +178,21 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
 TEST(Sm90BackwardSchedule, WholeHeadsWhereKeysAreFewAndHeadsAreMany) {
     BackwardParams p;
     p.size = {2, 4, 4, 128, 128, 4096, 128, 8192, 256};
-    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // one key tile: always
+    EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // eight CTAs would take a tile of keys each, and many of queries
+    EXPECT_EQ(backward_schedule(kFewKeys, p).shared.tiles, 8);
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
+    p.deterministic = true;
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // the parts of a tile come in no order
+    p.deterministic = false;
+    p.size = {16, 4, 4, 128, 128, 4096, 128, 16 * 4096, 16 * 128};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // half of the machine has work
+    p.size = {2, 4, 4, 128, 128, 300, 128, 600, 256};
+    EXPECT_TRUE(takes_whole_heads(kFewKeys, p));  // too little of it to be shared
     EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 0);
     EXPECT_FALSE(takes_whole_heads(kFull, p));
     p.size.seqlen_k = 129;
     EXPECT_FALSE(takes_whole_heads(kFewKeys, p));  // the machine is not full
-    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 64 * 4);
+    EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 2 * 5 * 4);
     p.size = {64, 16, 16, 128, 128, 256, 256, 64 * 256, 64 * 256};
     EXPECT_TRUE(takes_whole_heads(kFewKeys, p));
     EXPECT_EQ(backward_workspace(kFewKeys, p).dq_tiles, 132 * 4);
@@ -284,7 +295,7 @@ TEST(Sm90BackwardSchedule, TheCaseListHasInnerRows) {
 }
 
 TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
-    int one_tile = 0, full = 0, band = 0, grouped = 0, varlen = 0, accumulating = 0;
+    int one_tile = 0, rounds_of_one = 0, rings_of_one = 0, full = 0, band = 0, grouped = 0, oddly = 0, varlen = 0, accumulating = 0;
     for (const verify::Case& c : verify::verify_cases()) {
         if (c.dtype == DType::f32 || c.head_dim > 256) continue;
         BackwardParams p;
@@ -295,14 +306,21 @@ TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
         v.head_dim = c.head_dim <= 64 ? 64 : c.head_dim <= 128 ? 128 : 256;
         v.block_m = v.head_dim == 64 ? 128 : 64;
         if (!takes_whole_heads(v, p)) continue;
-        one_tile += c.seqlen_k <= v.block_n;
-        if (c.seqlen_k <= v.block_n) continue;
+        if (c.seqlen_k <= v.block_n) {
+            one_tile += 1;
+            const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = c.batch * c.num_heads_k > machine_tiles(v);
+            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m);
+            rounds_of_one += own_statistics && goes_round;
+            rings_of_one += own_statistics && goes_round && slots > 8;
+            continue;
+        }
         (is_band ? band : full) += 1;
         grouped += c.num_heads > c.num_heads_k;
+        oddly += c.num_heads / c.num_heads_k % 2 == 1 && c.num_heads > c.num_heads_k;
         varlen += c.varlen_q && c.varlen_k && c.seqused_q;
         accumulating += c.accumulate;
     }
-    for (const int count : {one_tile, full, band, grouped, varlen, accumulating}) EXPECT_GT(count, 0);
+    for (const int count : {one_tile, rounds_of_one, rings_of_one, full, band, grouped, oddly, varlen, accumulating}) EXPECT_GT(count, 0);
 }
 
 TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {

@@ -91,7 +91,7 @@ def _call(q, k, v, return_attn_probs, dropout_p, options):
     """One public call: out, or (out, softmax_lse, S_dmask)."""
     q, k, v = (maybe_contiguous(x) for x in (q, k, v))
     slopes = options["alibi_slopes"]
-    if slopes is not None and slopes.requires_grad:
+    if isinstance(slopes, Tensor) and slopes.requires_grad:
         options["alibi_slopes"] = slopes.detach()
     if not return_attn_probs:
         return attention(q, k, v, dropout_p=dropout_p, **options)

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = q0 + 8 * h + lane / 4;
-            lse[h] = row < seq.seqlen_q ? ws.lse_log2[stat0 + row] : INFINITY;
+            lse[h] = row < seq.seqlen_q ? ws.lse[stat0 + row] : INFINITY;
             delta[h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
         }
         float s[1][kNAtoms][4], dp[1][kNAtoms][4];

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                                                p.size.head_dim_v, dout.aligned(p.size.head_dim_v), thread);
         if (thread < kM / 2) {
             const int64_t stat = (ws.template first_tile<kM>(p, seq, batch, head) + tile) * kM;
-            const float* from = (thread < kM / 4 ? ws.lse_log2 : ws.delta) + stat + thread % (kM / 4) * 4;
+            const float* from = (thread < kM / 4 ? ws.lse : ws.delta) + stat + thread % (kM / 4) * 4;
             cp_async_16(stat_smem + stage * 2 * kConfig.stat_bytes + thread * 16, from);
         }
         if constexpr (kHasBias) {

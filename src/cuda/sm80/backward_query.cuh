@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = q0 + 16 * i + 8 * h + lane / 4;
-            lse[i][h] = row < seq.seqlen_q ? ws.lse_log2[stat0 + row] : INFINITY;
+            lse[i][h] = row < seq.seqlen_q ? ws.lse[stat0 + row] : INFINITY;
             delta[i][h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
         }
     if (tile_begin < tile_end) {

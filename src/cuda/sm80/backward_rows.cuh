@@ -5,12 +5,13 @@
 #include "cuda/sm80/backward_workspace.hpp"
 #include "cuda/sm80/config.hpp"
 #include "cuda/sm80/output.cuh"
+#include "cuda/sm80/score_gradient.cuh"
 
 namespace strobe::sm80 {
 
 constexpr int kRowThreads = 256;
 
-/// lse in base 2 and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
+/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
 /// Clears the tile's dQ accumulator.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kRowThreads)
             if (p.dlse) dlse = p.dlse.data[batch * p.dlse.batch_stride + head * p.dlse.head_stride + at];
         }
         const bool sees = lse != -INFINITY;
-        ws.lse_log2[tile * V.block_m + row] = sees ? lse * kLog2e : INFINITY;
+        ws.lse[tile * V.block_m + row] = sees ? lse * lse_factor<V.features>(p) : INFINITY;
         ws.delta[tile * V.block_m + row] = sees ? keep * (sum - dlse) : 0.0f;
     }
 }

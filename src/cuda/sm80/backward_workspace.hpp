@@ -7,10 +7,10 @@
 namespace strobe::sm80 {
 
 struct BackwardWorkspace {
-    int64_t head_tiles = 0;   // tiles of one head (varlen: of one head of all sequences)
-    float* lse_log2 = nullptr;  // (tiles, block_m): lse * log2(e); +inf where the row sees nothing or does not exist
-    float* delta = nullptr;     // (tiles, block_m): rowsum(dout * out) - dlse
-    float* dq = nullptr;        // (tiles, block_m * head_dim) in fragment order; null when dQ has its own pass
+    int64_t head_tiles = 0;  // tiles of one head (varlen: of one head of all sequences)
+    float* lse = nullptr;    // (tiles, block_m): in base 2, with a bias in the unit of scores; +inf where the row sees nothing or does not exist
+    float* delta = nullptr;  // (tiles, block_m): rowsum(dout * out) - dlse
+    float* dq = nullptr;     // (tiles, block_m * head_dim) in fragment order; null when dQ has its own pass
 
     static constexpr int64_t kAlign = 256;
 
@@ -38,7 +38,7 @@ struct BackwardWorkspace {
         w.head_tiles = tiles_of_head(p.size, varlen, v.block_m);
         const int64_t tiles = total_tiles(p.size, varlen, v.block_m);
         char* at = static_cast<char*>(p.workspace);
-        w.lse_log2 = reinterpret_cast<float*>(at);
+        w.lse = reinterpret_cast<float*>(at);
         w.delta = reinterpret_cast<float*>(at + stat_bytes(tiles, v.block_m));
         if (!p.deterministic) w.dq = reinterpret_cast<float*>(at + 2 * stat_bytes(tiles, v.block_m));
         return w;

@@ -61,35 +61,35 @@ struct Bias {
                                                             min(seqlen_k - k_begin, kCols), true, thread);
     }
 
-    /// s += inverse * bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first for transposed
-    /// fragments), if that is where it is.
+    /// s = unit * s + bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first for transposed
+    /// fragments), if that is where it is. Without a bias s stays as it is.
     template <bool kTransposed, int kMAtoms, int kNAtoms, int kCols>
-    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float inverse,
+    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float unit,
                                         const FragmentAddress<kCols>& staged_at) const {
         if (!staged()) {
-            add(s, origin, inverse, NoBias());
+            add(s, origin, unit, NoBias());
         } else if (dtype == DType::bf16) {
-            add_tile<DType::bf16, kTransposed>(s, inverse, staged_at);
+            add_tile<DType::bf16, kTransposed>(s, unit, staged_at);
         } else {
-            add_tile<DType::f16, kTransposed>(s, inverse, staged_at);
+            add_tile<DType::f16, kTransposed>(s, unit, staged_at);
         }
     }
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float inverse,
+    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float unit,
                                         const NoBias&) const {
         if (!data) return;
         if (dtype == DType::f32) {
-            add_direct<FloatElements>(s, origin, inverse);
+            add_direct<FloatElements>(s, origin, unit);
         } else if (dtype == DType::bf16) {
-            add_direct<HalfElements<DType::bf16>>(s, origin, inverse);
+            add_direct<HalfElements<DType::bf16>>(s, origin, unit);
         } else {
-            add_direct<HalfElements<DType::f16>>(s, origin, inverse);
+            add_direct<HalfElements<DType::f16>>(s, origin, unit);
         }
     }
 
     /// The same of a tile of kType in shared memory.
     template <DType kType, bool kTransposed, int kMAtoms, int kNAtoms, int kCols>
-    __device__ __forceinline__ static void add_tile(float (&s)[kMAtoms][kNAtoms][4], float inverse,
+    __device__ __forceinline__ static void add_tile(float (&s)[kMAtoms][kNAtoms][4], float unit,
                                                       const FragmentAddress<kCols>& at) {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
@@ -105,8 +105,8 @@ struct Bias {
                 for (int n = 0; n < 4; ++n) {
                     const float2 x = unpack2<kType>(words[n]);
                     float (&atom)[4] = s[i][j + n / 2];
-                    atom[n % 2 * 2] = fmaf(x.x, inverse, atom[n % 2 * 2]);
-                    atom[n % 2 * 2 + 1] = fmaf(x.y, inverse, atom[n % 2 * 2 + 1]);
+                    atom[n % 2 * 2] = fmaf(atom[n % 2 * 2], unit, x.x);
+                    atom[n % 2 * 2 + 1] = fmaf(atom[n % 2 * 2 + 1], unit, x.y);
                 }
             }
     }
@@ -132,7 +132,7 @@ private:
     /// and checked by itself.
     template <typename Elements, bool kTransposed, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void add_direct(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
-                                               float inverse) const {
+                                               float unit) const {
         using Origin = FragmentOrigin<kTransposed>;
         using T = typename Elements::One;
         using T2 = typename Elements::Two;
@@ -152,19 +152,19 @@ private:
 #pragma unroll
                     for (int j = 0; j < kNAtoms; ++j) {
                         const float2 x = Elements::two(words[j]);
-                        s[i][j][2 * h] = fmaf(x.x, inverse, s[i][j][2 * h]);
-                        s[i][j][2 * h + 1] = fmaf(x.y, inverse, s[i][j][2 * h + 1]);
+                        s[i][j][2 * h] = fmaf(s[i][j][2 * h], unit, x.x);
+                        s[i][j][2 * h + 1] = fmaf(s[i][j][2 * h + 1], unit, x.y);
                     }
                 }
         } else if (__all_sync(0xffffffffu, whole)) {
             for_each(s, [&](float& x, int i, int j, int e) {
-                x = fmaf(Elements::one(__ldg(from + Origin::query_step(i, j, e) * row_stride + Origin::key_step(i, j, e))), inverse, x);
+                x = fmaf(x, unit, Elements::one(__ldg(from + Origin::query_step(i, j, e) * row_stride + Origin::key_step(i, j, e))));
             });
         } else {
             for_each(s, [&](float& x, int i, int j, int e) {
                 const int query = Origin::query_step(i, j, e), key = Origin::key_step(i, j, e);
                 if (origin.query + query < seqlen_q && origin.key + key < seqlen_k) {
-                    x = fmaf(Elements::one(__ldg(from + query * row_stride + key * col_stride)), inverse, x);
+                    x = fmaf(x, unit, Elements::one(__ldg(from + query * row_stride + key * col_stride)));
                 }
             });
         }

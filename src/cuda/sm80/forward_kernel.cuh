@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
 
     float o[kMAtoms][kDAtoms][4];
     clear(o);
-    OnlineSoftmax<kMAtoms> softmax(score.unit_log2(p));
+    OnlineSoftmax<kMAtoms, kHasBias> softmax(score.unit_log2(p));
     const WarpPair<kMAtoms> pair(p_smem + kM * kN * 2, thread);
 
     if (tile_begin < tile_end) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 if constexpr (kBiased) {
                     score.apply(s, origin, bias);
                 } else {
-                    score.bias.template add_tile<V.dtype, false>(s, score.inverse, bias);
+                    score.bias.template add_tile<V.dtype, false>(s, score.scale, bias);
                 }
             } else if constexpr (kGeneral) {
                 score.apply(s, origin, NoBias());

@@ -7,8 +7,9 @@
 namespace strobe::sm80 {
 
 /// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
-/// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O.
-template <int kMAtoms>
+/// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a score times
+/// scale_log2 may be beyond all floats, so that the reference is subtracted first, which takes an instruction more.
+template <int kMAtoms, bool kHuge = false>
 struct OnlineSoftmax {
     float reference[kMAtoms][2];
     float sum[kMAtoms][2];
@@ -61,7 +62,7 @@ struct OnlineSoftmax {
             }
     }
 
-    /// s becomes exp2(exponent(s, scale_log2 * reference, i, h)); total += its row sums.
+    /// s becomes exp2(exponent(s, scale_log2 * reference, i, h)), kHuge: exp2(exponent(s, reference, i, h)); total += its row sums.
     template <int kNAtoms, typename Exponent>
     __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2], Exponent exponent) const {
 #pragma unroll
@@ -69,7 +70,7 @@ struct OnlineSoftmax {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 // A row that has seen nothing yet has reference -inf; its scores are -inf and must become 0, not NaN.
-                const float offset = reference[i][h] == -INFINITY ? 0.0f : reference[i][h] * scale_log2;
+                const float offset = reference[i][h] == -INFINITY ? 0.0f : kHuge ? reference[i][h] : reference[i][h] * scale_log2;
 #pragma unroll
                 for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
@@ -83,7 +84,9 @@ struct OnlineSoftmax {
     /// s becomes exp2(scale_log2 * (s - reference)); total += its row sums.
     template <int kNAtoms>
     __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2]) const {
-        exponentiate(s, total, [this](float x, float offset, int, int) { return fmaf(x, scale_log2, -offset); });
+        exponentiate(s, total, [this](float x, float offset, int, int) {
+            return kHuge ? (x - offset) * scale_log2 : fmaf(x, scale_log2, -offset);
+        });
     }
 
     /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; true if `tight` serves all of them. In bf16,
@@ -145,7 +148,10 @@ struct OnlineSoftmax {
             for (int h = 0; h < 2; ++h) sum[i][h] = quad_sum(sum[i][h]);
     }
     __device__ float lse(int i, int h) const {
-        return sum[i][h] == 0.0f ? -INFINITY : (reference[i][h] * scale_log2) * kLn2 + __logf(sum[i][h]);
+        if (sum[i][h] == 0.0f) return -INFINITY;
+        static_assert(kLog2e * kLn2 == 1.0f);  // a huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other
+        const float natural = kHuge ? reference[i][h] * (scale_log2 * kLn2) : (reference[i][h] * scale_log2) * kLn2;
+        return natural + __logf(sum[i][h]);
     }
 
 private:

@@ -62,11 +62,11 @@ struct NoScoreFunction {
 /// softmax_scale * q.k and a bias whose tiles lie in shared memory, in the kernel's type.
 struct TiledBias {
     Bias bias;
-    float inverse;
+    float scale;
 
     __device__ TiledBias(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : bias(p, seq, batch, head), inverse(1.0f / p.score.softmax_scale) {}
-    __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
+        : bias(p, seq, batch, head), scale(p.score.softmax_scale) {}
+    __device__ float unit_log2(const AttentionParams&) const { return kLog2e; }
 };
 
 /// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the exponentials keep
@@ -151,25 +151,26 @@ struct CappedScore {
 };
 
 /// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
-/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway.
+/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway. With a bias
+/// they are held as they are: of a bias that is the least finite number of its type, as masks are made of, no multiple is finite.
 template <bool kBias>
 struct ScoreFunction {
-    float unit;       // score = unit * what the fragments hold
-    float prescale;   // 1 unless softmax_scale is no good unit: not positive, or tiny
-    float inverse;    // 1 / unit
-    Softcap softcap;  // / unit
-    float slope;      // of ALiBi, / unit; 0: none
+    float product_unit;  // before bias and ALiBi: score = product_unit * what the fragments hold
+    float unit;          // behind them: 1 with a bias, else the same
+    float prescale;      // 1 unless softmax_scale is no good unit: not positive, or tiny
+    Softcap softcap;     // / product_unit
+    float slope;         // of ALiBi, / unit; 0: none
     int diagonal;
     BiasOf<kBias> bias;
 
     static constexpr float kSmallestUnit = 1e-6f;
 
     __device__ ScoreFunction(const AttentionParams& p, const Sequence& seq, int batch, int head)
-        : unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
+        : product_unit(p.score.softmax_scale >= kSmallestUnit ? p.score.softmax_scale : 1.0f),
+          unit(kBias && p.score.bias ? 1.0f : product_unit),
           prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
-          inverse(1.0f / unit),
-          softcap{p.score.softcap * inverse},
-          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * inverse : 0.0f),
+          softcap{p.score.softcap * (1.0f / product_unit)},
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit) : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(p, seq, batch, head) {}
 
@@ -181,7 +182,7 @@ struct ScoreFunction {
                                           const Staged& staged) const {
         scale(s);
         if (softcap.cap > 0.0f) softcap.apply(s);
-        bias.add(s, origin, inverse, staged);
+        bias.add(s, origin, product_unit, staged);
         add_slope(s, origin);
     }
 
@@ -199,7 +200,7 @@ struct ScoreFunction {
                 cap_with_gradient<kType>(s, slope_of_cap, inner, softcap);
             }
         }
-        bias.add(s, origin, inverse, staged);
+        bias.add(s, origin, product_unit, staged);
         add_slope(s, origin);
     }
 

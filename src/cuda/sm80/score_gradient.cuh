@@ -5,6 +5,14 @@
 
 namespace strobe::sm80 {
 
+/// The LSE of a row's statistics: natural LSE times this. With a bias it may be huge, and no multiple of it finite (OnlineSoftmax).
+template <Features kFeatures>
+__device__ __forceinline__ float lse_factor(const AttentionParams& p) {
+    if constexpr (!has_bias(kFeatures)) return kLog2e;
+    const float scale = p.score.softmax_scale;
+    return p.score.bias || scale < ScoreFunction<true>::kSmallestUnit ? 1.0f : 1.0f / scale;
+}
+
 /// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the softcap
 /// was given (softmax_scale * q.k), else of what it returned. Dropout's factor 1 / (1 - p) is left out of P, dS and delta: it is one
 /// factor of each result.
@@ -34,20 +42,23 @@ struct ScoreGradient {
             score.template apply_with_gradient<kType>(s, slope_of_cap, origin, staged);
             capped = score.softcap.cap > 0.0f;
         } else if constexpr (kFeatures == Features::tiled) {
-            score.bias.template add_tile<kType, kTransposed>(s, score.inverse, staged);
+            score.bias.template add_tile<kType, kTransposed>(s, score.scale, staged);
         }
         if (masked) apply_mask(s, band, origin, -INFINITY);
     }
 
     /// s becomes P times the softcap's slope, the factor of dS. scale_log2: base-2 score per unit of s. lse(i, j, h) gives the
-    /// base-2 LSE of the queries of elements 2h and 2h + 1 of an atom; delta likewise.
+    /// LSE of the queries of elements 2h and 2h + 1 of an atom, in base 2 or with a bias in the unit of s (lse_factor); delta likewise.
     template <typename Lse>
     __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
                                                   float scale_log2, const DropoutBits<kTransposed>& bits, Lse lse) {
         for_each_pair<kMAtoms, kNAtoms>([&](int i, int j, int h) {
             const float2 l = lse(i, j, h);
-            s[i][j][2 * h] = exp2_fast(fmaf(s[i][j][2 * h], scale_log2, -l.x));
-            s[i][j][2 * h + 1] = exp2_fast(fmaf(s[i][j][2 * h + 1], scale_log2, -l.y));
+            const auto exponent = [&](float x, float row_lse) {
+                return has_bias(kFeatures) ? (x - row_lse) * scale_log2 : fmaf(x, scale_log2, -row_lse);
+            };
+            s[i][j][2 * h] = exp2_fast(exponent(s[i][j][2 * h], l.x));
+            s[i][j][2 * h + 1] = exp2_fast(exponent(s[i][j][2 * h + 1], l.y));
             probability[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]);
         });
         if constexpr (kFeatures == Features::dropout) {

@@ -50,11 +50,11 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
     if (n.batch == 0) return cudaSuccess;
     const BackwardWorkspace layout = backward_workspace(V, params);
     BackwardParams p = params;
-    if (takes_whole_heads(V, p)) p.deterministic = false;  // there is no order to keep
     char* const workspace = static_cast<char*>(p.workspace);
 
     BackwardLaunch args;
     args.schedule = backward_schedule(V, p);
+    if (args.schedule.whole_heads) p.deterministic = false;  // there is no order to keep
     args.scale_log2 = p.score.softmax_scale * kLog2E;
     args.stats = reinterpret_cast<float*>(workspace + layout.stats_offset);
     args.dq = reinterpret_cast<float*>(workspace + layout.dq_offset);

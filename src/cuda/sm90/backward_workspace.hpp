@@ -35,18 +35,20 @@ STROBE_HD constexpr bool may_take_whole_heads(const Variant& v) {
 
 /// Whole heads: a CTA (or pair) takes all key tiles of a key head, one after the other. It alone adds to the head's dq then: no
 /// atomics, no clearing, no conversion behind, the same bits every time. Between two key tiles dq waits in memory, which should not
-/// come to more traffic than L2 bears; with one key tile there is no such thing. And heads must go round.
+/// come to more traffic than L2 bears; with one key tile there is no such thing. And heads must go round: one tile each of a few heads,
+/// against many queries, is better shared.
 inline bool takes_whole_heads(const Variant& v, const BackwardParams& p) {
     constexpr int64_t kMostBytes = 72 << 20;  // measured: 69 MB still gained 10 %, 104 MB lost as much
     const int64_t key_tiles = ceil_div(p.size.seqlen_k, v.block_n);
     if (!may_take_whole_heads(v)) return false;
-    if (key_tiles <= 1) return true;
     const int64_t machine = machine_tiles(v);
     const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k;
+    constexpr int kGain = 3;  // of sharing over whole heads, at least: with two parts they are level (measured)
+    if (key_tiles <= 1) return heads * kGain > machine || shared_tiles(v, p).parts < kGain;
     const int64_t group = p.size.num_heads / p.size.num_heads_k;
     const int64_t dq_bytes = machine * group * ceil_div(p.size.seqlen_q, v.block_m) * v.block_m * v.head_dim * 4;
     const int64_t times = key_tiles - 1;  // that a tile of dq waits; half of that, about, under a mask
-    const bool stays_near = times * dq_bytes <= (v.mask == MaskClass::band ? 2 : 1) * kMostBytes;
+    const bool stays_near = dq_bytes <= (v.mask == MaskClass::band ? 2 : 1) * kMostBytes / times;
     return stays_near && heads * 8 >= ceil_div(heads, machine) * machine * 7;
 }
 
