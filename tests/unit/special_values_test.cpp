@@ -1,5 +1,5 @@
 // NaN and infinity anywhere in the inputs: every result is finite, infinite or NaN exactly where the specification's is, for every
-// instruction set. Rows whose scores are all -inf are among them: whatever they look at, they get 0 and give nothing.
+// instruction set, AVX-512-BF16 emulated where the machine has none. Rows whose scores are all -inf are among them: whatever they look at, they get 0 and give nothing.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,9 +7,17 @@
 #include <random>
 
 #include "cpu/cpu_backend.hpp"
+#include "cpu/plan.hpp"
 #include "owned_call.hpp"
+#include "plan.hpp"
 
 namespace strobe {
+
+namespace cpu::emulated_pairs {
+void forward(const ForwardParams&, const ForwardPlan&);
+void backward(const BackwardParams&, const BackwardPlan&);
+}  // namespace cpu::emulated_pairs
+
 namespace {
 
 enum class Class { finite, plus_infinity, minus_infinity, nan };
@@ -43,6 +51,41 @@ std::string difference(const OwnedCall& seen, const OwnedCall& expected) {
 /// NaN of both signs, quiet and with all payload bits that arithmetic may meet, and the infinities.
 constexpr uint32_t kSpecial[] = {0x7FC00000u, 0xFFC00000u, 0x7FC00001u, 0xFFFFFFFFu, 0x7F800000u, 0xFF800000u};
 
+/// The library's public calls.
+struct Library {
+    static void forward(OwnedCall& call) { call.run_forward(); }
+    static void backward(OwnedCall& call) { call.run_backward(); }
+};
+
+/// Kernels that the registry does not know: the bfloat16 pairs of AVX-512-BF16 with its one instruction written out.
+struct EmulatedPairs {
+    static void forward(OwnedCall& call) {
+        const strobe_attention attention = detail::to_c(call.attention);
+        const strobe_forward results = detail::to_c(call.forward);
+        ForwardParams p = forward_params(make_problem(&attention, &results));
+        const cpu::ForwardPlan plan = cpu::plan_forward(p, 3);
+        const Tensor workspace = call.zeros(DType::u8, {static_cast<int64_t>(plan.bytes() + kAlignment)});
+        p.workspace = aligned(workspace);
+        cpu::emulated_pairs::forward(p, plan);
+    }
+    static void backward(OwnedCall& call) {
+        const strobe_attention attention = detail::to_c(call.attention);
+        const strobe_backward results = detail::to_c(call.backward);
+        BackwardParams p = backward_params(make_problem(&attention, &results));
+        const cpu::BackwardPlan plan = cpu::plan_backward(p, 3);
+        const Tensor workspace = call.zeros(DType::u8, {static_cast<int64_t>(plan.bytes() + kAlignment)});
+        p.workspace = aligned(workspace);
+        cpu::emulated_pairs::backward(p, plan);
+    }
+
+private:
+    static constexpr size_t kAlignment = 256;
+    static void* aligned(const Tensor& t) {
+        const auto address = reinterpret_cast<uintptr_t>(t.data);
+        return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    }
+};
+
 class SpecialValues : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
 protected:
     SpecialValues() { cpu::force_isa(std::get<0>(GetParam())); }
@@ -51,14 +94,15 @@ protected:
     DType dtype() const { return std::get<1>(GetParam()); }
 };
 
-TEST_P(SpecialValues, ReachExactlyTheResultsThatTheSpecificationSays) {
+template <class Subject>
+void expect_the_results_that_the_specification_says(DType dtype) {
     constexpr std::pair<int64_t, int64_t> kLengths[] = {{1, 1}, {3, 1}, {1, 5}, {7, 40}, {70, 9}, {40, 70}, {130, 150}};
     for (unsigned seed = 0; seed < 400; ++seed) {
         std::mt19937 random(seed);
         const auto below = [&](uint32_t n) { return static_cast<int64_t>(random() % n); };
         const auto [seqlen_q, seqlen_k] = kLengths[below(std::size(kLengths))];
         const int64_t heads_k = 1 + below(2), heads = heads_k * (1 + below(2));
-        const OwnedShape shape{dtype(), 1 + below(2), seqlen_q, seqlen_k, heads, heads_k, 1 + below(40), 1 + below(40)};
+        const OwnedShape shape{dtype, 1 + below(2), seqlen_q, seqlen_k, heads, heads_k, 1 + below(40), 1 + below(40)};
         OwnedCall seen(shape, seed), expected(shape, seed);
         const int64_t mask = below(3);
         const bool softcap = below(4) == 0, has_bias = below(3) == 0, has_dlse = below(3) == 0, dropout = below(4) == 0;
@@ -88,16 +132,24 @@ TEST_P(SpecialValues, ReachExactlyTheResultsThatTheSpecificationSays) {
                 default: poison(seen.attention.bias, expected.attention.bias); break;
             }
         }
-        seen.run_forward();
+        Subject::forward(seen);
         expected.run_forward();
         // Both backwards start from the same results: beside an infinite dout the sign of an out that is all but zero decides
         // between infinity and NaN, and rounding decides that sign.
         seen.backward.out = expected.forward.out;
         seen.backward.lse = expected.forward.lse;
-        seen.run_backward();
+        Subject::backward(seen);
         expected.run_backward();
         EXPECT_EQ(difference(seen, expected), "") << "seed " << seed << ", " << seqlen_q << " x " << seqlen_k;
     }
+}
+
+TEST_P(SpecialValues, ReachExactlyTheResultsThatTheSpecificationSays) {
+    expect_the_results_that_the_specification_says<Library>(dtype());
+}
+
+TEST(SpecialValuesInEmulatedPairs, ReachExactlyTheResultsThatTheSpecificationSays) {
+    expect_the_results_that_the_specification_says<EmulatedPairs>(DType::bf16);
 }
 
 TEST_P(SpecialValues, ARowOfInfinitelyLowScoresIsDead) {
