@@ -173,7 +173,7 @@ const Variant* select(std::span<const Variant> rows, Arch arch, const Request& r
     }
     // Tiles are counted in 32 bits. So many need more memory than there is, unless most of them belong to no sequence.
     constexpr int64_t kMostTiles = (int64_t{1} << 31) - (1 << 16);
-    const auto tiles = [&](int64_t rows, int block) { return request.heads * ((rows + block - 1) / block); };
+    const auto tiles = [&](int64_t seqlen, int block) { return request.heads * ((seqlen + block - 1) / block); };
     const int64_t most = std::max(tiles(request.seqlen_q, best->block_m), tiles(request.seqlen_k, best->block_n));
     if (most > kMostTiles) {
         refusal = fmt::format("sequences of up to {} queries and {} keys would take {} tiles in {} heads of all sequences, {} are possible on "

@@ -81,8 +81,8 @@ __device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, c
     constexpr int kUnits = V.block_n / 64;
     constexpr int kVectors = kCount / 4 * 128;
     const int parts = launch.schedule.shared.parts;
-    const auto part_at = [&](int part) {
-        return launch.parts + ((int64_t{tile.shared * parts + part} * kUnits + unit) * 2 + gradient) * kVectors + thread;
+    const auto part_at = [&](int part) {  // in 32 bits: at most 132 tiles of 8 parts, and no register to spare
+        return launch.parts + (((tile.shared * parts + part) * kUnits + unit) * 2 + gradient) * kVectors + thread;
     };
     float4* const mine = part_at(tile.part);
 #pragma unroll
