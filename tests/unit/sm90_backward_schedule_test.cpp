@@ -22,6 +22,8 @@ constexpr Variant kBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskC
 constexpr Variant kFewKeys{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::full, Features::plain, 64, 128, 2, 16, Keys::few};
 constexpr Variant kFewKeysBand{Arch::sm90, Direction::backward, DType::bf16, 128, MaskClass::band, Features::plain, 64, 128, 2, 16, Keys::few};
 
+constexpr Variant kPair{Arch::sm90, Direction::backward, DType::bf16, 256, MaskClass::full, Features::plain, 64, 128, 2, 16};
+
 struct Problem {
     BackwardParams params;
     std::vector<int32_t> cu_q, cu_k, used_q, used_k;
@@ -171,6 +173,7 @@ TEST(Sm90BackwardSchedule, EveryTileOnceWithItsQueries) {
         check<kBand>(rng);
         check<kFewKeys>(rng);
         check<kFewKeysBand>(rng);
+        check<kPair>(rng);
         if (HasFatalFailure()) return;
     }
 }
@@ -232,6 +235,12 @@ TEST(Sm90BackwardSchedule, TilesThatDoNotFillTheMachineAreShared) {
     p.size.num_heads = p.size.num_heads_k = 32;
     p.size.seqlen_q = 64;  // nothing to share
     EXPECT_EQ(shared_tiles(kFull, p).tiles, 0);
+    p.size = {1, 8, 8, 256, 256, 16384, 16384, 16384, 16384};
+    EXPECT_EQ(shared_tiles(kPair, p).tiles, 8 * 128 % 66);
+    EXPECT_EQ(shared_tiles(kPair, p).parts, 7);
+    Variant narrow = kPair;
+    narrow.head_dim = 192;
+    EXPECT_EQ(shared_tiles(narrow, p).tiles, 0);
 }
 
 TEST(Sm90BackwardSchedule, RowsMoveInsideWhereThereIsTimeForThem) {
@@ -308,10 +317,11 @@ TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
         if (!takes_whole_heads(v, p)) continue;
         if (c.seqlen_k <= v.block_n) {
             one_tile += 1;
-            const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = c.batch * c.num_heads_k > machine_tiles(v);
-            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m);
+            const int heads = c.batch * c.num_heads_k;
+            const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = heads > machine_tiles(v);
+            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m) * ceil_div(heads, machine_tiles(v));
             rounds_of_one += own_statistics && goes_round;
-            rings_of_one += own_statistics && goes_round && slots > 8;
+            rings_of_one += own_statistics && goes_round && slots > 16;  // BackwardConfig::kSlots
             continue;
         }
         (is_band ? band : full) += 1;
@@ -339,10 +349,13 @@ TEST(Sm90BackwardSchedule, WorkspacePartsFollowOneAnother) {
         EXPECT_LE(w.counter_offset + 1024, w.progress_offset);
         EXPECT_LE(w.progress_offset + 2 * 4 * problem.params.size.batch * problem.params.size.num_heads_k, w.sequences_offset);
         EXPECT_LE(w.sequences_offset + 4 * problem.params.size.batch, w.finished_offset);
-        const SharedTiles shared = shared_tiles(kFull, problem.params);
-        const BackwardWorkspace full = backward_workspace(kFull, problem.params);
-        EXPECT_LE(full.finished_offset + 4 * shared.counters(kFull), full.parts_offset);
-        EXPECT_EQ(full.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(kFull), full.bytes);
+        for (const Variant& v : {kFull, kPair}) {
+            if (takes_whole_heads(v, problem.params)) continue;
+            const SharedTiles shared = shared_tiles(v, problem.params);
+            const BackwardWorkspace full = backward_workspace(v, problem.params);
+            EXPECT_LE(full.finished_offset + 4 * shared.counters(v), full.parts_offset);
+            EXPECT_EQ(full.parts_offset + shared.tiles * shared.parts * SharedTiles::part_bytes(v), full.bytes);
+        }
         for (const int64_t offset :
              {w.dq_offset, w.semaphore_offset, w.counter_offset, w.progress_offset, w.finished_offset, w.parts_offset}) {
             EXPECT_EQ(offset % 1024, 0);
