@@ -3,6 +3,7 @@ on the GPU, by transformers in PyTorch on the GPU, and, for its first steps, by 
 
     python3 bench/gpt_loss_curves.py build/cuda/bin/strobe TEXT --json results/FILE.json --plot docs/img/gpt_loss_curves.svg
 
+With --also OPTIONS strobe trains it on the GPU once more with these options too, for what they cost in accuracy.
 PyTorch reads strobe's token shards and draws its rows as gpt/data/sampler.cpp does. Both keep fp32 masters and compute in bf16; the
 CPU computes in fp32. Schedule, decay (of matrices only) and clip are strobe's.
 """
@@ -124,9 +125,15 @@ def losses_of(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def start_strobe(options, work, device, *more):
+def held_out_of(folder):
+    """Of the whole held-out part, at the end of the run."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None)
+
+
+def start_strobe(options, work, device, *more, out=None):
     command = [options.strobe, "train", "--quiet", "--device", device, "--init", work / "start", "--tokenizer", work / "tokenizer",
-               "--data", options.text, "--out", work / device, "--across-documents", "--batch", options.batch, "--seqlen", options.seqlen,
+               "--data", options.text, "--out", out or work / device, "--across-documents", "--batch", options.batch, "--seqlen", options.seqlen,
                "--steps", options.steps, "--lr", options.lr, "--warmup", options.warmup, "--seed", options.seed, "--eval-every", 0,
                "--save-every", 0, *more]
     return subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, env=dict(os.environ, STROBE_CACHE=str(work / "cache")))
@@ -170,6 +177,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer, learned from the text; the model has 50304 rows")
     parser.add_argument("--strobe-options", default="", help="more options of strobe train on the GPU, such as '--moments bf16'")
+    parser.add_argument("--also", action="append", default=[], metavar="OPTIONS", help="a run by strobe on the GPU with these options more; repeatable")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     options = parser.parse_args()
@@ -179,24 +187,27 @@ def main():
         tokenizer = [options.strobe, "tokenizer", "train", "--data", options.text, "--out", work / "tokenizer", "--vocab-size", options.vocab_size]
         subprocess.run([str(c) for c in tokenizer], check=True, stdout=subprocess.DEVNULL)
         write_start(work / "start", options.seqlen)
-        seconds, curves = {}, {}
+        seconds, curves, held_out = {}, {}, {}
 
         def record():
             """After each run, so that what there is is kept."""
             ours = curves["strobe, GPU"]
             out = {**measuring.header(), "tokens_per_step": options.batch * options.seqlen, "seconds": seconds,
+                   "held_out_loss": held_out,
                    "distances": {name: distances(curve, ours) for name, curve in curves.items() if curve is not ours}, "curves": curves}
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(out))
             return out
 
-        if start_strobe(options, work, "cuda", *options.strobe_options.split()).wait():
-            sys.exit("strobe train --device cuda failed")
-        log = [json.loads(line) for line in (work / "cuda" / "log.jsonl").read_text().splitlines()]
-        curves["strobe, GPU"] = losses_of(work / "cuda")
-        seconds["strobe, GPU"] = sum(line["seconds"] for line in log if "loss" in line)
-        record()
+        for number, more in enumerate(["", *options.also]):
+            name, out = f"strobe, GPU {more}".strip(), work / f"cuda-{number}"
+            if start_strobe(options, work, "cuda", *options.strobe_options.split(), *more.split(), out=out).wait():
+                sys.exit(f"strobe train --device cuda {more} failed")
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            curves[name], held_out[name] = losses_of(out), held_out_of(out)
+            seconds[name] = sum(line["seconds"] for line in log if "loss" in line)
+            record()
         # The CPU works while PyTorch has the GPU.
         cpu = ThreadPoolExecutor(1).submit(run_cpu, options, work) if options.cpu_steps > 0 else None
         if options.torch_steps > 0:
@@ -205,9 +216,9 @@ def main():
             record()
         if cpu:
             curves["strobe, CPU"] = cpu.result()
-        out = record()
+        written = record()
     for name, curve in curves.items():
-        print(f"{name:<13} {len(curve)} steps: {curve[0]:.4f} ... {curve[-1]:.4f}; {out['distances'].get(name, '')}")
+        print(f"{name:<13} {len(curve)} steps: {curve[0]:.4f} ... {curve[-1]:.4f}; held out {held_out.get(name)}; {written['distances'].get(name, '')}")
     if options.plot:
         draw(curves, options.plot)
 

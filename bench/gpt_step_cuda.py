@@ -6,9 +6,10 @@ context.
 
 FLOPs of a step: 6 * tokens * parameters + 12 * layers * width * tokens * seqlen (attention counted as if it were full).
 PyTorch's side is pure bf16 with fused AdamW, its best case, and its steps are timed on the GPU while the host runs
-ahead; strobe's keeps fp32 masters, gradients of matrices in bf16 as PyTorch does, and moments in bf16 that are rounded
-stochastically, and its steps are timed on the host with their loss and norm read back. Rows are printed and recorded
-as they come, each from a process of its own. With --compile-first the compilers of all rows run side by side before
+ahead; strobe's keeps fp32 masters (with its option bf16-masters weights in bf16 that are rounded stochastically),
+gradients of matrices in bf16 as PyTorch does, and moments in bf16 that are rounded stochastically, and its steps are
+timed on the host with their loss and norm read back. Rows are printed and recorded as they come, each from a process of
+its own. With --compile-first the compilers of all rows run side by side before
 the first is timed; what they have compiled then waits without memory on the GPU for its turn.
 
 The rows fa3 need the flash_attn_3 package of FlashAttention's repository (its folder hopper/) where Python finds it:
@@ -275,7 +276,7 @@ def main():
     parser.add_argument("--peers", nargs="*", default=PEERS,
                         help="math (standard attention), fa2, fa3 or cudnn, with :compile")
     parser.add_argument("--strobe", nargs="*", default=[""],
-                        help="options of gpt_cuda_step_bench, a row for each: norms, no-graph, ...")
+                        help="options of gpt_cuda_step_bench, a row for each: norms, 'norms bf16-masters', ...")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compile-first", type=float, metavar="SECONDS",
                         help="compile all rows side by side before the first is timed; give up those that take longer")

@@ -23,7 +23,7 @@ struct Arguments {
     TrainOptions options;
     std::string architecture = "llama";
     std::string recompute = "none";
-    std::string device = "cpu", precision, moments = "fp32", gradients = "fp32";
+    std::string device = "cpu", precision, moments = "fp32", gradients = "fp32", masters = "fp32";
     int64_t num_heads_k = 0, head_dim = 0, ffn_size = 0;
     int processes = 0;
     bool across_documents = false, untied = false, nondeterministic = false, no_graph = false;
@@ -51,6 +51,7 @@ TrainOptions complete(const Arguments& a) {
     o.precision = precision_for(o.device, a.precision);
     o.moments = precision_from_string(a.moments);
     o.gradients = precision_from_string(a.gradients);
+    o.masters = precision_from_string(a.masters);
     o.deterministic = !a.nondeterministic;
     o.graph = !a.no_graph;
     return o;
@@ -196,6 +197,10 @@ void add_run_options(CLI::App& command, Arguments& a) {
     command.add_option("--gradients", a.gradients,
                        "cuda: element type of the gradients of matrices; bf16 takes half the memory, where a step is one "
                        "pass of one process")
+        ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
+    command.add_option("--masters", a.masters,
+                       "cuda: element type of the weights of matrices that AdamW updates; bf16 are those that products read, "
+                       "half the memory, rounded stochastically")
         ->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
     command.add_flag("--non-deterministic", a.nondeterministic,
                      "cuda: attention's backward may differ by rounding between runs, and is faster");

@@ -71,6 +71,8 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
         return base ? reinterpret_cast<float*>(base + offset) : nullptr;
     };
     const bool keep_norms = with_gradients && recompute == Recompute::none;
+    // A GPU's backward of a norm gives its output again just before the product's weight gradient reads it.
+    const bool shared_norm = !with_gradients || (options.device == Device::cuda && (recompute == Recompute::norms || recompute == Recompute::pointwise));
     const bool keep_act = with_gradients && (recompute == Recompute::none || recompute == Recompute::norms);
     const bool keep_products = with_gradients && recompute != Recompute::block;
     const int64_t up_columns = (c.architecture == Architecture::llama ? 2 : 1) * c.ffn_size;
@@ -93,9 +95,10 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
         }
         if (first || keep_norms) {
             b.norm1 = take(c.hidden_size);
-            b.norm2 = take(c.hidden_size);
+            b.norm2 = shared_norm ? b.norm1 : take(c.hidden_size);
         }
         if (first || keep_act) b.act = take(c.ffn_size);
+        b.dact = b.act;
         if (c.qkv_size() <= up_columns)
             b.dqkv = b.up;
         else if (first && with_gradients)
@@ -104,7 +107,8 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
     }
     if (options.device == Device::cpu) a.branch = take(c.hidden_size);
     a.final_x = with_gradients ? take(c.hidden_size) : b.x;
-    a.final_norm = take(c.hidden_size);
+    a.final_norm = take(with_gradients ? std::max(c.hidden_size, c.q_size()) : c.hidden_size);
+    a.dnorm = a.dattn = a.final_norm;
     a.final_mean = take_f32(1);
     a.final_rstd = take_f32(1);
     a.losses = take_f32(1);
@@ -118,12 +122,7 @@ Activations lay_out(const ModelConfig& c, const ActivationOptions& options, std:
         const size_t logits = plan.reserve(a.head_chunk * a.logits_stride, size_of(options.precision));
         a.logits = Buffer(base ? base + logits : nullptr, options.precision);
     }
-    if (with_gradients) {
-        a.dstream = take(c.hidden_size);
-        a.dnorm = take(c.hidden_size);
-        a.dact = take(c.ffn_size);
-        a.dattn = take(c.q_size());
-    }
+    if (with_gradients) a.dstream = take(c.hidden_size);
     *total_bytes = plan.total_bytes();
     return a;
 }

@@ -22,14 +22,16 @@ Recompute recompute_from_string(std::string_view name);
 /// What a block's forward leaves for its backward. T rows.
 struct BlockActivations {
     Buffer x;      // (T, hidden) the residual stream on entry
-    Buffer norm1;  // (T, hidden)
+    Buffer norm1;  // (T, hidden); one with norm2 where a norm's output is not needed longer than its product
     Buffer qkv;    // (T, qkv_size), after rotary positions
     Buffer attn;   // (T, q_size)
     Buffer mid;    // (T, hidden) the residual stream between attention and MLP
     Buffer norm2;  // (T, hidden)
     Buffer up;     // (T, ffn) or (T, 2 ffn)
     Buffer act;    // (T, ffn)
-    Buffer dqkv;   // (T, qkv_size) gradient in flight; in the place of up, which the backward has read by then, if that is wide enough
+    // Gradients in flight, in the place of what the backward has read by then.
+    Buffer dqkv;   // (T, qkv_size) in that of up, if it is wide enough
+    Buffer dact;   // (T, ffn) in that of act; behind it, scratch of attention's backward
     float *mean1, *rstd1, *mean2, *rstd2;  // (T)
     float* lse;                            // (num_heads, T)
 };
@@ -46,9 +48,8 @@ struct Activations {
 
     // Gradients in flight.
     Buffer dstream;       // (T, hidden) of the residual stream
-    Buffer dnorm;         // (T, hidden) of a norm's output
-    Buffer dact;          // (T, ffn)
-    Buffer dattn;         // (T, q_size)
+    Buffer dnorm;         // (T, hidden) of a norm's output; in the place of final_norm, whose product's backward comes first
+    Buffer dattn;         // (T, q_size) in the same place: the gradient of one norm is used up before it, that of the next comes behind
 
     int64_t head_chunk = 0;     // rows of logits that exist at a time
     int64_t logits_stride = 0;  // elements from row to row

@@ -78,7 +78,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
     const ParameterLayout layout(config);
     const auto elements = static_cast<size_t>(layout.arena_elements());
     MemoryPlan plan;
-    plan.values = ParameterArena::bytes_of(layout, options.precision);
+    plan.values = ParameterArena::bytes_of(layout, options.precision, options.masters == Precision::fp32);
     plan.narrow_values = options.precision == Precision::fp32 ? 0 : elements * size_of(options.precision);
     plan.gradients = options.training ? ParameterArena::bytes_of(layout, options.gradients) : 0;
     plan.moments = options.training ? 2 * ParameterArena::bytes_of(layout, options.moments) / static_cast<size_t>(options.processes) : 0;
@@ -86,9 +86,11 @@ MemoryPlan plan_memory(const ModelConfig& config, const ModelOptions& options) {
     constexpr int kTypicalParts = 264;
     plan.scratch = scratch_bytes(config, options, options.device == Device::cpu ? 1 : kTypicalParts);
     if (options.device == Device::cuda) {
-        // The backward's fp32 sums of dq and its row statistics.
+        // The backward's fp32 sums of dq and its row statistics, where they do not fit a block's activations.
         const int64_t per_row = config.q_size() + 4 * config.num_heads;
-        plan.scratch = std::max(plan.scratch, static_cast<size_t>(options.max_rows * per_row) * sizeof(float));
+        const auto needed = static_cast<size_t>(options.max_rows * per_row) * sizeof(float);
+        const size_t lent = options.training ? static_cast<size_t>(options.max_rows * config.ffn_size) * size_of(options.precision) : 0;
+        if (needed > lent) plan.scratch = std::max(plan.scratch, needed);
     }
     return plan;
 }
@@ -142,7 +144,10 @@ void Model::load(const Batch& batch, float gradient_scale) {
 void Model::reserve_attention_workspace() {
     const BlockActivations& a = act_.blocks.front();
     size_t workspace = attention_workspace_bytes(exec_, attention(a));
-    if (options_.training) workspace = std::max(workspace, attention_workspace_bytes(exec_, attention_backward(a)));
+    if (options_.training) {
+        const AttentionBackward backward = attention_backward(a);
+        if (const size_t bytes = attention_workspace_bytes(exec_, backward); bytes > backward.scratch_bytes) workspace = std::max(workspace, bytes);
+    }
     backend_.reserve_scratch(workspace);
 }
 
@@ -228,7 +233,8 @@ AttentionForward Model::attention(const BlockActivations& a) const {
 AttentionBackward Model::attention_backward(const BlockActivations& a) const {
     return {.forward = attention(a), .dout_stride = config_.q_size(), .dqkv_stride = config_.qkv_size(),
             .dout = act_.dattn, .dq = a.dqkv, .dk = a.dqkv.offset(config_.q_size()),
-            .dv = a.dqkv.offset(config_.q_size() + config_.kv_size())};
+            .dv = a.dqkv.offset(config_.q_size() + config_.kv_size()), .scratch = a.dact.data,
+            .scratch_bytes = static_cast<size_t>(rows_ * config_.ffn_size) * size_of(a.dact.precision)};
 }
 
 Rope Model::rope(Buffer qkv, bool inverse) const {
@@ -342,8 +348,8 @@ void Model::backward_block(int64_t layer) {
     if (options_.recompute == Recompute::pointwise)
         run(exec_, ActivationForward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up, .y = a.act});
 
-    LinearBackward down = branch_backward(a.act, act_.dact, p.down_weight, p.down_bias, config_.ffn_size);
-    Buffer dup = act_.dact;
+    LinearBackward down = branch_backward(a.act, a.dact, p.down_weight, p.down_bias, config_.ffn_size);
+    Buffer dup = a.dact;
     if (fuses_gelu_) {
         down.gelu_input = a.up;
         run(exec_, down);
@@ -352,7 +358,7 @@ void Model::backward_block(int64_t layer) {
         // The gradient takes the place of the saved input, which nothing reads after this.
         dup = a.up;
         run(exec_, ActivationBackward{.kind = activation_kind_, .rows = rows_, .ffn = config_.ffn_size, .x = a.up,
-                                      .dy = act_.dact, .dx = dup});
+                                      .dy = a.dact, .dx = dup});
     }
     const int64_t up = activation_kind_ == ActivationKind::swiglu ? 2 * config_.ffn_size : config_.ffn_size;
     backward_into_norm(linear_backward(a.norm2, dup, act_.dnorm, p.up_weight, p.up_bias, hidden, up),

@@ -24,6 +24,7 @@ struct ModelOptions {
     Device device = Device::cpu;
     Precision precision = Precision::fp32;
     Precision moments = Precision::fp32;  // of the optimizer
+    Precision masters = Precision::fp32;  // of matrices
     int processes = 1;                    // which share the optimizer's moments
 };
 

@@ -77,21 +77,24 @@ private:
 };
 
 /// One number for each parameter, zero at first: fp32, or, where half the memory is worth more than the digits, 16 bits for those of
-/// matrices. Those of vectors are fp32 in any case.
+/// matrices. Those of vectors are fp32 in any case. Without matrices there is no memory for these.
 class ParameterArena {
 public:
     ParameterArena() = default;
-    explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory(), Precision precision = Precision::fp32)
-        : arena_(bytes_of(layout, precision), memory), memory_(&memory), size_(layout.arena_elements()),
-          matrices_begin_(layout.matrices_begin()), precision_(precision) {}
+    explicit ParameterArena(const ParameterLayout& layout, Memory& memory = host_memory(), Precision precision = Precision::fp32,
+                            bool matrices = true)
+        : arena_(bytes_of(layout, precision, matrices), memory), memory_(&memory), size_(layout.arena_elements()),
+          matrices_begin_(layout.matrices_begin()), precision_(precision), has_matrices_(matrices) {}
 
-    static size_t bytes_of(const ParameterLayout& layout, Precision precision) {
+    static size_t bytes_of(const ParameterLayout& layout, Precision precision, bool matrices = true) {
         const int64_t vectors = layout.matrices_begin();
-        return static_cast<size_t>(vectors) * sizeof(float) + static_cast<size_t>(layout.arena_elements() - vectors) * size_of(precision);
+        const int64_t others = matrices ? layout.arena_elements() - vectors : 0;
+        return static_cast<size_t>(vectors) * sizeof(float) + static_cast<size_t>(others) * size_of(precision);
     }
 
-    /// From an element on: to the end of the vectors, or of the matrices.
+    /// From an element on: to the end of the vectors, or of the matrices. Null where those are left out.
     Buffer at(int64_t element) const {
+        if (element >= matrices_begin_ && !has_matrices_) return {nullptr, precision_};
         const int64_t in_vectors = element < matrices_begin_ ? element : matrices_begin_;
         const size_t offset = static_cast<size_t>(in_vectors) * sizeof(float) + static_cast<size_t>(element - in_vectors) * size_of(precision_);
         return {arena_.at<void>(offset), element < matrices_begin_ ? Precision::fp32 : precision_};
@@ -120,6 +123,7 @@ private:
     Memory* memory_ = &host_memory();
     int64_t size_ = 0, matrices_begin_ = 0;
     Precision precision_ = Precision::fp32;
+    bool has_matrices_ = true;
 };
 
 /// Fills `values` by each parameter's Init; a pure function of layout, config and seed.

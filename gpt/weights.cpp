@@ -17,6 +17,7 @@ void Weights::set(const ParameterArena& masters) const {
     if (precision == Precision::fp32) return values.copy_from(masters);
     Memory& memory = values.memory();
     const int64_t vectors = layout.matrices_begin(), end = values.size();
+    const bool splits = has_lower_halves();
     memory.copy(values.at(0).data, masters.data(), static_cast<size_t>(vectors) * sizeof(float));
     std::vector<uint16_t> high(static_cast<size_t>(std::min(kPiece, end))), low(high.size());
     for (int64_t begin = 0, count; begin < end; begin += count) {
@@ -25,12 +26,12 @@ void Weights::set(const ParameterArena& masters) const {
         for (int64_t i = 0; i < count; ++i) {
             const float x = masters.data()[begin + i];
             const SplitFloat halves = split_float(x);
-            high[static_cast<size_t>(i)] = whole ? round_bf16(x) : halves.high;
+            high[static_cast<size_t>(i)] = whole || !splits ? round_bf16(x) : halves.high;
             low[static_cast<size_t>(i)] = halves.low;
         }
         const size_t bytes = static_cast<size_t>(count) * sizeof(uint16_t);
         memory.copy(all().offset(begin).data, high.data(), bytes);
-        if (!whole) memory.copy(values.at(begin).data, low.data(), bytes);
+        if (!whole && splits) memory.copy(values.at(begin).data, low.data(), bytes);
     }
 }
 
@@ -44,7 +45,7 @@ void Weights::get(const ParameterArena& masters) const {
         count = std::min(kPiece, end - begin);
         const size_t bytes = static_cast<size_t>(count) * sizeof(uint16_t);
         memory.copy(high.data(), all().offset(begin).data, bytes);
-        memory.copy(low.data(), values.at(begin).data, bytes);
+        if (has_lower_halves()) memory.copy(low.data(), values.at(begin).data, bytes);
         for (int64_t i = 0; i < count; ++i)
             masters.data()[begin + i] = join_float({high[static_cast<size_t>(i)], low[static_cast<size_t>(i)]});
     }

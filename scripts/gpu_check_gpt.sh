@@ -23,10 +23,12 @@ train() {  # FOLDER DEVICE [OPTION...]
     "$bin/strobe" train --quiet --data "$text" --out "$work/$out" --device "$device" --layers 3 --hidden 256 --heads 4 --context 256 \
         --batch 4 --steps 40 --warmup 10 --lr 3e-4 --save-every 20 --eval-every 0 "$@" >"$work/$out.txt"
 }
-resume() {  # FROM FOLDER DEVICE: goes on from step 20 of FROM
-    mkdir -p "$work/$2"
-    cp -r "$work/$1/step-00000020" "$work/$2/"
-    "$bin/strobe" train --quiet --resume --data "$text" --out "$work/$2" --device "$3" >"$work/$2.txt"
+resume() {  # FROM FOLDER DEVICE [OPTION...]: goes on from step 20 of FROM
+    local from=$1 out=$2 device=$3
+    shift 3
+    mkdir -p "$work/$out"
+    cp -r "$work/$from/step-00000020" "$work/$out/"
+    "$bin/strobe" train --quiet --resume --data "$text" --out "$work/$out" --device "$device" "$@" >"$work/$out.txt"
 }
 killed() {  # FOLDER DEVICE [OPTION...]: killed -9 when a checkpoint of step 3, 12, 21, 33 is there, then left to finish
     local out=$1 kills=0 newest
@@ -52,11 +54,14 @@ killed cuda-killed cuda
 train cuda-fp32 cuda --precision fp32
 train cuda-moments cuda --moments bf16
 train cuda-narrow cuda --moments bf16 --gradients bf16 --recompute norms
+narrowest=(--moments bf16 --gradients bf16 --masters bf16 --recompute norms)
+train cuda-narrowest cuda "${narrowest[@]}"
 train cuda-rows cuda --across-documents
 train cpu-rows cpu --across-documents
 resume cpu cpu-to-cuda cuda
 resume cuda cuda-to-cpu cpu
 resume cuda cuda-to-cuda cuda
+resume cuda-narrowest cuda-narrowest-resumed cuda "${narrowest[@]}"
 for device in cpu cuda; do
     "$bin/strobe" generate --checkpoint "$work/cpu" --device "$device" --precision fp32 --temperature 0 --tokens 60 --prompt "The " --json >"$work/text-$device.json"
 done
@@ -75,15 +80,16 @@ def losses(name):
 failed = False
 # From one start, over ten steps: later ones depend on how a fresh model's steps have amplified the roundings of the first.
 for name, other, tolerance in [("cuda-fp32", "cpu", 1e-3), ("cuda", "cpu", 1e-2), ("cuda-moments", "cpu", 1e-2),
-                               ("cuda-narrow", "cpu", 1e-2), ("cuda-rows", "cpu-rows", 1e-2),
+                               ("cuda-narrow", "cpu", 1e-2), ("cuda-narrowest", "cpu", 1e-2), ("cuda-rows", "cpu-rows", 1e-2),
                                ("cpu-to-cuda", "cpu", 1e-2), ("cuda-to-cpu", "cuda", 1e-2)]:
     reference = losses(other)
     apart = [abs(loss / reference[step] - 1) for step, loss in sorted(losses(name).items())]
     good = max(apart[:10]) <= tolerance
     failed |= not good
-    print(f"{name:<12} losses within {max(apart[:10]):.2e} of those of {other} in ten steps ({'good' if good else 'BEYOND'} {tolerance}), {max(apart):.2e} in {len(apart)}")
+    print(f"{name:<14} losses within {max(apart[:10]):.2e} of those of {other} in ten steps ({'good' if good else 'BEYOND'} {tolerance}), {max(apart):.2e} in {len(apart)}")
 same = losses("cuda") == losses("cuda-again")
-resumed = all(losses("cuda")[step] == loss for step, loss in losses("cuda-to-cuda").items()) and losses("cuda-killed") == losses("cuda")
+resumed = losses("cuda-killed") == losses("cuda") and all(
+    losses(name)[step] == loss for name, again in [("cuda", "cuda-to-cuda"), ("cuda-narrowest", "cuda-narrowest-resumed")] for step, loss in losses(again).items())
 texts = [json.loads((work / f"text-{device}.json").read_text())["tokens"] for device in ("cpu", "cuda")]
 print(f"two runs on the GPU alike bit for bit: {same}; a resumed and a killed one too: {resumed}; same text from both devices: {texts[0] == texts[1]}")
 sys.exit(failed or not same or not resumed or texts[0] != texts[1])

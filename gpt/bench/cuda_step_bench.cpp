@@ -4,8 +4,9 @@
 // is free.
 //   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
 // Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed
-// again), processes=N, contest (products are chosen anew, within the first steps, and kept as chosen). Sets of
-// options with "vs" between them take turns in one process, on the same weights: what a chip's temperature does to one
+// again), bf16-masters, processes=N, contest (the products' algorithms are chosen anew by whole steps, and kept if these
+// are shorter). Sets of
+// options with "vs" between them take turns in one process, from the same weights on: what a chip's temperature does to one
 // it does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there
 // steps of all together and of each by itself take turns.
 #include <algorithm>
@@ -23,6 +24,7 @@
 #include <vector>
 #include <nlohmann/json.hpp>
 
+#include "gpt/bench/step_contest.hpp"
 #include "gpt/bf16.hpp"
 #include "gpt/distributed/data_parallel.hpp"
 #include "gpt/distributed/spawn.hpp"
@@ -208,7 +210,7 @@ struct Arguments {
     std::string model = "1.3B";
     int64_t seqlen = 2048, rows = 8, steps = 10;
     bool deterministic = false, graph = true, once = false;
-    Precision moments = Precision::bf16, gradients = Precision::bf16;
+    Precision moments = Precision::bf16, gradients = Precision::bf16, masters = Precision::fp32;
     Recompute recompute = Recompute::none;
     int processes = 1;
     bool contest = false;
@@ -225,6 +227,7 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
         else if (option == "contest") a.contest = true;
         else if (option == "fp32-moments") a.moments = Precision::fp32;
         else if (option == "fp32-gradients") a.gradients = Precision::fp32;
+        else if (option == "bf16-masters") a.masters = Precision::bf16;
         else if (option.starts_with("processes=")) a.processes = std::atoi(option.c_str() + option.find('=') + 1);
         else a.recompute = recompute_from_string(option);
     }
@@ -234,7 +237,7 @@ Arguments parse(char** argv, const std::vector<std::string>& options) {
 ModelOptions model_options_of(const Arguments& a, int processes) {
     return {.max_rows = a.seqlen * a.rows, .recompute = a.recompute,
             .gradients = processes > 1 ? Precision::fp32 : a.gradients, .device = Device::cuda,
-            .precision = Precision::bf16, .moments = a.moments, .processes = processes};
+            .precision = Precision::bf16, .moments = a.moments, .masters = a.masters, .processes = processes};
 }
 
 ModelConfig config_of(const Arguments& a) {
@@ -245,10 +248,12 @@ ModelConfig config_of(const Arguments& a) {
 /// One set of options among others.
 class Variant {
 public:
-    Variant(const Arguments& a, const Weights& weights, Backend& backend)
-        : a_(a), weights_(weights), backend_(backend), model_(weights, backend, model_options_of(a, 1)),
-          optimizer_(weights.layout, OptimizerOptions{}, backend.memory(), a.moments), graphs_(backend),
+    Variant(const Arguments& a, Backend& backend)
+        : a_(a), weights_(config_of(a), backend.memory(), Precision::bf16, 1, a.masters), backend_(backend),
+          model_(weights_, backend, model_options_of(a, 1)),
+          optimizer_(weights_.layout, OptimizerOptions{}, backend.memory(), a.moments), graphs_(backend),
           batches_{random_batch(a.seqlen, a.rows, 0)} {
+        fill(weights_);
         prepare();
     }
     void step() {
@@ -273,7 +278,7 @@ private:
     void prepare() { model_.prepare(batches_, 1.0f / static_cast<float>(batches_.front().tokens.size())); }
 
     Arguments a_;
-    const Weights& weights_;
+    Weights weights_;
     Backend& backend_;
     Model model_;
     Optimizer optimizer_;
@@ -288,8 +293,6 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     const ModelConfig config = config_of(first);
     Backend backend(Device::cuda);
     backend.exec().times = nullptr;
-    const Weights weights(config, backend.memory(), Precision::bf16);
-    fill(weights);
     std::vector<std::unique_ptr<Variant>> variants;
     std::vector<size_t> bytes;
     const auto warm = [](Variant& v) {
@@ -298,7 +301,7 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     };
     for (const Arguments& a : sets) {
         const size_t before = backend.runtime().free_bytes();
-        variants.push_back(std::make_unique<Variant>(a, weights, backend));
+        variants.push_back(std::make_unique<Variant>(a, backend));
         warm(*variants.back());
         bytes.push_back(before - backend.runtime().free_bytes());
     }
@@ -318,7 +321,7 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
                         {"seconds_min", *std::ranges::min_element(mine)},
                         {"tflops_per_second", 1e-12 * flops / median},
                         {"time_over_the_firsts", median_of(ratios)},
-                        {"memory_bytes", bytes[i] + weights.values.size_bytes() + weights.narrow.size_bytes()}});
+                        {"memory_bytes", bytes[i]}});
     }
     const nlohmann::ordered_json out{{"model", first.model},
                                      {"gpu", backend.runtime().name()},
@@ -330,8 +333,54 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     return 0;
 }
 
-/// Each step calls a block's product once per layer: twelve give each of eight candidates 36 calls in a model of 24.
-constexpr int kContestSteps = 12;
+/// The products' algorithms by whole steps; what is found is kept if steps with it are shorter than with the usual ones. Returns what
+/// there was to be chosen, and by how much.
+template <class Step>
+nlohmann::ordered_json hold_contest(cuda::Gemm& gemm, Step&& timed_step) {
+    constexpr int kRounds = 2, kSteps = 72, kTurns = 4;
+    gemm.begin_contest();
+    for (int i = 0; i < 3; ++i) timed_step();
+    const std::vector<cuda::Gemm::Candidates> products = gemm.candidates();
+    std::vector<int> counts;
+    for (const auto& p : products) counts.push_back(static_cast<int>(p.alone.size()));
+    StepContest contest(counts, 1);
+    const auto play = [&] {
+        gemm.play(contest.draw());
+        const double seconds = timed_step();
+        std::vector<double> own = gemm.played();
+        for (double& ms : own) ms *= 1e-3;
+        contest.add(seconds, own);
+    };
+    // First what each takes by itself, in its place, then, of the few best, what steps take.
+    const int most = *std::ranges::max_element(counts);
+    for (int i = 0; i < kRounds * most; ++i) play();
+    contest.shorten(0.04, 4);
+    for (int i = 0; i < kSteps; ++i) play();
+    contest.keep(2);
+    for (int i = 0; i < kSteps / 3; ++i) play();
+    const std::vector<int> usual(counts.size(), 0), best = contest.best();
+    std::vector<double> with_usual, with_best;
+    for (int turn = 0; turn < kTurns; ++turn)
+        for (const bool found : {turn % 2 == 0, turn % 2 != 0}) {
+            gemm.play(found ? best : usual);
+            timed_step();
+            for (int i = 0; i < 2; ++i) (found ? with_best : with_usual).push_back(timed_step());
+        }
+    const double before = median_of(with_usual), after = median_of(with_best);
+    gemm.play(after < before ? best : usual);
+    gemm.end_contest();
+    auto table = nlohmann::ordered_json::array();
+    const std::vector<std::vector<double>> effects = contest.effects();
+    for (size_t i = 0; i < products.size(); ++i) {
+        auto rows = nlohmann::ordered_json::array();
+        for (size_t c = 0; c < products[i].alone.size(); ++c)
+            rows.push_back({{"algorithm", products[i].algorithms[c]}, {"milliseconds_alone", products[i].alone[c]},
+                            {"milliseconds_in_a_step", 1e3 * contest.own_seconds(i, static_cast<int>(c))},
+                            {"milliseconds_more_of_a_step", 1e3 * effects[i][c]}});
+        table.push_back({{"product", products[i].product}, {"best", best[i]}, {"candidates", rows}});
+    }
+    return {{"seconds_with_the_usual", before}, {"seconds_with_the_best", after}, {"products", table}};
+}
 
 /// What a GPU keeps for itself: the context's growth, what is allocated in small pieces.
 constexpr size_t kReserve = size_t{1} << 30;
@@ -359,7 +408,7 @@ int run_bench(Arguments a) {
     const size_t free_before = backend.runtime().free_bytes();
     if (a.seqlen == kLongest) a.seqlen = longest_row(a, free_before);
     const ModelConfig config = config_of(a);
-    const Weights weights(config, backend.memory(), Precision::bf16, launch.size);
+    const Weights weights(config, backend.memory(), Precision::bf16, launch.size, a.masters);
     fill(weights);
     const ModelOptions model_options = model_options_of(a, launch.size);
     Model model(weights, backend, model_options);
@@ -383,6 +432,7 @@ int run_bench(Arguments a) {
         together ? parallel->update(model.loss_sum()) : optimizer->update(exec, weights, model.gradients());
     };
     bool recorded = a.graph && !a.contest;
+    nlohmann::ordered_json contest;
     // As the trainer does it: the next batch is written while the GPU works.
     prepare();
     const auto step = [&] {
@@ -404,9 +454,7 @@ int run_bench(Arguments a) {
     OpTimes* const times = exec.times;
     exec.times = nullptr;
     if (a.contest) {
-        exec.gemm->begin_contest();
-        for (int i = 0; i < kContestSteps; ++i) step();
-        exec.gemm->end_contest();
+        contest = hold_contest(*exec.gemm, timed_step);
         recorded = a.graph;
     }
     const int warm_up = a.once ? 0 : 3;
@@ -468,6 +516,7 @@ int run_bench(Arguments a) {
                                      {"graph", a.graph},
                                      {"moments", to_string(a.moments)},
                                      {"gradients", to_string(model_options.gradients)},
+                                     {"masters", to_string(model_options.masters)},
                                      {"recompute", to_string(a.recompute)},
                                      {"seconds_median", median},
                                      {"seconds_min", *std::min_element(seconds.begin(), seconds.end())},
@@ -481,7 +530,8 @@ int run_bench(Arguments a) {
                                      {"several", shared},
                                      {"operators", operator_table(profiled, num_profiled, peak)},
                                      {"parts", part_table(profiled, num_profiled, peak)},
-                                     {"products", product_table(*exec.gemm)}};
+                                     {"products", product_table(*exec.gemm)},
+                                     {"contest", contest}};
     std::printf("%s\n", out.dump(2).c_str());
     std::fflush(stdout);
     return 0;
@@ -495,7 +545,8 @@ int main(int argc, char** argv) {
     if (argc < 5) {
         std::fprintf(stderr,
                      "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] "
-                     "[fp32-gradients] [once] [norms|pointwise|block] [processes=N] [contest] [vs OPTION...]...\n"
+                     "[fp32-gradients] [bf16-masters] [once] [norms|pointwise|block] [processes=N] [contest] "
+                     "[vs OPTION...]...\n"
                      "       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }

@@ -108,7 +108,7 @@ double DataParallel::gradient_norm() const {
 }
 
 void DataParallel::gather_values() {
-    if (weights_.precision == Precision::fp32) return;
+    if (!weights_.has_lower_halves()) return;
     communicator_->as_one([&] {
         for (const Bucket& b : buckets_) communicator_->all_gather(weights_.values.at(b.begin), b.piece);
     });

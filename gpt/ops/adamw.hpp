@@ -1,7 +1,7 @@
 // AdamW (Loshchilov, Hutter 2019) over a whole arena in one call, with the clip by global norm folded in.
 //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr (decay w + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 // Moments are fp32, or bf16 with stochastic rounding: half the memory and half the traffic. Values are fp32, or two halves that
-// together are fp32 (SplitFloat), so that what products read is no copy beside them.
+// together are fp32 (SplitFloat), so that what products read is no copy beside them, or bf16 alone with stochastic rounding.
 #pragma once
 
 #include <cmath>
@@ -41,10 +41,13 @@ constexpr uint32_t adamw_noise(int64_t element, uint32_t noise_of_step) {
     return x ^ x >> 16;
 }
 
+/// The same for the values: other bits than those of the moments, which an update depends on.
+constexpr uint32_t adamw_value_noise(int64_t element, uint32_t noise_of_step) { return adamw_noise(element, noise_of_step ^ 0x68E31DA4u); }
+
 struct AdamW {
     std::span<const AdamWSegment> segments;  // ascending, in memory that the operator can read
     int64_t size;                            // elements of the arena
-    Buffer values;                           // fp32; of bf16: the lower halves, and `narrow` has the upper ones
+    Buffer values;                           // fp32; of bf16: the lower halves, and `narrow` has the upper ones; null: these are all
     Buffer grads;
     Buffer m, v;                             // of one precision
     const AdamWRates* rates;                 // in memory that the operator can read

@@ -103,7 +103,8 @@ void strobe_attention_forward(Exec& e, const AttentionForward& a) {
 }
 
 void strobe_attention_backward(Exec& e, const AttentionBackward& a) {
-    strobe::backward(inputs(e, a.forward), gradients(e, a, {e.scratch, e.scratch_bytes}), e.stream);
+    const Workspace workspace = a.scratch_bytes > e.scratch_bytes ? Workspace{a.scratch, a.scratch_bytes} : Workspace{e.scratch, e.scratch_bytes};
+    strobe::backward(inputs(e, a.forward), gradients(e, a, workspace), e.stream);
 }
 
 }  // namespace strobe::gpt

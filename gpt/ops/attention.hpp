@@ -34,6 +34,8 @@ struct AttentionBackward {
     Buffer dq;       // (total_q, num_heads, head_dim)   dq, dk and dv are columns of one packed gradient
     Buffer dk;       // (total_k, num_heads_k, head_dim)
     Buffer dv;       // (total_k, num_heads_k, head_dim)
+    void* scratch = nullptr;   // in the place of Exec::scratch where it is larger than that
+    size_t scratch_bytes = 0;
 };
 
 /// What the call needs of Exec::scratch. Pointers are not looked at.

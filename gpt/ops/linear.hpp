@@ -23,7 +23,7 @@ struct LinearBackward {
     Buffer x;       // (rows, in)
     Buffer weight;  // (out, in)
     Buffer dy;      // (rows, out) at dy_stride
-    Buffer dx;      // (rows, in), overwritten; null: not wanted
+    Buffer dx;      // (rows, in), overwritten behind dweight, so that x may be its place; null: not wanted
     Buffer dweight; // (out, in), added to, or overwritten; null: not wanted
     float* dbias;   // (out), added to, or null
     int64_t dbias_columns = 0;  // so many of the first are wanted (only where Ops::avoids_row_sums); 0: all

@@ -126,8 +126,8 @@ inline void run(Exec& e, const CrossEntropy& a) {
 }
 inline void run(Exec& e, const LossSum& a) { detail::timed(e, OpKind::cross_entropy, {.part = "sum"}, e.ops->loss_sum, a); }
 inline void run(Exec& e, const AdamW& a) {
-    const bool split = a.values.precision != Precision::fp32;  // then both halves are read, too
-    const double per_number = static_cast<double>(2 * size_of(a.values.precision) + size_of(a.grads.precision) + 4 * size_of(a.m.precision) +
+    const bool split = a.values.precision != Precision::fp32 || !a.values;  // then what is in `narrow` is read, too
+    const double per_number = static_cast<double>((a.values ? 2 : 0) * size_of(a.values.precision) + size_of(a.grads.precision) + 4 * size_of(a.m.precision) +
                                                   (a.narrow ? (split ? 2 : 1) * size_of(a.narrow.precision) : 0));
     detail::timed(e, OpKind::optimizer, {.bytes = per_number * static_cast<double>(a.size), .part = "adamw"}, e.ops->adamw, a);
 }

@@ -25,6 +25,7 @@ MemoryPlan memory_of(const TrainOptions& o, const ModelConfig& model, int64_t ma
                                .device = o.device,
                                .precision = o.precision,
                                .moments = o.moments,
+                               .masters = o.masters,
                                .processes = o.launch.size});
 }
 
@@ -86,6 +87,7 @@ nlohmann::ordered_json describe(const TrainOptions& o) {
                                {"precision", to_string(o.precision)},
                                {"moments", to_string(o.moments)},
                                {"gradients", to_string(o.gradients)},
+                               {"masters", to_string(o.masters)},
                                {"processes", o.launch.size},
                                {"parameters", o.model.num_parameters()},
                                {"tokens_per_step", o.tokens_per_step()},

@@ -67,6 +67,7 @@ void check_agreement(const Start& start, ProcessGroup& group) {
     mine["precision"] = to_string(start.options.precision);
     mine["moments"] = to_string(start.options.moments);
     mine["gradients"] = to_string(start.options.gradients);
+    mine["masters"] = to_string(start.options.masters);
     mine["eval-every"] = start.options.eval_every;
     mine["eval-rows"] = start.options.eval_rows;
     mine["save-every"] = start.options.save_every;

@@ -59,6 +59,7 @@ void TrainOptions::validate() const {
     if (gradients != Precision::fp32 && (accumulate > 1 || launch.size > 1 || precision == Precision::fp32))
         throw std::invalid_argument("gradients in bf16 are those of one pass in bf16 by one process: give --gradients fp32, "
                                     "or neither --accumulate nor --processes nor --precision fp32");
+    require(masters == Precision::fp32 || precision == Precision::bf16, "masters", to_string(masters), "fp32 where products are in fp32");
     require(threads >= 0 && threads <= 1024, "threads", threads, "between 0 (all) and 1024");
     require(eval_every >= 0, "eval-every", eval_every, "0 (only at the end) or more");
     require(eval_rows >= 1, "eval-rows", eval_rows, "1 or more");

@@ -35,6 +35,7 @@ struct TrainOptions {
     Precision precision = Precision::fp32;  // what the device computes in; the cpu: fp32
     Precision moments = Precision::fp32;    // what AdamW's moments lie in; bf16 is rounded stochastically
     Precision gradients = Precision::fp32;  // what those of matrices lie in; bf16: of a step of one pass
+    Precision masters = Precision::fp32;    // what weights of matrices lie in; bf16: what products read, rounded stochastically
     bool deterministic = true;              // cuda: attention's backward repeats bit for bit, at some cost
     bool graph = true;                      // cuda: steps are recorded and replayed whole
     Launch launch;                          // among how many processes, and as which one

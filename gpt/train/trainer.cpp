@@ -141,7 +141,7 @@ Run::Run(Start start, Progress& progress, ProcessGroup* group)
       data_(load_data(start_, progress, group)),
       rows_(data_.train, rows_of(options_, group)),
       backend_(options_.device, threads_of(options_, group)),
-      weights_(options_.model, backend_.memory(), options_.precision, num_processes()),
+      weights_(options_.model, backend_.memory(), options_.precision, num_processes(), options_.masters),
       model_(weights_, backend_,
              {.max_rows = rows_.largest_pass() * options_.row_length(),
               .recompute = options_.recompute,

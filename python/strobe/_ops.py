@@ -1,10 +1,11 @@
 """The operators of ``torch.ops.strobe``: loads the kernels and registers what torch has to know about them.
 
 ``attention`` and ``attention_backward`` come from libstrobe_torch.so for the CPU and CUDA dispatch keys. Added here: fake
-kernels (shapes for torch.compile, torch.export and FakeTensor), autograd, and autocast.
+kernels (shapes for torch.compile, torch.export and FakeTensor), autograd, vmap and autocast.
 """
 
 import torch
+from torch.utils._pytree import tree_map
 
 from . import _native
 
@@ -230,6 +231,41 @@ class _Gradients(torch.autograd.Function):
         pass
 
     backward = staticmethod(_refuse_second_derivative)
+
+
+# ---- vmap -------------------------------------------------------------------------------------------------------------------
+
+
+def _batched_by(num_tensors, operator):
+    """The rule of `operator`, whose first `num_tensors` arguments have a batch axis: the mapped axis becomes part of it. Calls whose
+    options have tensors are made one after the other.
+    """
+
+    def folded(x, dim, size):
+        if x is None:
+            return None
+        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    def one_of(x, dim, i):
+        return x if dim is None else x.select(dim, i)
+
+    def rule(info, in_dims, *arguments):
+        size, tensors, options = info.batch_size, arguments[:num_tensors], arguments[num_tensors:]
+        if not any(isinstance(x, torch.Tensor) for x in options):
+            results = operator(*(folded(x, dim, size) for x, dim in zip(tensors, in_dims)), *options)
+            results = tree_map(lambda x: x.unflatten(0, (size, x.shape[0] // size)), results)
+        else:
+            calls = [operator(*(one_of(x, dim, i) for x, dim in zip(arguments, in_dims))) for i in range(size)]
+            results = tuple(torch.stack(x) for x in zip(*calls))
+        return results, tree_map(lambda _: 0, results)
+
+    return rule
+
+
+for _operator in (attention, attention_plain, attention_plain_lse):
+    torch.library.register_vmap(_operator, _batched_by(3, _operator), lib=_library)
+for _operator in (attention_backward, attention_backward_plain):
+    torch.library.register_vmap(_operator, _batched_by(7, _operator), lib=_library)
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------------------

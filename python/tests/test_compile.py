@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import strobe
 from strobe import _ops
@@ -198,7 +199,6 @@ class Tagged(torch.Tensor):
 def test_subclasses_and_modes_see_the_call(device):
     """The short way to the operator is taken only where nobody looks on."""
     from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     q, k, v = qkv(device=device)
     for options in ({}, {"return_lse": True}, {"window_size": (3, 3)}):
@@ -274,7 +274,37 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_vmap_of_a_bias(device):
+    """A call with tensors among its options: mapped over, or the same for every call."""
+    q, k, v = (torch.stack([x, x.flip(1), -x]) for x in qkv(device=device))
+    biases = torch.randn(3, 4, 16, 16, device=device)
+
+    def gradients(q, k, v, bias):
+        return torch.func.grad(lambda *x: strobe.attention(*x[:3], bias=x[3]).sin().sum(), argnums=(0, 1, 2, 3))(q, k, v, bias)
+
+    for dim, bias_of in ((0, lambda i: biases[i]), (None, lambda i: biases[0])):
+        ours = torch.vmap(gradients, in_dims=(0, 0, 0, dim))(q, k, v, biases if dim == 0 else biases[0])
+        for i in range(3):
+            for a, b in zip(ours, gradients(q[i], k[i], v[i], bias_of(i))):
+                reference.near(a[i], b)
+
+
+def test_functorch_vmap_is_one_call(device):
+    """Not one for each of those that are mapped over, where only q, k and v are."""
+    q, k, v = (torch.stack([x] * 5) for x in qkv(device=device))
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.extend([function] if function.namespace == "strobe" else [])
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        torch.vmap(lambda *x: strobe.attention(*x, softcap=2.0))(q, k, v)
+        torch.vmap(torch.func.grad(lambda *x: strobe.attention(*x).sum()))(q, k, v)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_functorch_vmap(name, device):
     """Over calls, and over gradients of calls, as for gradients of each sample or for an ensemble."""
@@ -298,7 +328,6 @@ def test_functorch_vmap(name, device):
         reference.near(moved[0][:, i], call(q[i], k[0], v[i])[0])
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functorch_jacobian(device):
     q, k, v = qkv(batch=1, rows=3, heads=2, heads_k=2, dim=8, device=device)
     ours = torch.func.jacrev(lambda x: strobe.attention(x, k, v, causal=True))(q)

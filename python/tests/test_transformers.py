@@ -15,6 +15,8 @@ from transformers import (  # noqa: E402
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -48,6 +50,7 @@ KINDS = {
             vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
         ),
     ),
+    "mistral": (MistralForCausalLM, lambda: MistralConfig(**small(num_key_value_heads=2, sliding_window=7))),
     "bert": (BertForMaskedLM, lambda: BertConfig(**small(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))),
 }
 
@@ -188,7 +191,7 @@ def test_packed_by_keyword(kind, device, check):
     check(kind, torch.float32, "flattened", device)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral", "gpt2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(kind, cache, device):
     """Greedy decoding of a left-padded batch with a cache: the same scores as eager and the same tokens."""
@@ -261,11 +264,11 @@ def test_padding_is_described_without_a_mask(device):
     _, holes = batch_of("holes", device)
     assert made() is None and made(tokens=torch.ones(3, 24, dtype=torch.bool, device=device)) is None
     assert made(sliding_window_causal_mask_function(5)) is None
-    assert made(tokens=left).shape == (4, 10) and made(bidirectional_mask_function, left).shape == (1, 4, 10)
+    assert made(tokens=left).shape == (1, 1, 4, 10) and made(bidirectional_mask_function, left).shape == (1, 4, 1, 10)
     assert made(tokens=holes).shape == (3, 1, 24, 24)
     assert made(lambda b, h, q, k: (q + k) % 2 == 0).shape == (3, 1, 24, 24)
     assert made(use_vmap=True).dtype == torch.float32
-    assert made(q_length=1, q_offset=23, tokens=left).shape == (4, 10)
+    assert made(q_length=1, q_offset=23, tokens=left).shape == (1, 1, 4, 10)
     assert made(q_length=4, q_offset=0, kv_length=32).shape == (3, 1, 4, 32)
 
 

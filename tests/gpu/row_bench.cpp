@@ -15,7 +15,6 @@
 #include "cuda/device.hpp"
 #include "cuda/select.hpp"
 #include "cuda/sm80/backward_workspace.hpp"
-#include "cuda/sm80/config.hpp"
 #include "cuda/variant_table.hpp"
 
 namespace strobe::gpu_tests {
@@ -178,8 +177,6 @@ int run(const Options& options) {
             const std::string name = cuda::to_string(v);
             if (v.dtype != dtype || !std::regex_search(name, wanted)) continue;
             if (v.arch == Arch::sm80 && cuda::smem_bytes(v) > cuda::device_limits(0).smem_per_cta) continue;
-            const bool adds_dq = v.arch != Arch::sm80 || v.direction == Direction::forward || sm80::BackwardConfig(v).adds_dq;
-            if (!adds_dq && !options.deterministic) continue;  // a row for the deterministic mode alone
             const bool serves = v.features == features_for(options.feature) || (options.feature == "bias" && v.features == Features::biased) ||
                                 (options.feature == "softcap" && v.features == Features::capped);
             if (options.feature != "none" && !serves) continue;

@@ -169,6 +169,7 @@ def test_refuses_what_would_destroy_or_mislead(trainer, finished, tmp_path):
     assert "learning_rate" in refusal("--resume", "--lr", "0.1")
     assert "gradients" in refusal("--resume", "--gradients", "bf16")
     assert "gradients" in refusal("--overwrite", "--gradients", "bf16")
+    assert "masters" in refusal("--overwrite", "--masters", "bf16")
     assert weights(finished[0])
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, " * 400)

@@ -10,8 +10,9 @@
 
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/select.hpp"
+#include "cuda/sm80/backward_order.hpp"
+#include "cuda/sm80/backward_workspace.hpp"
 #include "cuda/sm80/config.hpp"
-#include "cuda/sm80/schedule.hpp"
 #include "verify/case.hpp"
 #include "verify/case_data.hpp"
 
@@ -205,18 +206,28 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
     }
 }
 
+/// Up to 256 keys, 512 under a mask, by the row that may take whole heads, deterministically at head dim 64 also without one; up to 2047
+/// queries by the other row for few keys, unless deterministic; what is longer by the one for many.
 TEST(Sm90Plan, BackwardOfFewKeysHasRowsOfItsOwn) {
     for (DType dtype : {DType::bf16, DType::f16}) {
         for (int head_dim : {64, 128}) {
             for (bool band : {false, true}) {
-                for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
-                    const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim, .seqlen_q = 300,
-                                                .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
-                    std::string refusal;
-                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
-                    ASSERT_NE(row, nullptr) << refusal;
-                    EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
-                    EXPECT_EQ(row->keys, seqlen_k <= (band ? 512 : 256) ? Keys::few : Keys::any) << seqlen_k;
+                for (bool deterministic : {false, true}) {
+                    for (const int64_t seqlen_q : {300, 2047, 2048}) {
+                        for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
+                            const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim,
+                                                        .seqlen_q = seqlen_q, .seqlen_k = seqlen_k, .band = band,
+                                                        .deterministic = deterministic, .tma_layout = true};
+                            std::string refusal;
+                            const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                            ASSERT_NE(row, nullptr) << refusal;
+                            EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
+                            const bool whole = seqlen_k <= (band || (deterministic && head_dim == 64) ? 512 : 256);
+                            const bool brief = !whole && !deterministic && seqlen_q < 2048;
+                            EXPECT_EQ(row->keys, whole || brief ? Keys::few : Keys::any) << seqlen_q << " x " << seqlen_k;
+                            if (whole || brief) EXPECT_EQ(row->stages == 2, whole) << seqlen_q << " x " << seqlen_k;
+                        }
+                    }
                 }
             }
         }
@@ -293,6 +304,71 @@ TEST(Sm80Schedule, EveryTileOnce) {
             }
         }
     }
+}
+
+/// A key tile's turn at a query tile is the number of those claimed before it that add there: nobody waits for a turn that does not
+/// come, nor for a CTA that might not be running.
+TEST(Sm80Schedule, TurnsAreHandedOnInTheOrderOfClaims) {
+    std::mt19937 engine(3);
+    const auto pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); };
+    int falling = 0, gone_by = 0;
+    for (int trial = 0; trial < 600; ++trial) {
+        const int block_m = 64, block_n = pick(0, 1) ? 64 : 128;
+        BandMask mask{.seqlen_q = pick(1, 700), .seqlen_k = pick(0, 900)};
+        mask.left = pick(0, 2) == 0 ? pick(0, 300) : -1;
+        mask.right = pick(0, 2) != 0 ? (pick(0, 1) ? 0 : pick(0, 300)) : -1;
+        mask.diagonal = pick(0, 2) == 0 ? pick(-900, 900) : mask.seqlen_k - mask.seqlen_q;
+        const bool band = mask.left >= 0 || mask.right >= 0;
+        const int low = mask.left < 0 ? -(1 << 30) : static_cast<int>(mask.diagonal - mask.left);
+        const int high = mask.right < 0 ? 1 << 30 : static_cast<int>(mask.diagonal + mask.right);
+        const int64_t heads = pick(1, 9), tiles = (std::max<int64_t>(mask.seqlen_k, 1) + block_n - 1) / block_n + pick(0, 1);
+        const KeyTileOrder order = KeyTileOrder::in_turns(heads, tiles, int64_t{1} << pick(20, 26), band, pick(1, 100));
+        std::set<std::pair<int, int>> claimed;
+        std::vector<std::vector<int>> turns(static_cast<size_t>(heads), std::vector<int>(20, 0));
+        for (int claim = 0; claim < order.size(); ++claim) {
+            const KeyTile t = order.claimed(claim);
+            claimed.emplace(t.head, t.tile);
+            falling += t.falling;
+            const int64_t key = int64_t{t.tile} * block_n;
+            const IndexRange queries = mask.query_range(key, key + block_n);
+            if (queries.empty()) continue;
+            for (int64_t m = queries.begin / block_m; m < (queries.end + block_m - 1) / block_m; ++m) {
+                const int first = static_cast<int>(m) * block_m, last = static_cast<int>(std::min<int64_t>(first + block_m, mask.seqlen_q)) - 1;
+                int& turn = turns[static_cast<size_t>(t.head)][static_cast<size_t>(m)];
+                EXPECT_EQ(t.turn(order.first_adding(low, first, block_n),
+                                 order.last_adding(high, last, static_cast<int>(mask.seqlen_k), block_n)), turn);
+                gone_by += turn++ > 0;
+            }
+        }
+        EXPECT_EQ(claimed.size(), static_cast<size_t>(order.size()));
+    }
+    EXPECT_GT(falling, 1000);
+    EXPECT_GT(gone_by, 1000);
+}
+
+/// Without a mask as many heads are begun together as the machine has room for.
+TEST(Sm80Schedule, HeadsAreBegunTogether) {
+    EXPECT_EQ(KeyTileOrder::in_turns(64, 64, 1 << 20, false, 264).group, 4);
+    EXPECT_EQ(KeyTileOrder::in_turns(64, 256, 1 << 20, false, 132).group, 1);
+    EXPECT_EQ(KeyTileOrder::in_turns(2, 8, 1 << 20, false, 264).group, 2);
+    const KeyTileOrder order = KeyTileOrder::in_turns(8, 16, 1 << 20, false, 64);
+    EXPECT_EQ(order.claimed(3).head, 3);
+    EXPECT_EQ(order.claimed(4).tile, 1);
+    const KeyTileOrder causal = KeyTileOrder::in_turns(8, 16, int64_t{8} << 20, true, 64);  // two groups
+    EXPECT_EQ(causal.claimed(0).tile, 15);
+    EXPECT_EQ(causal.claimed(64).tile, 0);
+}
+
+TEST(Sm80Plan, WorkspaceOfTheDeterministicMode) {
+    ProblemSize size{.batch = 2, .num_heads = 3, .num_heads_k = 3, .head_dim = 64, .head_dim_v = 64, .seqlen_q = 100, .seqlen_k = 100,
+                     .total_q = 200, .total_k = 200};
+    const Variant plain{Arch::sm80, Direction::backward, DType::bf16, 64, MaskClass::band, Features::plain, 64, 128, 1, 4};
+    Variant general = plain;
+    general.features = Features::general;
+    const int64_t tiles = 2 * 2 * 3, statistics = 2 * tiles * 64 * 4, dq = tiles * 64 * 64 * 4;
+    EXPECT_EQ(backward_workspace_bytes(size, false, false, plain), statistics + dq);
+    EXPECT_EQ(backward_workspace_bytes(size, false, true, plain), statistics + dq + (tiles + 1) * 4);
+    EXPECT_EQ(backward_workspace_bytes(size, false, true, general), statistics);
 }
 
 TEST(Sm80Schedule, HeaviestFirstInsideAGroup) {

@@ -60,22 +60,22 @@ void linear_backward(Exec& e, const LinearBackward& a) {
     if (a.gelu_input) throw std::invalid_argument("linear: the cpu does not fuse gelu");
     const int64_t dy_stride = a.dy_stride > 0 ? a.dy_stride : a.out;
     const float* dy = a.dy.f32();
-    if (a.dx) {
-        const float* weight = a.weight.f32();
-        float* dx = a.dx.f32();
-        e.team->ranges(a.rows, kRowGrain, [&](int64_t begin, int64_t end, int) {
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.out), 1.0f,
-                        dy + begin * dy_stride, as_int(dy_stride), weight, as_int(a.in), 0.0f, dx + begin * a.in, as_int(a.in));
+    if (a.dweight) {
+        const float* x = a.x.f32();
+        float* dweight = a.dweight.f32();
+        e.team->ranges(a.out, kRowGrain, [&](int64_t begin, int64_t end, int) {
+            cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.rows), 1.0f,
+                        dy + begin, as_int(dy_stride), x, as_int(a.in), a.overwrite ? 0.0f : 1.0f, dweight + begin * a.in, as_int(a.in));
         });
+        if (a.dbias) sum_rows(e, dy, a.rows, a.out, dy_stride, a.dbias);
     }
-    if (!a.dweight) return;
-    const float* x = a.x.f32();
-    float* dweight = a.dweight.f32();
-    e.team->ranges(a.out, kRowGrain, [&](int64_t begin, int64_t end, int) {
-        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.rows), 1.0f,
-                    dy + begin, as_int(dy_stride), x, as_int(a.in), a.overwrite ? 0.0f : 1.0f, dweight + begin * a.in, as_int(a.in));
+    if (!a.dx) return;
+    const float* weight = a.weight.f32();
+    float* dx = a.dx.f32();
+    e.team->ranges(a.rows, kRowGrain, [&](int64_t begin, int64_t end, int) {
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, as_int(end - begin), as_int(a.in), as_int(a.out), 1.0f,
+                    dy + begin * dy_stride, as_int(dy_stride), weight, as_int(a.in), 0.0f, dx + begin * a.in, as_int(a.in));
     });
-    if (a.dbias) sum_rows(e, dy, a.rows, a.out, dy_stride, a.dbias);
 }
 
 }  // namespace strobe::gpt::cpu

@@ -53,7 +53,8 @@ struct Share {
     }
 };
 
-/// The values of a thread's elements: fp32, or the halves that split_float makes, of which the upper ones lie in `narrow`.
+/// The values of a thread's elements: fp32; or the halves that split_float makes, of which the upper ones lie in `narrow`; or these alone.
+struct UpperHalves {};
 template <class T>
 struct Values;
 
@@ -63,7 +64,7 @@ struct Values<float> {
 
     __device__ static Values load(const float* values, const bf16*, int64_t first) { return {Share<float>::load(values + first)}; }
     __device__ float operator[](int i) const { return whole[i]; }
-    __device__ void set(int i, float x) { whole.set(i, x, 0u); }
+    __device__ void set(int i, float x, uint32_t) { whole.set(i, x, 0u); }
     __device__ void store(float* values, bf16* narrow, int64_t first) const {
         whole.store(values + first);
         if (!narrow) return;
@@ -85,7 +86,7 @@ struct Values<bf16> {
         const int below = static_cast<short>(__bfloat16_as_ushort(low.x[i]));
         return __uint_as_float((static_cast<unsigned>(__bfloat16_as_ushort(high.x[i])) << 16) + static_cast<unsigned>(below));
     }
-    __device__ void set(int i, float x) {
+    __device__ void set(int i, float x, uint32_t) {
         const unsigned bits = __float_as_uint(x), nan = (bits & 0x7fffffffu) > 0x7f800000u;
         high.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? bits >> 16 | 0x40u : (bits + 0x8000u) >> 16));
         low.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? 0u : bits));
@@ -94,6 +95,16 @@ struct Values<bf16> {
         low.store(values + first);
         high.store(narrow + first);
     }
+};
+
+template <>
+struct Values<UpperHalves> {
+    Share<bf16> high;
+
+    __device__ static Values load(const UpperHalves*, const bf16* narrow, int64_t first) { return {Share<bf16>::load(narrow + first)}; }
+    __device__ float operator[](int i) const { return high[i]; }
+    __device__ void set(int i, float x, uint32_t noise) { high.set(i, x, noise); }
+    __device__ void store(UpperHalves*, bf16* narrow, int64_t first) const { high.store(narrow + first); }
 };
 
 // Segments begin at multiples of an arena's alignment, so all elements of a thread decay alike. The loads come first: the
@@ -122,7 +133,8 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const Ada
         const uint32_t noise = std::is_same_v<T, float> ? 0u : adamw_noise(first + i, r.noise);
         mean.set(i, new_mean, noise);
         square.set(i, new_square, noise >> 16);
-        w.set(i, keep * w[i] - r.step_size * new_mean / (sqrtf(new_square) * r.inv_sqrt_bias2 + k.eps));
+        const uint32_t value_noise = std::is_same_v<W, UpperHalves> ? adamw_value_noise(first + i, r.noise) : 0u;
+        w.set(i, keep * w[i] - r.step_size * new_mean / (sqrtf(new_square) * r.inv_sqrt_bias2 + k.eps), value_noise);
     }
     w.store(values, narrow, first);
     mean.store(m + first);
@@ -134,19 +146,20 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const Ada
 void adamw(Exec& e, const AdamW& a) {
     if (a.size % kElements != 0) throw std::invalid_argument("adamw: an arena holds a multiple of 8 numbers");
     const Constants constants{a.beta1, a.beta2, a.eps, a.clip_norm};
-    if (a.values.precision != Precision::fp32 && !a.narrow) throw std::invalid_argument("adamw: lower halves without the upper ones");
-    by_precision(a.values.precision, [&](auto* value_type) {
+    if ((a.values.precision != Precision::fp32 || !a.values) && !a.narrow) throw std::invalid_argument("adamw: no upper halves of the values");
+    const auto launch = [&]<class W>(W* values) {
         by_precision(a.grads.precision, [&](auto* gradient_type) {
             by_precision(a.m.precision, [&](auto* moment_type) {
-                using W = std::remove_pointer_t<decltype(value_type)>;
                 using G = std::remove_pointer_t<decltype(gradient_type)>;
                 using T = std::remove_pointer_t<decltype(moment_type)>;
                 adamw_kernel<W, G, T><<<blocks_for(a.size / kElements, kThreads), kThreads, 0, stream_of(e)>>>(
-                    a.size, a.segments.data(), static_cast<int>(a.segments.size()), as<W>(a.values), as<G>(a.grads), as<T>(a.m),
-                    as<T>(a.v), a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
+                    a.size, a.segments.data(), static_cast<int>(a.segments.size()), values, as<G>(a.grads), as<T>(a.m), as<T>(a.v),
+                    a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
             });
         });
-    });
+    };
+    if (!a.values) return launch(static_cast<UpperHalves*>(nullptr)), check_launch("adamw");
+    by_precision(a.values.precision, [&](auto* type) { launch(as<std::remove_pointer_t<decltype(type)>>(a.values)); });
     check_launch("adamw");
 }
 

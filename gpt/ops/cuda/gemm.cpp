@@ -21,9 +21,9 @@ namespace {
 constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 constexpr int kCandidates = 16;
 constexpr int kTimedRuns = 3;
-// Who comes into a contest: so many, if they took no longer than so many times the fastest's.
-constexpr size_t kContestants = 8;
-constexpr float kContestMargin = 1.15f;
+// Who comes into a contest beside the usual one: so many, if they took no longer than so many times the fastest's.
+constexpr size_t kContestants = 10;
+constexpr float kContestMargin = 1.2f;
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
@@ -69,6 +69,8 @@ cublasLtEpilogue_t epilogue_of(GemmCall::Epilogue e) {
     return CUBLASLT_EPILOGUE_DEFAULT;
 }
 
+std::array<uint64_t, 8> bits_of(const cublasLtMatmulAlgo_t& algo) { return std::bit_cast<std::array<uint64_t, 8>>(algo); }
+
 /// Device memory for the time of a measurement; null where there is no room.
 class Temporary {
 public:
@@ -99,6 +101,7 @@ struct Gemm::Library {
         STROBE_GPT_LOAD(cublasLtGetVersion);
         STROBE_GPT_LOAD(cublasLtMatmul);
         STROBE_GPT_LOAD(cublasLtMatmulAlgoCheck);
+        STROBE_GPT_LOAD(cublasLtMatmulAlgoConfigGetAttribute);
         STROBE_GPT_LOAD(cublasLtMatmulAlgoGetHeuristic);
         STROBE_GPT_LOAD(cublasLtMatmulDescCreate);
         STROBE_GPT_LOAD(cublasLtMatmulDescDestroy);
@@ -117,6 +120,7 @@ struct Gemm::Library {
     decltype(&::cublasLtGetVersion) cublasLtGetVersion;
     decltype(&::cublasLtMatmul) cublasLtMatmul;
     decltype(&::cublasLtMatmulAlgoCheck) cublasLtMatmulAlgoCheck;
+    decltype(&::cublasLtMatmulAlgoConfigGetAttribute) cublasLtMatmulAlgoConfigGetAttribute;
     decltype(&::cublasLtMatmulAlgoGetHeuristic) cublasLtMatmulAlgoGetHeuristic;
     decltype(&::cublasLtMatmulDescCreate) cublasLtMatmulDescCreate;
     decltype(&::cublasLtMatmulDescDestroy) cublasLtMatmulDescDestroy;
@@ -152,14 +156,8 @@ struct Gemm::Plan {
     cublasLtMatmulAlgo_t algo{};
     float milliseconds = 0.0f;
 
-    struct Contestant {
-        cublasLtMatmulAlgo_t algo;
-        float alone;  // milliseconds
-        double sum = 0.0;
-        int bouts = 0;
-    };
-    std::vector<Contestant> contestants;  // the fastest first; of a product that was measured in this process
-    size_t turn = 0;
+    std::vector<Contestant> contestants;  // the usual one, then the fastest first; of a product that was measured in this process
+    bool called = false;                  // in a contest
 };
 
 Gemm::Gemm(void* stream, const std::string& device)
@@ -216,7 +214,9 @@ Gemm::Plan& Gemm::plan(const GemmCall& c) {
     layout(p->b, c.b.precision, c.transpose_b ? c.n : c.k, c.transpose_b ? c.k : c.n, c.ldb);
     layout(p->d, c.d.precision, c.m, c.n, c.ldd);
 
-    if (const std::string product = name_of(c); contest_ || !recall(*p, product)) choose(*p, c, product);
+    const std::string product = name_of(c);
+    if (!recall(*p, product)) choose(*p, c, product);
+    else if (contest_) add_contestants(*p, c);
     slot = std::move(p);
     return *slot;
 }
@@ -236,30 +236,43 @@ bool Gemm::recall(Plan& p, const std::string& product) {
     return true;
 }
 
-void Gemm::choose(Plan& p, const GemmCall& c, const std::string& product) {
+std::vector<cublasLtMatmulHeuristicResult_t> Gemm::proposals(const Plan& p) const {
     const Library& lib = *library_;
     cublasLtMatmulPreference_t preference = nullptr;
     check(lib.cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     check(lib.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspaceBytes,
                                                    sizeof kWorkspaceBytes),
           "the workspace's size");
-    std::vector<cublasLtMatmulHeuristicResult_t> candidates(kCandidates);
+    std::vector<cublasLtMatmulHeuristicResult_t> out(kCandidates);
     int found = 0;
     const cublasStatus_t status = lib.cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.a, p.b, p.d, p.d, preference, kCandidates,
-                                                                     candidates.data(), &found);
+                                                                     out.data(), &found);
     lib.cublasLtMatmulPreferenceDestroy(preference);
-    candidates.resize(status == CUBLAS_STATUS_SUCCESS ? static_cast<size_t>(found) : 0);
-    std::erase_if(candidates, [](const auto& r) { return r.state != CUBLAS_STATUS_SUCCESS; });
-    p.possible = !candidates.empty();
+    out.resize(status == CUBLAS_STATUS_SUCCESS ? static_cast<size_t>(found) : 0);
+    std::erase_if(out, [](const auto& r) { return r.state != CUBLAS_STATUS_SUCCESS; });
+    return out;
+}
+
+void Gemm::choose(Plan& p, const GemmCall& c, const std::string& product) {
+    const auto proposed = proposals(p);
+    p.possible = !proposed.empty();
     if (!p.possible) return;
-    p.algo = candidates.front().algo;
-    tune(p, c, candidates);
+    p.algo = proposed.front().algo;
+    std::vector<Contestant> measured = measure(p, c, proposed);
     // Not measured for lack of room: another process may have it.
-    if (p.milliseconds == 0.0f) return;
-    const GemmChoice mine{std::bit_cast<std::array<uint64_t, 8>>(p.algo), p.milliseconds};
-    if (choices_.find(product)) return choices_.replace(product, mine);
+    if (measured.empty()) return;
+    p.algo = measured.front().algo;
+    p.milliseconds = measured.front().alone;
+    if (contest_) p.contestants = measured;
+    const GemmChoice mine{bits_of(p.algo), p.milliseconds};
     if (choices_.settle(product, mine) == mine || recall(p, product)) return;
     choices_.replace(product, mine);
+}
+
+void Gemm::add_contestants(Plan& p, const GemmCall& c) {
+    p.contestants = {{p.algo, p.milliseconds}};
+    for (const Contestant& other : measure(p, c, proposals(p)))
+        if (bits_of(other.algo) != bits_of(p.algo)) p.contestants.push_back(other);
 }
 
 cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo_t& algo) {
@@ -271,9 +284,9 @@ cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo
                                      workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
 }
 
-// On noise in memory of its own: the call's outputs may be sums that must not be added to twice. Without room for that the
-// first candidate stays.
-void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicResult_t>& candidates) {
+// The fastest first. On noise in memory of its own: the call's outputs may be sums that must not be added to twice. Without room for that
+// there are none.
+std::vector<Gemm::Contestant> Gemm::measure(Plan& p, const GemmCall& c, const std::vector<cublasLtMatmulHeuristicResult_t>& candidates) {
     const auto stream = static_cast<cudaStream_t>(stream_);
     const size_t in = size_of(c.a.precision), out = size_of(c.d.precision);
     const auto elements = [](int64_t ld, int64_t columns) { return static_cast<size_t>(ld * columns); };
@@ -282,7 +295,7 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     const Temporary a(a_count * in), b(b_count * in), d(d_count * out), aux(c.aux ? d_count * out : 1);
     const int64_t bias_count = std::max(c.m, c.n);
     const Temporary bias(static_cast<size_t>(bias_count) * out);
-    if (!a.data() || !b.data() || !d.data() || !aux.data() || !bias.data()) return;
+    if (!a.data() || !b.data() || !d.data() || !aux.data() || !bias.data()) return {};
     GemmCall trial = c;
     trial.a.data = a.data(), trial.b.data = b.data(), trial.d.data = d.data();
     trial.c = {};
@@ -297,6 +310,7 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
     cudaEvent_t begin = nullptr, end = nullptr;
     check(cudaEventCreate(&begin), "cudaEventCreate");
     check(cudaEventCreate(&end), "cudaEventCreate");
+    std::vector<Contestant> measured;
     for (const auto& candidate : candidates) {
         if (launch(p, trial, candidate.algo) != CUBLAS_STATUS_SUCCESS) continue;
         float fastest = 0.0f;
@@ -309,50 +323,97 @@ void Gemm::tune(Plan& p, const GemmCall& c, std::vector<cublasLtMatmulHeuristicR
             check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
             if (i == 0 || milliseconds < fastest) fastest = milliseconds;
         }
-        p.contestants.push_back({candidate.algo, fastest});
+        measured.push_back({candidate.algo, fastest});
     }
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
-    if (p.contestants.empty()) return;
-    std::ranges::stable_sort(p.contestants, {}, &Plan::Contestant::alone);
-    p.algo = p.contestants.front().algo;
-    p.milliseconds = p.contestants.front().alone;
-    std::erase_if(p.contestants, [&](const auto& other) { return other.alone > kContestMargin * p.milliseconds; });
-    if (p.contestants.size() > kContestants) p.contestants.resize(kContestants);
+    std::ranges::stable_sort(measured, {}, &Contestant::alone);
+    const float slowest = measured.empty() ? 0.0f : kContestMargin * measured.front().alone;
+    std::erase_if(measured, [&](const auto& other) { return other.alone > slowest; });
+    if (measured.size() > kContestants) measured.resize(kContestants);
+    return measured;
 }
 
-void Gemm::compete(Plan& p, const GemmCall& call) {
-    Bout bout{&p, p.turn++ % p.contestants.size(), nullptr, nullptr};
+void Gemm::run_timed(Plan& p, const GemmCall& call) {
+    p.called = true;
+    Bout bout{&p, nullptr, nullptr};
     const auto stream = static_cast<cudaStream_t>(stream_);
     check(cudaEventCreate(&bout.begin), "cudaEventCreate");
     check(cudaEventCreate(&bout.end), "cudaEventCreate");
     bouts_.push_back(bout);
     check(cudaEventRecord(bout.begin, stream), "cudaEventRecord");
-    check(launch(p, call, p.contestants[bout.candidate].algo), "cublasLtMatmul");
+    check(launch(p, call, p.algo), "cublasLtMatmul");
     check(cudaEventRecord(bout.end, stream), "cudaEventRecord");
 }
 
-void Gemm::end_contest() {
-    contest_ = false;
-    check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream_)), "waiting for the device");
+void Gemm::forget_bouts() {
     for (const Bout& bout : bouts_) {
-        float milliseconds = 0.0f;
-        check(cudaEventElapsedTime(&milliseconds, bout.begin, bout.end), "cudaEventElapsedTime");
-        Plan::Contestant& contestant = bout.plan->contestants[bout.candidate];
-        contestant.sum += milliseconds;
-        ++contestant.bouts;
         cudaEventDestroy(bout.begin);
         cudaEventDestroy(bout.end);
     }
     bouts_.clear();
-    for (const auto& [key, plan] : plans_) {
-        constexpr int kFewest = 8;  // bouts of each: fewer say nothing
-        const auto judged = [](const Plan::Contestant& c) { return c.bouts >= kFewest; };
-        if (plan->contestants.empty() || !std::ranges::all_of(plan->contestants, judged)) continue;
-        const auto best = std::ranges::min_element(plan->contestants, {}, [](const auto& c) { return c.sum / c.bouts; });
-        plan->algo = best->algo;
-        plan->milliseconds = best->alone;
-        choices_.replace(name_of(plan->call), {std::bit_cast<std::array<uint64_t, 8>>(plan->algo), plan->milliseconds});
+}
+
+std::vector<Gemm::Plan*> Gemm::contested() const {
+    std::vector<Plan*> out;
+    for (const auto& [key, plan] : plans_)
+        if (plan->called && !plan->contestants.empty()) out.push_back(plan.get());
+    return out;
+}
+
+std::string Gemm::describe(const cublasLtMatmulAlgo_t& algo) const {
+    const auto value = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto v) {
+        size_t written = 0;
+        library_->cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &v, sizeof v, &written);
+        return v;
+    };
+    return fmt::format("id {} tile {} stages {} cluster {} split {} swizzle {} custom {}", value(CUBLASLT_ALGO_CONFIG_ID, int32_t{}),
+                       value(CUBLASLT_ALGO_CONFIG_TILE_ID, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_STAGES_ID, uint32_t{}),
+                       value(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, uint16_t{}), value(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, int32_t{}),
+                       value(CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, uint32_t{}));
+}
+
+std::vector<Gemm::Candidates> Gemm::candidates() const {
+    std::vector<Candidates> out;
+    for (const Plan* plan : contested()) {
+        Candidates& mine = out.emplace_back(Candidates{name_of(plan->call), {}, {}});
+        for (const Contestant& c : plan->contestants) {
+            mine.alone.push_back(c.alone);
+            mine.algorithms.push_back(describe(c.algo));
+        }
+    }
+    return out;
+}
+
+void Gemm::play(std::span<const int> chosen) {
+    forget_bouts();
+    const std::vector<Plan*> plans = contested();
+    for (size_t i = 0; i < plans.size(); ++i) {
+        const Contestant& player = plans[i]->contestants.at(static_cast<size_t>(chosen[i]));
+        plans[i]->algo = player.algo;
+        plans[i]->milliseconds = player.alone;
+    }
+}
+
+std::vector<double> Gemm::played() {
+    check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream_)), "waiting for the device");
+    const std::vector<Plan*> plans = contested();
+    std::vector<double> out(plans.size(), 0.0);
+    for (const Bout& bout : bouts_) {
+        float milliseconds = 0.0f;
+        check(cudaEventElapsedTime(&milliseconds, bout.begin, bout.end), "cudaEventElapsedTime");
+        const auto found = std::ranges::find(plans, bout.plan);
+        if (found != plans.end()) out[static_cast<size_t>(found - plans.begin())] += milliseconds;
+    }
+    return out;
+}
+
+void Gemm::end_contest() {
+    contest_ = false;
+    forget_bouts();
+    for (Plan* plan : contested()) {
+        choices_.replace(name_of(plan->call), {bits_of(plan->algo), plan->milliseconds});
+        plan->contestants.clear();
     }
 }
 
@@ -360,7 +421,7 @@ void Gemm::run(const GemmCall& call) {
     Plan& p = plan(call);
     if (!p.possible)
         throw std::runtime_error(fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
-    if (contest_ && p.contestants.size() > 1) return compete(p, call);
+    if (contest_) return run_timed(p, call);
     check(launch(p, call, p.algo), "cublasLtMatmul");
 }
 

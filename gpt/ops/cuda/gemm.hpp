@@ -7,6 +7,7 @@
 
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -45,10 +46,22 @@ public:
     /// Whether there is an algorithm for the call.
     bool possible(const GemmCall& call);
 
-    /// From here to the contest's end the products that are met first are called by their fastest candidates in turn and timed where
-    /// they stand, on the operators' own data, in the cache and at the clock that these leave; what was fastest there is kept. Meanwhile
-    /// two calls of a product may round differently.
+    /// Several algorithms for a product that is called: the one that would be used without a contest, then the fastest others. Which is
+    /// the best where it stands, on the operators' own data, in the cache and at the clock that these leave, a contest tells: from its
+    /// beginning on products that are met first keep their candidates, calls are timed, and play() says who does them.
+    struct Candidates {
+        std::string product;
+        std::vector<float> alone;             // milliseconds of each when it was measured
+        std::vector<std::string> algorithms;  // as the library describes them
+    };
     void begin_contest() { contest_ = true; }
+    /// Of the products that were called since, in a fixed order; those below are in the same.
+    std::vector<Candidates> candidates() const;
+    /// Who does the calls from here on. The device is done with those before.
+    void play(std::span<const int> chosen);
+    /// Milliseconds of each product's calls since the last play(). Waits for the device.
+    std::vector<double> played();
+    /// Who plays now is kept.
     void end_contest();
     std::string version() const;
 
@@ -62,10 +75,13 @@ public:
 private:
     struct Library;
     struct Plan;
+    struct Contestant {
+        cublasLtMatmulAlgo_t algo;
+        float alone;  // milliseconds
+    };
     /// A call in a contest.
     struct Bout {
-        Plan* plan;
-        size_t candidate;
+        const Plan* plan;
         cudaEvent_t begin, end;
     };
     using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool, int>;
@@ -73,8 +89,13 @@ private:
     Plan& plan(const GemmCall& call);
     bool recall(Plan& plan, const std::string& product);
     void choose(Plan& plan, const GemmCall& call, const std::string& product);
-    void tune(Plan& plan, const GemmCall& call, std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
-    void compete(Plan& plan, const GemmCall& call);
+    void add_contestants(Plan& plan, const GemmCall& call);
+    std::vector<cublasLtMatmulHeuristicResult_t> proposals(const Plan& plan) const;
+    std::vector<Contestant> measure(Plan& plan, const GemmCall& call, const std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
+    void run_timed(Plan& plan, const GemmCall& call);
+    void forget_bouts();
+    std::vector<Plan*> contested() const;
+    std::string describe(const cublasLtMatmulAlgo_t& algo) const;
     cublasStatus_t launch(Plan& plan, const GemmCall& call, const cublasLtMatmulAlgo_t& algo);
     static Key key_of(const GemmCall& call);
     static std::string name_of(const GemmCall& call);

@@ -476,6 +476,39 @@ TEST_P(CudaOps, adamw_of_halves) {
     for (size_t i = 0; i < expected.size(); ++i) ASSERT_EQ(join_float({high_bits[i], low_bits[i]}), expected[i]) << i;
 }
 
+// Values that are bf16 alone are those of fp32 that fit, each update rounded up or down by the random bits of its element and step.
+TEST_P(CudaOps, adamw_of_values_in_bf16) {
+    if (GetParam() != Precision::bf16) GTEST_SKIP() << "one precision is enough";
+    constexpr int64_t kSize = 65536 + 64;
+    const AdamWSegment* segments_there = twins.upload(std::vector<AdamWSegment>{{0, kSize, true}});
+    Twin high = twins.normal(kSize, 1), whole = twins.filled_f32(kSize, 0.0f);
+    Twin m = twins.filled(kSize, 0.0f), v = twins.filled(kSize, 0.0f), m_of_whole = twins.filled(kSize, 0.0f), v_of_whole = twins.filled(kSize, 0.0f);
+    double up = 0.0, expected_up = 0.0;
+    for (int step = 1; step <= 3; ++step) {
+        Twin g = twins.normal(kSize, 10 + uint64_t(step));
+        const Floats before = twins.fetch(high);
+        gpu.memory().copy(whole.device.data, before.data(), kSize * sizeof(float));
+        const AdamWRates rates = adamw_rates(0.001f, 0.9f, 0.95f, 0.1f, step);
+        AdamW args{.segments = {segments_there, 1}, .size = kSize, .values = {}, .grads = g.device, .m = m.device, .v = v.device,
+                   .rates = twins.upload(std::vector<AdamWRates>{rates}), .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f};
+        EXPECT_THROW(run(device, args), std::invalid_argument) << "no values at all";
+        args.narrow = high.device;
+        run(device, args);
+        args.values = whole.device, args.narrow = {}, args.m = m_of_whole.device, args.v = v_of_whole.device;
+        run(device, args);
+        const Floats exact = twins.fetch(whole), actual = twins.fetch(high);
+        for (size_t i = 0; i < exact.size(); ++i) {
+            const float expected = widen_bf16(round_bf16_randomly(exact[i], adamw_value_noise(int64_t(i), rates.noise)));
+            ASSERT_EQ(actual[i], expected) << i;
+            up += std::abs(actual[i]) > std::abs(exact[i]);
+            expected_up += 0x1p-16 * (std::bit_cast<uint32_t>(exact[i]) & 0xffffu);
+        }
+    }
+    EXPECT_EQ(twins.fetch(m), twins.fetch(m_of_whole));
+    EXPECT_EQ(twins.fetch(v), twins.fetch(v_of_whole));
+    EXPECT_NEAR(up, expected_up, 5.0 * std::sqrt(0.25 * 3 * kSize)) << "as often as the part is large that does not fit";
+}
+
 // The same random bits on both devices: all but a few numbers, whose fp32 value differed by its last digit, are rounded alike.
 TEST_P(CudaOps, adamw_with_moments_in_bf16) {
     if (GetParam() != Precision::bf16) GTEST_SKIP() << "one precision is enough";

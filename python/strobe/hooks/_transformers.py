@@ -21,18 +21,24 @@ _CAUSAL, _SLIDING, _BIDIRECTIONAL = "causal", "sliding", "bidirectional"
 
 # ---- segments ---------------------------------------------------------------------------------------------------------------
 #
-# An int32 tensor (4, N + 1): cu_seqlens_q, cu_seqlens_k, and (N, then one filler) seqused_q, seqused_k, of N sequences that
-# make up the B * Sq query and B * Sk key rows. One more leading axis of size 1 says that attention is bidirectional.
+# An int32 tensor: cu_seqlens_q, cu_seqlens_k, and (N, then one filler) seqused_q, seqused_k, of N sequences that
+# make up the B * Sq query and B * Sk key rows. Its shape is (1, 1, 4, N + 1), or (1, 4, 1, N + 1) where attention is bidirectional:
+# transformers hands masks of four dimensions through, which generation with a static cache makes before the model's own call, and
+# takes others for the padding of a batch.
 
 
 def _segments(cu_q: Tensor, cu_k: Tensor, used_q: Tensor, used_k: Tensor, bidirectional: bool) -> Tensor:
     used_q, used_k = (torch.nn.functional.pad(x, (0, 1)) for x in (used_q, used_k))
     segments = torch.stack([x.to(torch.int32) for x in (cu_q, cu_k, used_q, used_k)])
-    return segments[None] if bidirectional else segments
+    return segments[None, :, None] if bidirectional else segments[None, None]
 
 
 def _is_segments(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.int32
+
+
+def _are_causal(segments: Tensor) -> bool:
+    return segments.shape[1] == 1
 
 
 def _packed_segments(sequence_ids: Tensor) -> Tensor:
@@ -235,13 +241,13 @@ def attend(
     if position_bias is not None and _is_segments(attention_mask):
         visible = _visible_of(attention_mask, batch, rows_q, rows_k)
         hidden = torch.zeros(visible.shape, dtype=position_bias.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
-        causal = is_causal and attention_mask.dim() == 2
+        causal = is_causal and _are_causal(attention_mask)
         return attention(q, k, v, bias=position_bias + hidden, causal=causal, **options), None
     if attention_mask is not None and not _is_segments(attention_mask):
         bias = _bias_of(attention_mask[..., :rows_k], position_bias, q.dtype)
         return attention(q, k, v, bias=bias, **options), None
 
-    causal = bool(is_causal) and (attention_mask is None or attention_mask.dim() == 2)
+    causal = bool(is_causal) and (attention_mask is None or _are_causal(attention_mask))
     window = (sliding_window - 1, -1) if causal and sliding_window is not None else (-1, -1)
     options.update(causal=causal, window_size=window)
     if attention_mask is not None:

@@ -1,19 +1,20 @@
 // FlashAttention-2 backward on mma.sync. One CTA per (key tile, key head, batch): K and V stay in shared memory, dK and
 // dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE, scores
-// are held transposed (keys x queries). dQ is reduced into the fp32 workspace, or left to its own deterministic pass.
+// are held transposed (keys x queries). dQ is reduced into the fp32 workspace: as CTAs come by, or in turns (backward_order.hpp), or
+// left to a deterministic pass of its own.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/sm80/backward_rows.cuh"
-#include "cuda/sm80/schedule.hpp"
+#include "cuda/sm80/backward_order.hpp"
 #include "cuda/sm80/score_gradient.cuh"
 
 namespace strobe::sm80 {
 
-template <uint64_t kVariantCode>
+template <uint64_t kVariantCode, bool kInTurns>
 __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCode)).threads,
                                   BackwardConfig(cuda::decode_variant(kVariantCode)).ctas_per_sm)
-    backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ TileOrder order,
+    backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ KeyTileOrder order,
                     const __grid_constant__ BackwardWorkspace ws) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr BackwardConfig kConfig(V);
@@ -27,11 +28,24 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr int kDqM = kDqRows / 16, kDqN = kD / kConfig.dq_warps_d / 8;
     constexpr bool kPInRegisters = kConfig.p_in_registers;
     constexpr int kOutWarpsD = kConfig.out_warps_d, kDqWarpsD = kConfig.dq_warps_d;
-    constexpr bool kAddsDq = kConfig.adds_dq;
-    constexpr bool kSharesScores = !kPInRegisters || kAddsDq;  // where P stays in registers dS is stored for dQ alone
+    // One eight-warp CTA on an SM: the warps of one half of the keys wait for each other alone. With two CTAs part of dQ between dV and
+    // dK does better, as its reductions drain behind dK.
+    constexpr bool kPlainDefault = V.features == Features::plain && kStages == 1 && !kInTurns;
+    constexpr bool kHalves = kPlainDefault && kD == 256;
+    constexpr bool kSplitsDq = kPlainDefault && kD == 128;
+    static_assert(!kHalves || kConfig.score_warps_n == kConfig.out_warps_n);
     extern __shared__ __align__(128) unsigned char smem[];
 
-    const TileIndex index = order.at(blockIdx.x);
+    KeyTile index;
+    if constexpr (kInTurns) {
+        __shared__ int claim;
+        if (threadIdx.x == 0) claim = atomicAdd(ws.claims, 1);
+        __syncthreads();
+        index = order.claimed(claim);
+    } else {
+        const TileIndex at = order.at(blockIdx.x);
+        index = {at.tile, at.head, false};
+    }
     const int batch = index.head / p.size.num_heads_k;
     const int kv_head = index.head % p.size.num_heads_k;
     const int group = p.size.num_heads / p.size.num_heads_k;
@@ -44,17 +58,24 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const Band band(mask);
     const IndexRange queries = mask.query_range(k_begin, k_begin + kN);
     const int tile_begin = queries.empty() ? 0 : static_cast<int>(queries.begin / kM);
-    const int tiles = queries.empty() ? 0 : static_cast<int>((queries.end + kM - 1) / kM) - tile_begin;
+    int tiles = queries.empty() ? 0 : static_cast<int>((queries.end + kM - 1) / kM) - tile_begin;
+    if constexpr (kInTurns) {  // turns of a sequence longer than it was said to be have not been cleared
+        const int most = static_cast<int>((p.size.seqlen_q + kM - 1) / kM) - tile_begin;
+        tiles = tiles < most ? tiles : most < 0 ? 0 : most;
+    }
     const int steps = tiles * group;
     // CTAs of one head run side by side. Where all of them see all queries each starts at another query tile, lest they all add
     // to the same dQ at once. (Where loads and products alternate, with one stage, they drift apart by themselves.)
-    constexpr bool kSpreadsStarts = kStages > 1 && !kPInRegisters;
+    constexpr bool kSpreadsStarts = kStages > 1 && !kPInRegisters && !kInTurns;
+    const bool down = kInTurns && p.mask.is_band() && !index.falling;
+    const int last_tile = down ? tile_begin : tile_begin + tiles - 1;
     const int first_tile =
+        down ? tile_begin + tiles - 1 :
         tile_begin + (kSpreadsStarts && !p.mask.is_band() ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles) : 0);
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-    const int score_key = warp % kConfig.score_warps_n * kScoreKeys;
-    const int score_query = warp / kConfig.score_warps_n * kScoreQueries;
+    const int score_key = (kHalves ? warp / kConfig.score_warps_m : warp % kConfig.score_warps_n) * kScoreKeys;
+    const int score_query = (kHalves ? warp % kConfig.score_warps_m : warp / kConfig.score_warps_n) * kScoreQueries;
     const int out_row = warp / kOutWarpsD * kOutRows, out_col = warp % kOutWarpsD * 16;
     const int dq_row = warp / kDqWarpsD * kDqRows, dq_col = warp % kDqWarpsD * 16;
 
@@ -118,19 +139,30 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         load_queries(kv_head * group, first_tile, 0);
     }
 
+    int64_t added_to = -1;  // the query tile whose turn has not been handed on
+    const auto hand_on = [&] {  // behind a barrier: everyone's additions come before it
+        if constexpr (kInTurns) {
+            if (thread == 0 && added_to >= 0) add_release(ws.turns + added_to, 1);
+        }
+    };
     int head = kv_head * group, tile = first_tile;
     for (int step = 0; step < steps; ++step) {
         const int stage = kStages > 1 ? step & 1 : 0;
         int next_tile, next_head;
         const auto look_ahead = [&] {  // as late as it can be: the products need the registers
-            const bool wraps = tile + 1 == tile_begin + tiles;
-            next_tile = wraps ? tile_begin : tile + 1;
+            const bool wraps = tile == last_tile;
+            if constexpr (kInTurns) {
+                next_tile = wraps ? first_tile : down ? tile - 1 : tile + 1;
+            } else {
+                next_tile = wraps ? tile_begin : tile + 1;
+            }
             next_head = (kSpreadsStarts ? next_tile == first_tile : wraps) ? head + 1 : head;
         };
         if (kStages > 1) look_ahead();
         cp_async_wait<0>();
         __syncthreads();  // this step's queries have landed; everyone is done with the last step's tiles, P and dS
         if (kStages > 1 && step + 1 < steps) load_queries(next_head, next_tile, stage ^ 1);
+        hand_on();
         const ScoreFunctionOf<V.features> score(p, seq, batch, head);
         const uint32_t batch_head = static_cast<uint32_t>(batch * p.size.num_heads + head);
         const uint32_t to_stage = stage * kConfig.q_bytes;
@@ -145,7 +177,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             uint32_t ds[kScoreM][kScoreN][2];
             if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
                 clear(ds);
-                if constexpr (kSharesScores) packed_to_tile(ds, store);
+                packed_to_tile(ds, store);
                 if constexpr (!kPInRegisters) packed_to_tile(ds, store + kToP);
                 continue;
             }
@@ -172,7 +204,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 return load_shared_pair(my_stats + kConfig.stat_bytes + 4 * (query + 8 * j));
             });
             pack_fragments<V.dtype>(ds, dp);
-            if constexpr (kSharesScores) packed_to_tile(ds, store);
+            packed_to_tile(ds, store);
             if constexpr (kPInRegisters) {
                 const auto queries_k = query_cols.moved(to_stage + part * (kConfig.step_m * kD * 2));
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dv, a_registers(gradient.probability),
@@ -180,49 +212,75 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
             }
         }
-        if constexpr (kSharesScores) __syncthreads();  // P and dS are complete
+        if constexpr (kHalves) {
+            barrier_sync<kThreads / kConfig.out_warps_n>(1 + warp / kOutWarpsD);  // P and dS of these keys are complete
+        } else {
+            __syncthreads();  // P and dS are complete
+        }
 
         // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
         // behind the others; with one stage it comes last, behind the next step's loads.
-        const auto add_dq = [&] {
-            if (!kAddsDq || !ws.dq) return;
-            float* const to = ws.dq + (ws.template first_tile<kM>(p, seq, batch, head) + tile) * (kM * kD) +
-                              warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
+        constexpr int kDqParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1;
+        const auto add_dq = [&](int begin, int end) {
+            if (!takes_turns(V) && !ws.dq) return;
+            const int64_t query_tile = ws.template first_tile<kM>(p, seq, batch, head) + tile;
+            float* const to = ws.dq + query_tile * (kM * kD) + warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
+            int seen = 0, turn = 0;  // asked for ahead of the product
+            if constexpr (kInTurns) {
+                const int q_end = tile * kM + kM < seqlen_q ? tile * kM + kM : seqlen_q;
+                turn = index.turn(order.first_adding(band.low, tile * kM, kN),
+                                  order.last_adding(band.high, q_end - 1, band.seqlen_k, kN));
+                added_to = query_tile;
+                seen = load_relaxed(ws.turns + query_tile);
+            }
             // In halves where all of it beside dK and dV would not fit in registers; the first half's reductions drain behind the second.
-            constexpr int kParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1, kPartN = kDqN / kParts;
+            constexpr int kPartN = kDqN / kDqParts;
 #pragma unroll 1
-            for (int part = 0; part < kParts; ++part) {
+            for (int part = begin; part < end; ++part) {
                 float dq[kDqM][kPartN][4];
                 multiply<V.dtype, true, kDqM, kPartN, kN / 16>(
                     dq, a_columns<kDqM>(score_cols), [&](int k, int j, uint32_t(&b)[4]) {
                         ldmatrix_transposed(b, key_cols.at(16 * k, 16 * kDqWarpsD * (j + part * kPartN / 2)));
                     });
+                // What follows only adds, and is not begun before the turn is seen: no acquire for the load ahead.
+                if constexpr (kInTurns) {
+                    while (seen < turn) seen = load_acquire(ws.turns + query_tile);
+                    __syncwarp();
+                }
 #pragma unroll
                 for (int i = 0; i < kDqM; ++i)
 #pragma unroll
                     for (int j = 0; j < kPartN; ++j) add_dq_atom(to + (i * kDqN + j + part * kPartN) * 128, dq[i][j]);
             }
         };
-        if constexpr (kStages > 1) add_dq();
+        if constexpr (kStages > 1) add_dq(0, kDqParts);
         if constexpr (!kPInRegisters) {
-            if (V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows)) {
-                const auto queries_k = query_cols.moved(to_stage);
+            const bool sees = V.mask == MaskClass::full || band.any_visible(tile * kM, kM, k_begin + out_row, kOutRows);
+            const auto queries_k = query_cols.moved(to_stage);
+            if (sees) {
                 multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dv, a_rows<kOutM>(score_rows + kToP),
                                                                 b_columns<kOutWarpsD>(queries_k + kToDout));
+            }
+            if constexpr (kSplitsDq) add_dq(0, 1);
+            if (sees) {
                 multiply<V.dtype, false, kOutM, kOutN, kM / 16>(dk, a_rows<kOutM>(score_rows),
                                                                 b_columns<kOutWarpsD>(queries_k));
             }
         }
         if constexpr (kStages == 1) {
             look_ahead();
-            if (step + 1 < steps) {
-                __syncthreads();  // everyone is done with the queries
-                load_queries(next_head, next_tile, 0);
-            }
-            add_dq();
+            // Everyone is done with the queries, and all of dS is complete. Where P stays in registers it is already.
+            if (!kPInRegisters && (kHalves || step + 1 < steps)) __syncthreads();
+            if (step + 1 < steps) load_queries(next_head, next_tile, 0);
+            add_dq(kSplitsDq ? 1 : 0, kDqParts);
         }
         head = next_head;
         tile = next_tile;
+    }
+
+    if constexpr (kInTurns) {
+        __syncthreads();  // everyone has added
+        hand_on();
     }
 
     // Read again rather than kept in registers over the loop.

@@ -15,13 +15,11 @@ template <Variant V>
 cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
     constexpr uint64_t kCode = cuda::encode_variant(V);
     constexpr BackwardConfig kConfig(V);
-    constexpr QueryGradientConfig kDq(V);
     constexpr BiasGradientConfig kBias(V);
     const cudaStream_t stream = context.stream;
     const BackwardWorkspace ws = BackwardWorkspace::make(p, V);
-    // A row for the deterministic mode alone, or one that has none.
-    constexpr bool kHasQueryPass = V.features != Features::tiled;
-    if (ws.dq ? !kConfig.adds_dq : !kHasQueryPass) return cudaErrorInvalidValue;
+    constexpr bool kHasQueryPass = !takes_turns(V) && V.features != Features::tiled;  // tiled rows have no deterministic mode
+    if (!ws.dq && !kHasQueryPass) return cudaErrorInvalidValue;
     const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads;
     const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
     const int64_t head_y = heads < 32768 ? heads : 32768;
@@ -34,11 +32,16 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     }
 
     const int64_t stream_bytes = p.size.seqlen_q * V.head_dim * (2 + 2 + 4) * p.size.num_heads / p.size.num_heads_k;
-    const TileOrder key_order =
-        TileOrder::make(static_cast<int64_t>(p.size.batch) * p.size.num_heads_k, blocks(p.size.seqlen_k, V.block_n),
-                        stream_bytes, p.mask.is_band(), false);
+    const int64_t key_heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k, key_tiles = blocks(p.size.seqlen_k, V.block_n);
+    const bool in_turns = ws.turns && has_queries, band = p.mask.is_band();
+    const KeyTileOrder key_order =
+        in_turns ? KeyTileOrder::in_turns(key_heads, key_tiles, stream_bytes, band, int64_t{context.num_sms} * kConfig.ctas_per_sm)
+                 : KeyTileOrder{TileOrder::make(key_heads, key_tiles, stream_bytes, band, false)};
     if (key_order.size() > 0) {
-        const auto kernel = backward_kernel<kCode>;
+        auto kernel = backward_kernel<kCode, false>;
+        if constexpr (takes_turns(V)) {
+            if (in_turns) kernel = backward_kernel<kCode, true>;
+        }
         if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
         kernel<<<static_cast<unsigned>(key_order.size()), kConfig.threads, kConfig.smem_bytes, stream>>>(p, key_order, ws);
     }
@@ -47,9 +50,9 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         backward_convert_dq<kCode><<<row_grid, kConfig.threads, 0, stream>>>(p, ws);
     } else if (has_queries) {
         if constexpr (kHasQueryPass) {
+            constexpr QueryGradientConfig kDq(V);
             const int64_t head_bytes = 2 * p.size.seqlen_k * V.head_dim * 2 * p.size.num_heads_k / p.size.num_heads;
-            const TileOrder order =
-                TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, p.mask.is_band(), true);
+            const TileOrder order = TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, band, true);
             const auto kernel = backward_query_gradient<kCode>;
             if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kDq.smem_bytes); e != cudaSuccess) return e;
             kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);

@@ -12,7 +12,7 @@ namespace strobe::sm80 {
 constexpr int kRowThreads = 256;
 
 /// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
-/// Clears the tile's dQ accumulator.
+/// Clears the tile's dQ accumulator and its turns.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     constexpr int kPasses = (V.block_m + kRowsAtOnce - 1) / kRowsAtOnce;
     const int64_t head_index = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
+    if (ws.claims && head_index == 0 && blockIdx.x == 0 && threadIdx.x == 0) *ws.claims = 0;
     if (head_index >= static_cast<int64_t>(p.size.batch) * p.size.num_heads) return;
     const int batch = static_cast<int>(head_index / p.size.num_heads);
     const int head = static_cast<int>(head_index % p.size.num_heads);
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kRowThreads)
         if (live) a[pass] = read(dout.row(row));
         if (live && !out.is_float) b[pass] = read(out.half_row(row));
     }
+    if (ws.turns && thread == 0) ws.turns[tile] = 0;
     if (ws.dq) {
         float4* const dq = reinterpret_cast<float4*>(ws.dq + tile * (V.block_m * V.head_dim));
 #pragma unroll 4

@@ -1,16 +1,18 @@
 // The backward's workspace: per query tile, in the order the kernels touch it, the statistics of its rows and the fp32
-// accumulator of dQ. Shared by the kernels and by the planner.
+// accumulator of dQ; in the deterministic mode also whose turn it is. Shared by the kernels and by the planner.
 #pragma once
 
-#include "core/variant.hpp"
+#include "cuda/sm80/config.hpp"
 
 namespace strobe::sm80 {
 
 struct BackwardWorkspace {
-    int64_t head_tiles = 0;  // tiles of one head (varlen: of one head of all sequences)
-    float* lse = nullptr;    // (tiles, block_m): in base 2, with a bias in the unit of scores; +inf where the row sees nothing or does not exist
-    float* delta = nullptr;  // (tiles, block_m): rowsum(dout * out) - dlse
-    float* dq = nullptr;     // (tiles, block_m * head_dim) in fragment order; null when dQ has its own pass
+    int64_t head_tiles = 0;     // tiles of one head (varlen: of one head of all sequences)
+    float* lse = nullptr;       // (tiles, block_m): in base 2, with a bias in the unit of scores; +inf where the row sees nothing or does not exist
+    float* delta = nullptr;     // (tiles, block_m): rowsum(dout * out) - dlse
+    float* dq = nullptr;        // (tiles, block_m * head_dim) in fragment order; null when dQ has its own pass
+    int32_t* turns = nullptr;   // when key tiles take turns: (tiles), how many have added to the tile
+    int32_t* claims = nullptr;  // the same: how many key tiles have been begun
 
     static constexpr int64_t kAlign = 256;
 
@@ -23,6 +25,9 @@ struct BackwardWorkspace {
     STROBE_HD static constexpr int64_t stat_bytes(int64_t tiles, int block_m) {
         return (tiles * block_m * 4 + kAlign - 1) / kAlign * kAlign;
     }
+
+    STROBE_HD static constexpr int64_t dq_bytes(int64_t tiles, const Variant& v) { return tiles * v.block_m * v.head_dim * 4; }
+    STROBE_HD static constexpr int64_t turn_bytes(int64_t tiles) { return (tiles + 1) * 4; }
 
     /// The first tile of one (sequence, head). Varlen: a sequence starts at tile row / block_m + its number, which leaves
     /// every sequence room for its last, partial tile.
@@ -40,19 +45,23 @@ struct BackwardWorkspace {
         char* at = static_cast<char*>(p.workspace);
         w.lse = reinterpret_cast<float*>(at);
         w.delta = reinterpret_cast<float*>(at + stat_bytes(tiles, v.block_m));
-        if (!p.deterministic) w.dq = reinterpret_cast<float*>(at + 2 * stat_bytes(tiles, v.block_m));
+        at += 2 * stat_bytes(tiles, v.block_m);
+        if (p.deterministic && !takes_turns(v)) return w;
+        w.dq = reinterpret_cast<float*>(at);
+        if (p.deterministic) {
+            w.turns = reinterpret_cast<int32_t*>(at + dq_bytes(tiles, v));
+            w.claims = w.turns + tiles;
+        }
         return w;
     }
 };
 
-inline int64_t backward_dq_bytes(const ProblemSize& size, bool varlen, const Variant& v) {
-    return BackwardWorkspace::total_tiles(size, varlen, v.block_m) * v.block_m * v.head_dim * 4;
-}
-
 inline int64_t backward_workspace_bytes(const ProblemSize& size, bool varlen, bool deterministic, const Variant& v) {
     if (v.dtype == DType::f32) return size.num_heads * 4 * (varlen ? size.total_q : size.batch * size.seqlen_q);  // delta
     const int64_t tiles = BackwardWorkspace::total_tiles(size, varlen, v.block_m);
-    return 2 * BackwardWorkspace::stat_bytes(tiles, v.block_m) + (deterministic ? 0 : backward_dq_bytes(size, varlen, v));
+    const int64_t bytes = 2 * BackwardWorkspace::stat_bytes(tiles, v.block_m);
+    if (deterministic && !takes_turns(v)) return bytes;
+    return bytes + BackwardWorkspace::dq_bytes(tiles, v) + (deterministic ? BackwardWorkspace::turn_bytes(tiles) : 0);
 }
 
 }  // namespace strobe::sm80

@@ -60,7 +60,6 @@ struct BackwardConfig {
     int out_warps_n, out_warps_d;      // dK and dV, (block_n x head_dim)
     int dq_warps_m, dq_warps_d;        // dQ, (block_m x head_dim)
     bool p_in_registers;
-    bool adds_dq;                      // false: a row for the deterministic mode alone
     int kv_bytes, q_bytes, score_bytes, stat_bytes, bias_bytes, smem_bytes;
     int ctas_per_sm;
 
@@ -74,7 +73,6 @@ struct BackwardConfig {
           dq_warps_m(v.block_m / 32),
           dq_warps_d(1),
           p_in_registers(v.head_dim <= 64),
-          adds_dq(!(v.features == Features::plain && v.stages == 2 && (v.head_dim == 64 || v.head_dim == 256))),
           kv_bytes(v.block_n * v.head_dim * 2),
           q_bytes(v.block_m * v.head_dim * 2),
           score_bytes(v.block_n * v.block_m * 2),
@@ -106,6 +104,9 @@ struct BackwardConfig {
         ctas_per_sm = ctas_for_registers(threads, live + 48);
     }
 };
+
+/// Deterministic mode: whether key tiles add to a query tile's dQ in turns, or dQ has a pass of its own (QueryGradientConfig).
+STROBE_HD constexpr bool takes_turns(const Variant& v) { return v.features == Features::plain; }
 
 /// The deterministic dQ pass, one CTA per query tile: structured like the forward, with dP beside S.
 struct QueryGradientConfig {
@@ -163,7 +164,7 @@ STROBE_HD constexpr int smem_bytes(const Variant& v) {
     if (v.dtype == DType::f32) return SimtConfig(v).smem_bytes;
     if (v.direction == Direction::forward) return ForwardConfig(v).smem_bytes;
     int bytes = BackwardConfig(v).smem_bytes;
-    if (const int dq = QueryGradientConfig(v).smem_bytes; dq > bytes) bytes = dq;
+    if (const int dq = QueryGradientConfig(v).smem_bytes; !takes_turns(v) && dq > bytes) bytes = dq;
     if (const int db = BiasGradientConfig(v).smem_bytes; v.features == Features::biased && db > bytes) bytes = db;
     return bytes;
 }

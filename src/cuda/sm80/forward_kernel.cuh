@@ -174,26 +174,14 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
             if (masked) apply_mask(s, band, origin, kCapped ? NAN : -INFINITY);
             if constexpr (kCapped) {
                 const TightSoftcap tight(score.softcap, softmax.scale_log2);
-                const auto add_product = [&] {
-                    uint32_t probability[kMAtoms][kNAtoms][2];
-                    pack_fragments<V.dtype>(probability, s);
-                    multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
-                        o, a_registers(probability), b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
-                };
-                // The product is here twice: exponentials run beside it only if no branch is between them.
-                const auto hide = [&] {
-                    if (masked) apply_mask(s, band, origin, -INFINITY);
-                };
-                bool tightly[kMAtoms][2];
-                if (softmax.prepare(s, o, tight, score.softcap, hide, tightly)) {
-                    softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int, int) { return tight.exponent(x, offset); });
-                    add_product();
-                } else {
-                    softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int i, int h) {
-                        return tightly[i][h] ? tight.exponent(x, offset) : fmaf(x, softmax.scale_log2, -offset);
-                    });
-                    add_product();
-                }
+                SoftcapCurve curve[kMAtoms][2];
+                softmax.prepare(s, o, tight, score.softcap, curve);
+                if (masked) apply_mask(s, band, origin, TightSoftcap::kHidden);
+                softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int i, int h) { return tight.exponent(x, offset, curve[i][h]); });
+                uint32_t probability[kMAtoms][kNAtoms][2];
+                pack_fragments<V.dtype>(probability, s);
+                multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
+                    o, a_registers(probability), b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
             } else if constexpr (kPair == 1) {
                 softmax.update(s, o);
                 uint32_t probability[kMAtoms][kNAtoms][2];
@@ -213,7 +201,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                     multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_registers(probability), v_operand);
                 }
             } else {
-                pair.template update<V.dtype>(softmax, s, o, p_store.anew());
+                pair.template update<V.dtype>(softmax, s, o, p_store.anew(), first);
                 const auto v_operand = FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane, 0, col0);
                 multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_rows<kMAtoms>(p_operand.anew()),
                                                                     b_columns<1>(v_operand));

@@ -6,6 +6,15 @@
 
 namespace strobe::sm80 {
 
+/// f(i, h) for the rows that a thread holds a part of: two of each m-atom.
+template <int kMAtoms, typename F>
+__device__ __forceinline__ void for_each_row(F f) {
+#pragma unroll
+    for (int i = 0; i < kMAtoms; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) f(i, h);
+}
+
 /// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
 /// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a score times
 /// scale_log2 may be beyond all floats, so that the reference is subtracted first, which takes an instruction more.
@@ -25,7 +34,8 @@ struct OnlineSoftmax {
             }
     }
 
-    /// The maxima of a tile's rows; true if one of this thread's outgrows its reference.
+    /// The maxima of what this thread has of a tile's rows; true if one outgrows its reference. If a row does, one of the four threads that
+    /// share it sees so: only then are their maxima brought together (quad_maxima).
     template <int kNAtoms>
     __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4], float (&row_max)[kMAtoms][2]) const {
         bool grows = false;
@@ -36,10 +46,14 @@ struct OnlineSoftmax {
                 float m = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
 #pragma unroll
                 for (int j = 1; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
-                row_max[i][h] = quad_max(m);
+                row_max[i][h] = m;
                 grows |= outgrows(row_max[i][h], reference[i][h]);
             }
         return grows;
+    }
+
+    __device__ __forceinline__ static void quad_maxima(float (&row_max)[kMAtoms][2]) {
+        for_each_row<kMAtoms>([&](int i, int h) { row_max[i][h] = quad_max(row_max[i][h]); });
     }
 
     /// Brings the references of rows that outgrow them up to row_max; o and the sums follow.
@@ -89,55 +103,64 @@ struct OnlineSoftmax {
         });
     }
 
-    /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; true if `tight` serves all of them. In bf16,
-    /// whose range is that of floats, the largest magnitude of a row serves as its maximum. Rows that `tight` does not serve (`tightly`
-    /// false) are bent here, each for itself, so that no result depends on a neighbour. Hidden elements are NaN, which no maximum
-    /// sees, until hide() makes them -inf; `tight` takes that to -inf, too.
-    template <int kNAtoms, int kDAtoms, typename Hide>
-    __device__ __forceinline__ bool prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4], const TightSoftcap& tight,
-                                            const Softcap& softcap, Hide hide, bool (&tightly)[kMAtoms][2]) {
+    /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; `curve` is what they then take. In bf16, whose
+    /// range is that of floats, the largest magnitude of a row serves as its maximum. Rows that `tight` does not serve are bent here, each
+    /// for itself, so that no result depends on a neighbour, and get a straight curve. Hidden elements are NaN until all maxima are known.
+    template <int kNAtoms, int kDAtoms>
+    __device__ __forceinline__ void prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4], const TightSoftcap& tight,
+                                            const Softcap& softcap, SoftcapCurve (&curve)[kMAtoms][2]) {
         float row_max[kMAtoms][2];
-        bool all = true, grows = false;
-        for_each_row([&](int i, int h) {
-            float m = -INFINITY;
+        bool rare = tight.largest < 0.0f;
+        for_each_row<kMAtoms>([&](int i, int h) {
+            float m = fmaxf(fabsf(s[i][0][2 * h]), fabsf(s[i][0][2 * h + 1]));
 #pragma unroll
-            for (int j = 0; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(fabsf(s[i][j][2 * h]), fabsf(s[i][j][2 * h + 1])));
-            m = quad_max(m);
-            tightly[i][h] = m <= tight.largest;
+            for (int j = 1; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(fabsf(s[i][j][2 * h]), fabsf(s[i][j][2 * h + 1])));
+            row_max[i][h] = m;
+            rare |= m > tight.largest || outgrows(tight.score(m), reference[i][h]);
+            curve[i][h] = tight.curve;
+        });
+        if (!__any_sync(0xffffffffu, rare)) return;
+
+        bool tightly[kMAtoms][2];
+        bool all = true, grows = false;
+        for_each_row<kMAtoms>([&](int i, int h) {
+            const float m = quad_max(row_max[i][h]);
+            tightly[i][h] = tight.largest >= 0.0f && !(m > tight.largest);
             all &= tightly[i][h];
             row_max[i][h] = tight.score(m);
         });
-        all = __all_sync(0xffffffffu, all);
-        if (!all) {
-            for_each_row([&](int i, int h) {
+        if (!__all_sync(0xffffffffu, all)) {
+            for_each_row<kMAtoms>([&](int i, int h) {
+                if (tightly[i][h]) return;
+                curve[i][h] = {0.0f, 0.0f};
+                float m = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                        if (!tightly[i][h]) s[i][j][e] = softcap(s[i][j][e]);
+                        const float bent = softcap(s[i][j][e]);
+                        m = fmaxf(m, bent);
+                        s[i][j][e] = bent * (1.0f / TightSoftcap::kSlope);
                     }
+                row_max[i][h] = m;
             });
-        }
-        hide();
-        if (!all) {
-            for_each_row([&](int i, int h) {
-                float m = -INFINITY;
-#pragma unroll
-                for (int j = 0; j < kNAtoms; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
-                m = quad_max(m);
+            for_each_row<kMAtoms>([&](int i, int h) {
+                const float m = quad_max(row_max[i][h]);
                 if (!tightly[i][h]) row_max[i][h] = m;
             });
         }
-        for_each_row([&](int i, int h) { grows |= outgrows(row_max[i][h], reference[i][h]); });
+        for_each_row<kMAtoms>([&](int i, int h) { grows |= outgrows(row_max[i][h], reference[i][h]); });
         if (__any_sync(0xffffffffu, grows)) grow(row_max, o);
-        return all;
     }
 
     /// One tile: scores become probabilities; o and the sums follow when a reference moves.
     template <int kNAtoms, int kDAtoms>
     __device__ __forceinline__ void update(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4]) {
         float row_max[kMAtoms][2];
-        if (__any_sync(0xffffffffu, row_maxima(s, row_max))) grow(row_max, o);
+        if (__any_sync(0xffffffffu, row_maxima(s, row_max))) {
+            quad_maxima(row_max);
+            grow(row_max, o);
+        }
         exponentiate(s, sum);
     }
 
@@ -155,13 +178,6 @@ struct OnlineSoftmax {
     }
 
 private:
-    template <typename F>
-    __device__ __forceinline__ static void for_each_row(F f) {
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) f(i, h);
-    }
     __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }  // -inf - -inf: no
 };
 
@@ -184,55 +200,47 @@ struct WarpPair {
     /// x of the other warp. The pair meets at another barrier before it swaps again.
     __device__ __forceinline__ void swap(const float (&x)[kMAtoms][2], float (&other)[kMAtoms][2]) const {
         const bool writes = thread_index() % 4 == 0;
-        for_each_row([&](int i, int h) {
+        for_each_row<kMAtoms>([&](int i, int h) {
             if (writes) store_shared(rows + 4 * (16 * i + 8 * h), x[i][h]);
         });
         sync();
-        for_each_row([&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
+        for_each_row<kMAtoms>([&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
     }
 
     /// One tile: the pair's probabilities, in the tile that `to` points into. They are made with the references of the last tile,
     /// and once more in the rare case that a row has outgrown its own: so most tiles cost the pair one barrier.
     template <DType kType, int kNAtoms, int kDAtoms, int kCols>
     __device__ __forceinline__ void update(OnlineSoftmax<kMAtoms>& softmax, const float (&s)[kMAtoms][kNAtoms][4],
-                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to) const {
+                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to, bool first) const {
         float row_max[kMAtoms][2], total[kMAtoms][2];
         const auto store = [&] {
             float x[kMAtoms][kNAtoms][4];
             for_each(x, [&](float& copy, int i, int j, int e) { copy = s[i][j][e]; });
-            for_each_row([&](int i, int h) { total[i][h] = 0.0f; });
+            for_each_row<kMAtoms>([&](int i, int h) { total[i][h] = 0.0f; });
             softmax.exponentiate(x, total);
             uint32_t probability[kMAtoms][kNAtoms][2];
             pack_fragments<kType>(probability, x);
             packed_to_tile(probability, to);
         };
         const bool grows = softmax.row_maxima(s, row_max);
-        store();
+        if (!first || !__any_sync(0xffffffffu, grows)) store();  // else it is known to be in vain
         if (barrier_any<kThreads>(barrier(), grows)) {
             float other[kMAtoms][2];
+            softmax.quad_maxima(row_max);
             swap(row_max, other);
-            for_each_row([&](int i, int h) { row_max[i][h] = fmaxf(row_max[i][h], other[i][h]); });
+            for_each_row<kMAtoms>([&](int i, int h) { row_max[i][h] = fmaxf(row_max[i][h], other[i][h]); });
             softmax.grow(row_max, o);
             store();
             sync();
         }
-        for_each_row([&](int i, int h) { softmax.sum[i][h] += total[i][h]; });
+        for_each_row<kMAtoms>([&](int i, int h) { softmax.sum[i][h] += total[i][h]; });
     }
 
     __device__ __forceinline__ void finish(OnlineSoftmax<kMAtoms>& softmax) const {
         softmax.finish();
         float other[kMAtoms][2];
         swap(softmax.sum, other);
-        for_each_row([&](int i, int h) { softmax.sum[i][h] += other[i][h]; });
-    }
-
-private:
-    template <typename F>
-    __device__ __forceinline__ static void for_each_row(F f) {
-#pragma unroll
-        for (int i = 0; i < kMAtoms; ++i)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) f(i, h);
+        for_each_row<kMAtoms>([&](int i, int h) { softmax.sum[i][h] += other[i][h]; });
     }
 };
 

@@ -117,11 +117,19 @@ struct Softcap {
     }
 };
 
+/// What bends the scores of a row: x (slope + c1 x^2 + c2 x^4).
+struct SoftcapCurve {
+    float c1, c2;
+};
+
 /// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is in the coefficients,
 /// so that it takes three multiply-adds more than scores without a softcap.
 struct TightSoftcap {
+    static constexpr float kSlope = 0.99997744f;
+    static constexpr float kHidden = -1e18f;  // its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight
     float largest;  // that it serves; negative: nothing
-    float c0, c1, c2;
+    float slope;
+    SoftcapCurve curve;
     float inverse;
 
     __device__ TightSoftcap(const Softcap& softcap, float scale_log2) : inverse(1.0f / scale_log2) {
@@ -131,15 +139,14 @@ struct TightSoftcap {
         const float half = 0.5f * softcap.cap;
         largest = is_moderate_softcap(softcap.cap) && half * scale_log2 < kWidest ? half : -1.0f;
         const float square = 1.0f / (softcap.cap * softcap.cap);
-        c0 = 0.99997744f * scale_log2;
-        c1 = -0.33169151f * square * scale_log2;
-        c2 = 0.11520976f * (square * square) * scale_log2;
+        slope = kSlope * scale_log2;
+        curve = {-0.33169151f * square * scale_log2, 0.11520976f * (square * square) * scale_log2};
     }
-    __device__ float exponent(float x, float offset) const {
+    __device__ float exponent(float x, float offset, const SoftcapCurve& row) const {
         const float square = x * x;
-        return fmaf(x, fmaf(fmaf(c2, square, c1), square, c0), -offset);
+        return fmaf(x, fmaf(fmaf(row.c2, square, row.c1), square, slope), -offset);
     }
-    __device__ float score(float x) const { return exponent(x, 0.0f) * inverse; }
+    __device__ float score(float x) const { return exponent(x, 0.0f, curve) * inverse; }
 };
 
 /// softmax_scale * q.k and a softcap.
