@@ -2,8 +2,10 @@
 // which CTAs take tiles. Needs no GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <iterator>
+#include <random>
 #include <set>
 #include <tuple>
 #include <vector>
