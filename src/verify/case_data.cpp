@@ -55,7 +55,8 @@ private:
 /// Lays tensors out and fills them.
 class Builder {
 public:
-    Builder(CaseData& data) : data_(data), c_(data.spec), random_(c_.name()) {}
+    Builder(CaseData& data, Contents contents)
+        : data_(data), c_(data.spec), random_(c_.name()), drawn_(contents == Contents::drawn) {}
 
     void build() {
         lengths_q_ = c_.lengths_q();
@@ -107,7 +108,7 @@ private:
         }
         view.buffer = static_cast<int>(data_.buffers.size());
         view.offset = kGuard;
-        data_.buffers.push_back({std::move(name), dtype, std::vector<double>(extent + 2 * kGuard, kNaN)});
+        data_.buffers.push_back({std::move(name), dtype, std::vector<double>(drawn_ ? extent + 2 * kGuard : 0, kNaN)});
     }
 
     /// (B, S, H, D), or (T, H, D), in the case's layout.
@@ -183,8 +184,9 @@ private:
             t.strides = {c_.num_heads, 1};
         }
         place("alibi_slopes", DType::f32, t);
-        t.for_each([&](int64_t at) { set(t, at, static_cast<float>(0.3 * random_.uniform())); });
         data_.alibi_slopes = t;
+        if (!drawn_) return;
+        t.for_each([&](int64_t at) { set(t, at, static_cast<float>(0.3 * random_.uniform())); });
     }
 
     void build_bias() {
@@ -202,7 +204,7 @@ private:
         data_.bias = t;
         place("bias", c_.bias_dtype(), data_.bias);
         fill(data_.bias);
-        if (c_.bias_hides) {
+        if (c_.bias_hides && drawn_) {
             const double hidden = c_.bias_least ? least_number(c_.dtype) : -kInfinity;
             int64_t n = 0;
             data_.bias.for_each([&](int64_t at) {
@@ -224,7 +226,7 @@ private:
         t.shape = {static_cast<int64_t>(values.size())};
         t.strides = {1};
         place(name, DType::i32, t);
-        for (size_t n = 0; n < values.size(); ++n) set(t, t.offset + static_cast<int64_t>(n), static_cast<double>(values[n]));
+        for (size_t n = 0; drawn_ && n < values.size(); ++n) set(t, t.offset + static_cast<int64_t>(n), static_cast<double>(values[n]));
         return t;
     }
 
@@ -237,6 +239,7 @@ private:
     void set(const View& view, int64_t at, double value) { data_.buffers[view.buffer].values[at] = value; }
 
     void fill(const View& view, double scale = 1.0) {
+        if (!drawn_) return;
         const DType dtype = data_.buffers[view.buffer].dtype;
         view.for_each([&](int64_t at) { set(view, at, round_to(dtype, static_cast<float>(scale * random_.normal()))); });
     }
@@ -263,6 +266,7 @@ private:
     CaseData& data_;
     const Case& c_;
     Random random_;
+    bool drawn_;
     std::vector<int64_t> lengths_q_, lengths_k_;
     int64_t rows_q_ = 0, rows_k_ = 0;
 };
@@ -351,7 +355,7 @@ int64_t View::elements() const {
     return n;
 }
 
-CaseData::CaseData(const Case& c) : spec(c) { Builder(*this).build(); }
+CaseData::CaseData(const Case& c, Contents contents) : spec(c) { Builder(*this, contents).build(); }
 
 void* Placement::at(const CaseData& data, const View& view) const {
     const Buffer& buffer = data.buffers[view.buffer];

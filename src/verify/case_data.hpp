@@ -42,8 +42,11 @@ struct Buffer {
 /// Elements in front of and behind the tensors of each buffer. 128 bytes of the smallest type: alignment is kept.
 inline constexpr int64_t kGuard = 64;
 
+/// Without contents a case has its views, and buffers of no length.
+enum class Contents { drawn, none };
+
 struct CaseData {
-    explicit CaseData(const Case& c);
+    explicit CaseData(const Case& c, Contents contents = Contents::drawn);
 
     Case spec;
     std::vector<Buffer> buffers;

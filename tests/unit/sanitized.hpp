@@ -1,14 +1,19 @@
-// Whether this program runs under a sanitizer, which slows the reference down thirtyfold.
+// Whether this program runs under a sanitizer, which makes it many times slower.
 #pragma once
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define STROBE_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define STROBE_SANITIZED 1
+#endif
+#endif
+#if !defined(STROBE_SANITIZED)
+#define STROBE_SANITIZED 0
+#endif
 
 namespace strobe {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr bool kSanitized = true;
-#elif defined(__has_feature)
-inline constexpr bool kSanitized = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer);
-#else
-inline constexpr bool kSanitized = false;
-#endif
+inline constexpr bool kSanitized = STROBE_SANITIZED;
 
 }  // namespace strobe
