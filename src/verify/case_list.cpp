@@ -222,12 +222,15 @@ void add_softcaps(List& list) {
         for (double softcap : {20.0, 50.0, 1000.0}) {
             for (Window window : {kFull, kCausal, Window{70, 30}}) {
                 for (bool loud : {false, true}) {
-                    Case c{.dtype = dtype, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 130, .seqlen_k = 300, .head_dim = 64};
-                    c.softcap = softcap;
-                    c.window_left = window.left;
-                    c.window_right = window.right;
-                    c.loud = loud;
-                    list.add(c);
+                    for (int head_dim : {64, 128}) {
+                        Case c{.dtype = dtype, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 130, .seqlen_k = 300};
+                        c.head_dim = head_dim;
+                        c.softcap = softcap;
+                        c.window_left = window.left;
+                        c.window_right = window.right;
+                        c.loud = loud;
+                        list.add(c);
+                    }
                 }
             }
         }
