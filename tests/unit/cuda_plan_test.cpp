@@ -227,7 +227,9 @@ TEST(Sm90Plan, BackwardOfFewKeysHasRowsOfItsOwn) {
                             const bool whole = seqlen_k <= (band || (deterministic && head_dim == 64) ? 512 : 256);
                             const bool brief = !whole && !deterministic && seqlen_q < 2048;
                             EXPECT_EQ(row->keys, whole || brief ? Keys::few : Keys::any) << seqlen_q << " x " << seqlen_k;
-                            if (whole || brief) EXPECT_EQ(row->stages == 2, whole) << seqlen_q << " x " << seqlen_k;
+                            if (whole || brief) {
+                                EXPECT_EQ(row->stages == 2, whole) << seqlen_q << " x " << seqlen_k;
+                            }
                         }
                     }
                 }
