@@ -2,416 +2,20 @@
 // "error <= 2 x error of the naive computation in the working precision", repeats runs to catch races, and times the grid
 // of the FlashAttention papers. build_backward_sm90.sh builds it from rows of src/variants.def.
 // Usage: backward_sm90 [check] [race] [time] [deterministic] [beyond] [once] [d64] [d96] ...
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "core/variant.hpp"
-#include "cuda/common/launch.hpp"
-#include "cuda/sm90/backward_workspace.hpp"
+#include "backward_fixture.cuh"
 
 using namespace strobe;
-
-namespace strobe::sm90 {
-template <Variant V>
-cudaError_t launch(const BackwardParams&, const cuda::LaunchContext&);
-}
-
-#define CHECK_CUDA(call)                                                                            \
-    do {                                                                                            \
-        const cudaError_t status_ = (call);                                                         \
-        if (status_ != cudaSuccess) {                                                               \
-            std::printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(status_));             \
-            std::fflush(stdout);                                                                    \
-            std::exit(1);                                                                           \
-        }                                                                                           \
-    } while (0)
+using namespace strobe::backward_dev;
 
 namespace {
-
-struct Row {
-    Variant variant;
-    cudaError_t (*launch)(const BackwardParams&, const cuda::LaunchContext&);
-};
-
-constexpr Keys few = Keys::few;
-const Row kRows[] = {
-#define STROBE_VARIANT(A, DIR, T, D, MASK, F, M, N, S, ...)                                             \
-    {Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}, \
-     &sm90::launch<Variant{Arch::A, Direction::DIR, DType::T, D, MaskClass::MASK, Features::F, M, N, S, __VA_ARGS__}>},
-#include "backward_sm90_rows.inc"
-#undef STROBE_VARIANT
-};
-
-struct Case {
-    const char* name;
-    int batch, heads, heads_k;
-    int64_t seqlen_q, seqlen_k;
-    int dim;
-    DType dtype = DType::bf16;
-    int64_t left = -1, right = -1;
-    std::vector<int> lens_q, lens_k;   // varlen
-    std::vector<int> used_q, used_k;   // seqused
-    bool dlse = false, accumulate = false, deterministic = false, f32_out = false;
-    bool positions = false;
-    int64_t q_position = 0, k_position = 0;
-    bool bhsd = false;  // memory order (batch, heads, seqlen, dim)
-};
-
-/// As cuda/select.cpp finds it.
-const Row* find(const Case& c) {
-    const bool band = c.left >= 0 || c.right >= 0;
-    int64_t keys = c.seqlen_k;
-    for (int n : c.lens_k) keys = std::max<int64_t>(keys, n);
-    const Row* best = nullptr;
-    for (const Row& r : kRows) {
-        if (r.variant.dtype != c.dtype || (r.variant.mask == MaskClass::band) != band || c.dim > r.variant.head_dim) continue;
-        if (best && r.variant.head_dim != best->variant.head_dim) break;
-        if (!best || (r.variant.keys == Keys::few && keys <= (band ? 512 : 256))) best = &r;
-    }
-    return best;
-}
-
-struct Buffer {
-    void* data = nullptr;
-    size_t bytes = 0;
-    explicit Buffer(size_t n = 0) : bytes(n) {
-        if (n) CHECK_CUDA(cudaMalloc(&data, n));
-    }
-    Buffer(Buffer&& o) noexcept : data(o.data), bytes(o.bytes) { o.data = nullptr; }
-    ~Buffer() { cudaFree(data); }
-    void poison() { CHECK_CUDA(cudaMemset(data, 0xFF, bytes)); }
-};
-
-__device__ float uniform(uint64_t seed, uint64_t i) {
-    uint64_t z = seed * 0x9E3779B97F4A7C15ull + i * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return static_cast<float>((z ^ (z >> 31)) >> 40) / 16777216.0f;
-}
-__device__ float normal(uint64_t seed, uint64_t i) {
-    return sqrtf(-2.0f * logf(uniform(seed, 2 * i) + 1e-7f)) * cospif(2.0f * uniform(seed, 2 * i + 1));
-}
-
-template <DType kType>
-__device__ float load(const void* p, int64_t i) {
-    if constexpr (kType == DType::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-    else if constexpr (kType == DType::f16) return __half2float(static_cast<const __half*>(p)[i]);
-    else return static_cast<const float*>(p)[i];
-}
-template <DType kType>
-__device__ void store(void* p, int64_t i, double x) {
-    if constexpr (kType == DType::bf16) static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16(static_cast<float>(x));
-    else if constexpr (kType == DType::f16) static_cast<__half*>(p)[i] = __float2half(static_cast<float>(x));
-    else static_cast<float*>(p)[i] = static_cast<float>(x);
-}
-template <DType kType>
-__device__ double round_to(double x) {
-    if constexpr (kType == DType::bf16) return __bfloat162float(__float2bfloat16(static_cast<float>(x)));
-    else return __half2float(__float2half(static_cast<float>(x)));
-}
-
-template <DType kType>
-__global__ void fill(void* p, int64_t n, uint64_t seed, float scale) {
-    for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) store<kType>(p, i, scale * normal(seed, i));
-}
-
-/// Reference tensors: fp64, (row, head, dim) contiguous over all rows of all sequences.
-struct Reference {
-    double *lse, *delta, *out, *dq, *dk, *dv;
-};
-
-__device__ int64_t offset(const BackwardParams& p, const TensorRef& t, bool keys, int b, int64_t row, int head) {
-    const bool varlen = keys ? p.seqlens.cu_seqlens_k : p.seqlens.cu_seqlens_q;
-    return (varlen ? 0 : b * t.batch_stride) + row * t.row_stride + head * t.head_stride;
-}
-__device__ int64_t flat_row(const BackwardParams& p, const Sequence& s, bool keys, int b, int64_t i) {
-    if (keys) return (p.seqlens.cu_seqlens_k ? s.k_row : b * p.size.seqlen_k) + i;
-    return (p.seqlens.cu_seqlens_q ? s.q_row : b * p.size.seqlen_q) + i;
-}
-
-__device__ double block_sum(double x) {
-    __shared__ double part[8];
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
-    __syncthreads();
-    double s = 0;
-    for (int i = 0; i < 4; ++i) s += part[i];
-    return s;
-}
-
-template <DType kType>
-__device__ double dot(const void* a, int64_t ia, const void* b, int64_t ib, int dim) {
-    double s = 0;
-    for (int d = 0; d < dim; ++d) s += double(load<kType>(a, ia + d)) * load<kType>(b, ib + d);
-    return s;
-}
-
-/// One block per query row: lse, out, delta and dq. kRound: intermediate matrices in the working precision.
-template <DType kType, bool kRound>
-__global__ void reference_rows(BackwardParams p, Reference r) {
-    extern __shared__ double scores[];
-    const int head = blockIdx.y, b = blockIdx.z;
-    const Sequence s = sequence_of(p, b);
-    const int64_t i = blockIdx.x;
-    if (i >= s.rows_q) return;
-    const int hk = head / (p.size.num_heads / p.size.num_heads_k);
-    const BandMask mask = s.mask(p.mask);
-    const int dim = p.size.head_dim;
-    const int64_t flat = flat_row(p, s, false, b, i);
-    const int64_t row = flat * p.size.num_heads + head;
-    const int64_t iq = offset(p, p.q, false, b, s.q_row + i, head), ig = offset(p, p.dout, false, b, s.q_row + i, head);
-    const auto rounded = [](double x) { return kRound ? round_to<kType>(x) : x; };
-    const bool live = i < s.seqlen_q;
-    double top = -INFINITY;
-    for (int64_t j = threadIdx.x; live && j < s.seqlen_k; j += 128) {
-        const int64_t ik = offset(p, p.k, true, b, s.k_row + j, hk);
-        scores[j] = mask.visible(i, j) ? rounded(dot<kType>(p.q.data, iq, p.k.data, ik, dim) * p.score.softmax_scale) : -INFINITY;
-        top = fmax(top, scores[j]);
-    }
-    for (int d = 16; d; d /= 2) top = fmax(top, __shfl_xor_sync(~0u, top, d));
-    __shared__ double tops[4];
-    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-    __syncthreads();
-    top = fmax(fmax(tops[0], tops[1]), fmax(tops[2], tops[3]));
-    const bool any = live && top != -INFINITY;
-    double sum = 0;
-    for (int64_t j = threadIdx.x; any && j < s.seqlen_k; j += 128) sum += exp(scores[j] - top);
-    sum = block_sum(sum);
-    const double lse = any ? top + log(sum) : -INFINITY;
-    for (int64_t j = threadIdx.x; any && j < s.seqlen_k; j += 128) scores[j] = rounded(exp(scores[j] - lse));
-    __syncthreads();
-    double delta = 0;
-    for (int d = threadIdx.x; d < dim; d += 128) {
-        double o = 0;
-        for (int64_t j = 0; any && j < s.seqlen_k; ++j) o += scores[j] * load<kType>(p.v.data, offset(p, p.v, true, b, s.k_row + j, hk) + d);
-        r.out[row * dim + d] = o;
-        delta += rounded(o) * load<kType>(p.dout.data, ig + d);
-    }
-    delta = block_sum(delta);
-    if (p.dlse && live) delta -= p.dlse.data[offset(p, TensorRef{nullptr, p.dlse.batch_stride, 1, p.dlse.head_stride}, false, b, s.q_row + i, head)];
-    if (threadIdx.x == 0) r.lse[row] = lse, r.delta[row] = any ? delta : 0;
-    for (int64_t j = threadIdx.x; any && j < s.seqlen_k; j += 128) {
-        const int64_t iv = offset(p, p.v, true, b, s.k_row + j, hk);
-        const double dp = rounded(dot<kType>(p.dout.data, ig, p.v.data, iv, dim));
-        scores[j] = rounded(scores[j] * (dp - delta));
-    }
-    __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += 128) {
-        double g = 0;
-        for (int64_t j = 0; any && j < s.seqlen_k; ++j) g += scores[j] * load<kType>(p.k.data, offset(p, p.k, true, b, s.k_row + j, hk) + d);
-        r.dq[row * dim + d] = rounded(g * p.score.softmax_scale);
-    }
-}
-
-/// One block per key row and key head: dk, dv.
-template <DType kType, bool kRound>
-__global__ void reference_columns(BackwardParams p, Reference r) {
-    extern __shared__ double weights[];  // P, dS of this key
-    const int hk = blockIdx.y, b = blockIdx.z;
-    const Sequence s = sequence_of(p, b);
-    const int64_t j = blockIdx.x;
-    if (j >= s.rows_k) return;
-    const int group = p.size.num_heads / p.size.num_heads_k;
-    const BandMask mask = s.mask(p.mask);
-    const int dim = p.size.head_dim;
-    const int64_t ik = offset(p, p.k, true, b, s.k_row + j, hk), iv = offset(p, p.v, true, b, s.k_row + j, hk);
-    const auto rounded = [](double x) { return kRound ? round_to<kType>(x) : x; };
-    double dk[2] = {}, dv[2] = {};
-    for (int g = 0; g < group; ++g) {
-        const int head = hk * group + g;
-        __syncthreads();
-        for (int64_t i = threadIdx.x; i < s.seqlen_q; i += 128) {
-            const int64_t row = flat_row(p, s, false, b, i) * p.size.num_heads + head;
-            double w = 0, ds = 0;
-            if (mask.visible(i, j)) {
-                const double score = rounded(dot<kType>(p.q.data, offset(p, p.q, false, b, s.q_row + i, head), p.k.data, ik, dim) * p.score.softmax_scale);
-                const double dp = rounded(dot<kType>(p.dout.data, offset(p, p.dout, false, b, s.q_row + i, head), p.v.data, iv, dim));
-                w = rounded(exp(score - r.lse[row]));
-                ds = rounded(w * (dp - r.delta[row]));
-            }
-            weights[2 * i] = w;
-            weights[2 * i + 1] = ds;
-        }
-        __syncthreads();
-        for (int n = 0; n < 2; ++n) {
-            const int d = threadIdx.x + 128 * n;
-            for (int64_t i = 0; d < dim && i < s.seqlen_q; ++i) {
-                if (!mask.visible(i, j)) continue;
-                dv[n] += weights[2 * i] * load<kType>(p.dout.data, offset(p, p.dout, false, b, s.q_row + i, head) + d);
-                dk[n] += weights[2 * i + 1] * load<kType>(p.q.data, offset(p, p.q, false, b, s.q_row + i, head) + d);
-            }
-        }
-    }
-    const int64_t row = flat_row(p, s, true, b, j) * p.size.num_heads_k + hk;
-    for (int n = 0; n < 2; ++n) {
-        const int d = threadIdx.x + 128 * n;
-        if (d < dim) r.dv[row * dim + d] = rounded(dv[n]), r.dk[row * dim + d] = rounded(dk[n] * p.score.softmax_scale);
-    }
-}
-
-/// Gives the kernel under test the out and lse of the exact forward.
-template <DType kType>
-__global__ void export_forward(BackwardParams p, Reference r) {
-    const int head = blockIdx.y, b = blockIdx.z;
-    const Sequence s = sequence_of(p, b);
-    const int64_t i = blockIdx.x;
-    if (i >= s.rows_q) return;
-    const int64_t row = flat_row(p, s, false, b, i) * p.size.num_heads + head;
-    for (int d = threadIdx.x; d < p.size.head_dim; d += 128) {
-        const int64_t at = offset(p, p.out, false, b, s.q_row + i, head) + d;
-        if (p.out_dtype == DType::f32) store<DType::f32>(p.out.data, at, r.out[row * p.size.head_dim + d]);
-        else store<kType>(p.out.data, at, r.out[row * p.size.head_dim + d]);
-    }
-    if (threadIdx.x == 0) p.lse.data[offset(p, TensorRef{nullptr, p.lse.batch_stride, 1, p.lse.head_stride}, false, b, s.q_row + i, head)] = static_cast<float>(r.lse[row]);
-}
-
-/// max |got - exact|, max |naive - exact| and max |exact|; NaN counts as infinity.
-template <DType kType>
-__global__ void compare(BackwardParams p, TensorRef got, bool keys, const double* exact, const double* naive, float initial, double* result) {
-    const int head = blockIdx.y, b = blockIdx.z;
-    const int heads = keys ? p.size.num_heads_k : p.size.num_heads;
-    const Sequence s = sequence_of(p, b);
-    const int64_t i = blockIdx.x;
-    if (i >= (keys ? s.rows_k : s.rows_q)) return;
-    const int64_t row = flat_row(p, s, keys, b, i) * heads + head;
-    double mine = 0, theirs = 0, size = 0;
-    for (int d = threadIdx.x; d < p.size.head_dim; d += 128) {
-        const double x = load<kType>(got.data, offset(p, got, keys, b, (keys ? s.k_row : s.q_row) + i, head) + d) - initial;
-        const double e = exact[row * p.size.head_dim + d];
-        const double error = fabs(x - e);
-        mine = fmax(mine, isnan(error) ? INFINITY : error);
-        theirs = fmax(theirs, fabs(naive[row * p.size.head_dim + d] - e));
-        size = fmax(size, fabs(e));
-    }
-    const auto raise = [](double* at, double x) { atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(__double_as_longlong(x))); };
-    raise(result, mine);
-    raise(result + 1, theirs);
-    raise(result + 2, size);
-}
-
-int num_sms() {
-    int n = 0;
-    CHECK_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0));
-    return n;
-}
-
-/// All tensors of one case.
-struct Fixture {
-    Case c;
-    const Row* row;
-    BackwardParams p;
-    std::vector<Buffer> memory;
-    int64_t rows_q, rows_k;
-
-    void* take(size_t bytes) {
-        memory.emplace_back(std::max<size_t>(bytes, 256));
-        memory.back().poison();
-        return memory.back().data;
-    }
-    TensorRef tensor(int64_t rows, int heads, int64_t seqlen, int element) {
-        TensorRef t;
-        t.data = take(rows * heads * c.dim * element);
-        if (c.bhsd) {
-            t.batch_stride = seqlen * heads * c.dim, t.head_stride = seqlen * c.dim, t.row_stride = c.dim;
-        } else {
-            t.batch_stride = seqlen * heads * c.dim, t.head_stride = c.dim, t.row_stride = int64_t(heads) * c.dim;
-        }
-        return t;
-    }
-    const int32_t* prefix(const std::vector<int>& lens, bool sum) {
-        if (lens.empty()) return nullptr;
-        std::vector<int32_t> v;
-        int32_t total = 0;
-        if (sum) v.push_back(0);
-        for (int n : lens) v.push_back(sum ? total += n : n);
-        void* d = take(v.size() * 4);
-        CHECK_CUDA(cudaMemcpy(d, v.data(), v.size() * 4, cudaMemcpyHostToDevice));
-        return static_cast<const int32_t*>(d);
-    }
-
-    explicit Fixture(const Case& c_) : c(c_), row(find(c_)) {
-        if (!row) return;
-        memory.reserve(64);
-        p.size = {c.batch, c.heads, c.heads_k, c.dim, c.dim, c.seqlen_q, c.seqlen_k, c.batch * c.seqlen_q, c.batch * c.seqlen_k};
-        const auto total = [](const std::vector<int>& v) { int64_t n = 0; for (int x : v) n += x; return n; };
-        if (!c.lens_q.empty()) p.size.total_q = total(c.lens_q), p.size.seqlen_q = *std::max_element(c.lens_q.begin(), c.lens_q.end());
-        if (!c.lens_k.empty()) p.size.total_k = total(c.lens_k), p.size.seqlen_k = *std::max_element(c.lens_k.begin(), c.lens_k.end());
-        rows_q = p.size.total_q, rows_k = p.size.total_k;
-        p.seqlens = {prefix(c.lens_q, true), prefix(c.lens_k, true), prefix(c.used_q, false), prefix(c.used_k, false)};
-        p.mask = {c.left, c.right, c.positions, c.q_position, c.k_position};
-        p.score.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.dim));
-        p.dtype = c.dtype;
-        p.out_dtype = c.f32_out ? DType::f32 : c.dtype;
-        p.q = tensor(rows_q, c.heads, c.seqlen_q, 2);
-        p.k = tensor(rows_k, c.heads_k, c.seqlen_k, 2);
-        p.v = tensor(rows_k, c.heads_k, c.seqlen_k, 2);
-        p.out = tensor(rows_q, c.heads, c.seqlen_q, c.f32_out ? 4 : 2);
-        p.dout = tensor(rows_q, c.heads, c.seqlen_q, 2);
-        p.grad_dtype = c.accumulate ? DType::f32 : c.dtype;
-        p.accumulate = c.accumulate;
-        p.deterministic = c.deterministic;
-        const int element = c.accumulate ? 4 : 2;
-        p.dq = tensor(rows_q, c.heads, c.seqlen_q, element);
-        p.dk = tensor(rows_k, c.heads_k, c.seqlen_k, element);
-        p.dv = tensor(rows_k, c.heads_k, c.seqlen_k, element);
-        const bool varlen = !c.lens_q.empty();
-        const int64_t lse_seqlen = varlen ? rows_q : c.seqlen_q;
-        p.lse = {static_cast<float*>(take(rows_q * c.heads * 4)), varlen ? 0 : c.heads * lse_seqlen, lse_seqlen};
-        fill_all();
-        if (c.dlse) {
-            p.dlse = p.lse;
-            p.dlse.data = static_cast<float*>(take(rows_q * c.heads * 4));
-            fill<DType::f32><<<512, 256>>>(p.dlse.data, rows_q * c.heads, 77, 1.0f);
-        }
-        const sm90::BackwardWorkspace w = sm90::backward_workspace(row->variant, p);
-        p.workspace = take(w.bytes);
-    }
-    void fill_all() {
-        static uint64_t seed = 1;
-        const auto go = [&](const TensorRef& t, int64_t rows, int heads) {
-            if (c.dtype == DType::bf16) fill<DType::bf16><<<1024, 256>>>(t.data, rows * heads * c.dim, ++seed, 1.0f);
-            else fill<DType::f16><<<1024, 256>>>(t.data, rows * heads * c.dim, ++seed, 1.0f);
-        };
-        go(p.q, rows_q, c.heads);
-        go(p.k, rows_k, c.heads_k);
-        go(p.v, rows_k, c.heads_k);
-        go(p.dout, rows_q, c.heads);
-        if (!c.f32_out) go(p.out, rows_q, c.heads);  // timing: any finite values do; lse near its typical size keeps P < 1
-        fill<DType::f32><<<512, 256>>>(p.lse.data, rows_q * c.heads, ++seed, 0.0f);
-        add_to_lse(std::log(static_cast<double>(p.size.seqlen_k)) + 0.5);
-    }
-    void add_to_lse(double x);
-    void poison_outputs() {
-        const float one = 1.0f;
-        for (const TensorRef* t : {&p.dq, &p.dk, &p.dv}) {
-            const int64_t n = (t == &p.dq ? rows_q * c.heads : rows_k * c.heads_k) * c.dim;
-            if (c.accumulate) {
-                std::vector<float> ones(n, one);
-                CHECK_CUDA(cudaMemcpy(t->data, ones.data(), n * 4, cudaMemcpyHostToDevice));
-            } else {
-                CHECK_CUDA(cudaMemset(t->data, 0xFF, n * 2));
-            }
-        }
-    }
-    void run(cudaStream_t stream = nullptr) {
-        static const int sms = num_sms();
-        CHECK_CUDA(row->launch(p, cuda::LaunchContext{stream, 0, sms}));
-    }
-};
-
-__global__ void add_kernel(float* p, int64_t n, float x) {
-    for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) p[i] += x;
-}
-void Fixture::add_to_lse(double x) { add_kernel<<<512, 256>>>(p.lse.data, rows_q * c.heads, static_cast<float>(x)); }
 
 template <DType kType>
 bool check_typed(const Case& c) {
@@ -581,7 +185,6 @@ std::vector<Case> check_cases() {
             cases.push_back(z);
             z.name = "deterministic window gqa", z.left = 200, z.right = 10, z.heads = 4;
             cases.push_back(z);
-            if (d > 128) continue;
             // Work tiles that do not fill the machine are shared.
             cases.push_back({"shared, full 1000x1030", 1, 3, 3, 1000, 1030, d, t});
             cases.push_back({"shared, gqa 6/2 full 700x515", 1, 6, 2, 700, 515, d, t});
@@ -607,116 +210,144 @@ std::vector<Case> check_cases() {
     return cases;
 }
 
-}  // namespace
+/// The words of the command line: commands, and the head dims they are for.
+struct Wanted {
+    std::vector<std::string> words;
 
-int main(int argc, char** argv) {
-    std::vector<std::string> want(argv + 1, argv + argc);
-    const auto wanted = [&](const char* name) { return std::find(want.begin(), want.end(), name) != want.end(); };
-    const auto wants_dim = [&](int d) {
+    bool command(const char* name) const { return std::find(words.begin(), words.end(), name) != words.end(); }
+    bool dim(int d) const {
         bool any = false;
-        for (const std::string& w : want) {
-            if (w[0] != 'd') continue;
+        for (const std::string& w : words) {
+            if (w.size() < 2 || w[0] != 'd' || !std::isdigit(static_cast<unsigned char>(w[1]))) continue;
             any = true;
             if (w == "d" + std::to_string(d)) return true;
         }
         return !any;
-    };
+    }
+    std::vector<int> dims() const {
+        std::vector<int> some;
+        for (int d : {64, 128, 96, 192, 256}) {
+            if (dim(d)) some.push_back(d);
+        }
+        return some;
+    }
+};
+
+/// 16k tokens, a hidden size of about 2048.
+Case usual_case(int dim, int64_t seqlen, int64_t right) {
+    const int heads = dim == 96 ? 21 : dim == 192 ? 11 : 2048 / dim;
+    return {"", static_cast<int>(16384 / seqlen), heads, heads, seqlen, seqlen, dim, DType::bf16, -1, right};
+}
+
+bool check_all(const Wanted& wanted) {
     bool ok = true;
-    if (wanted("check")) {
-        for (const Case& c : check_cases()) {
-            if (wants_dim(c.dim)) ok = check(c) && ok;
-        }
+    for (const Case& c : check_cases()) {
+        if (wanted.dim(c.dim)) ok = check(c) && ok;
     }
-    if (wanted("race")) {
-        for (int d : {64, 128, 96, 192, 256}) {
-            if (!wants_dim(d)) continue;
-            ok = race({"whole heads full 128", 40, 8, 8, 128, 128, d}, 100) && ok;
-            ok = race({"whole heads causal 256", 33, 8, 8, 256, 256, d, DType::bf16, -1, 0}, 100) && ok;
-            ok = race({"full 1024", 2, 4, 4, 1024, 1024, d}, 100) && ok;
-            ok = race({"causal 1024 gqa", 2, 4, 2, 1024, 1024, d, DType::bf16, -1, 0}, 100) && ok;
-            ok = race({"causal 2048, 32 heads", 2, 16, 16, 2048, 2048, d, DType::bf16, -1, 0}, 50) && ok;
-            Case z{"deterministic causal 1024", 2, 4, 2, 1024, 1024, d, DType::bf16, -1, 0};
-            z.deterministic = true;
-            ok = race(z, 50) && ok;
-        }
+    return ok;
+}
+
+bool race_all(const Wanted& wanted) {
+    bool ok = true;
+    for (int d : wanted.dims()) {
+        ok = race({"whole heads full 128", 40, 8, 8, 128, 128, d}, 100) && ok;
+        ok = race({"whole heads causal 256", 33, 8, 8, 256, 256, d, DType::bf16, -1, 0}, 100) && ok;
+        ok = race({"full 1024", 2, 4, 4, 1024, 1024, d}, 100) && ok;
+        ok = race({"causal 1024 gqa", 2, 4, 2, 1024, 1024, d, DType::bf16, -1, 0}, 100) && ok;
+        ok = race({"causal 2048, 32 heads", 2, 16, 16, 2048, 2048, d, DType::bf16, -1, 0}, 50) && ok;
+        Case z{"deterministic causal 1024", 2, 4, 2, 1024, 1024, d, DType::bf16, -1, 0};
+        z.deterministic = true;
+        ok = race(z, 50) && ok;
     }
-    if (wanted("time")) {
-        for (int d : {64, 128, 96, 192, 256}) {
-            if (!wants_dim(d)) continue;
-            for (int64_t right : {-1, 0}) {
-                std::printf("TFLOP/s d%-3d %-6s", d, right ? "full" : "causal");
-                for (int64_t s : {512, 1024, 2048, 4096, 8192, 16384}) {
-                    const int heads = d == 96 ? 21 : d == 192 ? 11 : 2048 / d;
-                    const Case c{"", static_cast<int>(16384 / s), heads, heads, s, s, d, DType::bf16, -1, right};
-                    std::printf(" %6.0f", tflops(c, milliseconds(c, s >= 8192 ? 7 : 15)));
-                    std::fflush(stdout);
-                }
-                std::printf("\n");
-            }
-        }
-    }
-    if (wanted("deterministic")) {
-        for (int d : {64, 128, 96, 192, 256}) {
-            if (!wants_dim(d)) continue;
-            for (int64_t right : {-1, 0}) {
-                std::printf("deterministic d%-3d %-6s", d, right ? "full" : "causal");
-                for (int64_t s : {512, 1024, 2048, 4096, 8192, 16384}) {
-                    const int heads = d == 96 ? 21 : d == 192 ? 11 : 2048 / d;
-                    Case c{"", static_cast<int>(16384 / s), heads, heads, s, s, d, DType::bf16, -1, right};
-                    const int runs = s >= 8192 ? 5 : 9;
-                    const double free = tflops(c, milliseconds(c, runs));
-                    c.deterministic = true;
-                    const double ordered = tflops(c, milliseconds(c, runs));
-                    std::printf(" %4.0f (%.2f)", ordered, ordered / free);
-                    std::fflush(stdout);
-                }
-                std::printf("\n");
-            }
-        }
-    }
-    if (wanted("once")) {  // one launch per head dim, for a profiler
-        for (int d : {64, 128, 96, 192, 256}) {
-            if (!wants_dim(d)) continue;
-            Fixture f({"", 4, 2048 / d, 2048 / d, 4096, 4096, d});
-            if (f.row) f.run();
-        }
-        CHECK_CUDA(cudaDeviceSynchronize());
-    }
-    if (wanted("beyond")) {
+    return ok;
+}
+
+/// A line for each head dim and mask, a column for each length: `column` prints it.
+template <typename Column>
+void print_grid(const Wanted& wanted, const char* what, Column column) {
+    for (int d : wanted.dims()) {
         for (int64_t right : {-1, 0}) {
-            for (bool det : {false, true}) {
-                std::printf("GQA 64/8 d128 %s%s", right ? "full" : "causal", det ? " deterministic" : "");
-                for (int64_t s : {1024, 2048, 4096, 8192, 16384}) {
-                    Case c{"", static_cast<int>(16384 / s), 64, 8, s, s, 128, DType::bf16, -1, right};
-                    c.deterministic = det;
-                    std::printf(" %6.0f", tflops(c, milliseconds(c, 5)));
-                    std::fflush(stdout);
-                }
-                std::printf("\n");
-            }
-        }
-        std::vector<int> lens;
-        for (int i = 0, total = 0; total < 32768; ++i) {
-            int n = static_cast<int>(std::exp(std::log(8.0) + (std::log(8192.0) - std::log(8.0)) * ((i * 37 % 64) + 0.5) / 64));
-            n = std::min(n, 32768 - total);
-            lens.push_back(n);
-            total += n;
-        }
-        for (int64_t right : {-1, 0}) {
-            Case c{"", static_cast<int>(lens.size()), 16, 16, 0, 0, 128, DType::bf16, -1, right};
-            c.lens_q = c.lens_k = lens;
-            std::printf("varlen %zu sequences %s %6.0f\n", lens.size(), right ? "full" : "causal", tflops(c, milliseconds(c, 9)));
-        }
-        for (int d : {64, 128}) {
-            std::printf("cross attention, 77 keys, 2x8, 2x32 heads d%d, us:", d);
-            for (int heads : {8, 32}) {
-                for (int64_t rows : {1024, 4096}) std::printf(" %6.1f", 1e3 * milliseconds({"", 2, heads, heads, rows, 77, d}, 21));
+            std::printf("%s d%-3d %-6s", what, d, right ? "full" : "causal");
+            for (int64_t s : {512, 1024, 2048, 4096, 8192, 16384}) {
+                column(usual_case(d, s, right));
+                std::fflush(stdout);
             }
             std::printf("\n");
         }
-        const Case w{"", 1, 16, 16, 16384, 16384, 128, DType::bf16, 1023, 0};
-        std::printf("window 1024 causal 16k %6.0f\n", tflops(w, milliseconds(w, 9)));
     }
+}
+
+void time_all(const Wanted& wanted) {
+    print_grid(wanted, "TFLOP/s", [](const Case& c) { std::printf(" %6.0f", tflops(c, milliseconds(c, c.seqlen_q >= 8192 ? 7 : 15))); });
+}
+
+void time_deterministic(const Wanted& wanted) {
+    print_grid(wanted, "deterministic", [](Case c) {
+        const int runs = c.seqlen_q >= 8192 ? 5 : 9;
+        const double free = tflops(c, milliseconds(c, runs));
+        c.deterministic = true;
+        const double ordered = tflops(c, milliseconds(c, runs));
+        std::printf(" %4.0f (%.2f)", ordered, ordered / free);
+    });
+}
+
+/// One launch for each head dim, for a profiler.
+void run_once(const Wanted& wanted) {
+    for (int d : wanted.dims()) {
+        Fixture f({"", 4, 2048 / d, 2048 / d, 4096, 4096, d});
+        if (f.row) f.run();
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+}
+
+/// What the usual grid has not: groups of query heads, sequences of different lengths, a window.
+void time_others() {
+    for (int64_t right : {-1, 0}) {
+        for (bool det : {false, true}) {
+            std::printf("GQA 64/8 d128 %s%s", right ? "full" : "causal", det ? " deterministic" : "");
+            for (int64_t s : {1024, 2048, 4096, 8192, 16384}) {
+                Case c{"", static_cast<int>(16384 / s), 64, 8, s, s, 128, DType::bf16, -1, right};
+                c.deterministic = det;
+                std::printf(" %6.0f", tflops(c, milliseconds(c, 5)));
+                std::fflush(stdout);
+            }
+            std::printf("\n");
+        }
+    }
+    std::vector<int> lens;
+    for (int i = 0, total = 0; total < 32768; ++i) {
+        int n = static_cast<int>(std::exp(std::log(8.0) + (std::log(8192.0) - std::log(8.0)) * ((i * 37 % 64) + 0.5) / 64));
+        n = std::min(n, 32768 - total);
+        lens.push_back(n);
+        total += n;
+    }
+    for (int64_t right : {-1, 0}) {
+        Case c{"", static_cast<int>(lens.size()), 16, 16, 0, 0, 128, DType::bf16, -1, right};
+        c.lens_q = c.lens_k = lens;
+        std::printf("varlen %zu sequences %s %6.0f\n", lens.size(), right ? "full" : "causal", tflops(c, milliseconds(c, 9)));
+    }
+    for (int d : {64, 128}) {
+        std::printf("cross attention, 77 keys, 2x8, 2x32 heads d%d, us:", d);
+        for (int heads : {8, 32}) {
+            for (int64_t rows : {1024, 4096}) std::printf(" %6.1f", 1e3 * milliseconds({"", 2, heads, heads, rows, 77, d}, 21));
+        }
+        std::printf("\n");
+    }
+    const Case w{"", 1, 16, 16, 16384, 16384, 128, DType::bf16, 1023, 0};
+    std::printf("window 1024 causal 16k %6.0f\n", tflops(w, milliseconds(w, 9)));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const Wanted wanted{{argv + 1, argv + argc}};
+    bool ok = true;
+    if (wanted.command("check")) ok = check_all(wanted) && ok;
+    if (wanted.command("race")) ok = race_all(wanted) && ok;
+    if (wanted.command("time")) time_all(wanted);
+    if (wanted.command("deterministic")) time_deterministic(wanted);
+    if (wanted.command("once")) run_once(wanted);
+    if (wanted.command("beyond")) time_others();
     std::printf(ok ? "ALL OK\n" : "SOME FAILED\n");
     return ok ? 0 : 1;
 }

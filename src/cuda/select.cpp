@@ -8,6 +8,7 @@
 
 #include "core/numeric.hpp"
 #include "cuda/sm80/config.hpp"
+#include "cuda/sm90/backward_workspace.hpp"
 
 namespace strobe::cuda {
 namespace {
@@ -81,18 +82,28 @@ bool covers(Features features, Features wanted) {
            (features == Features::general && (wanted == Features::plain || wanted == Features::capped));
 }
 
+/// Of the sm90 backward's rows: those that may take whole heads are for few keys, those with two buffers for keys or a third one for
+/// queries for what is longer but gains nothing from doing the rows of q inside the main kernel.
+bool fits_length(const Variant& v, const Request& request) {
+    constexpr int64_t kLongSequence = 2048;
+    // Whole heads need no order to be deterministic, which at head dim 64 makes up for more waiting dq.
+    const bool longer = v.mask == MaskClass::band || (request.deterministic && v.head_dim == 64);
+    const bool whole = request.seqlen_k <= (longer ? 512 : 256);
+    if (whole) return v.keys == Keys::few && sm90::may_take_whole_heads(v);
+    const bool brief = !request.deterministic && request.seqlen_q < kLongSequence;
+    return brief ? v.keys == Keys::few && !sm90::may_take_whole_heads(v) : v.keys == Keys::any;
+}
+
 /// Of two rows that serve a problem: in the sm90 forward the smaller tile changes tiles at less cost, the larger does more
 /// per key block and is faster once its loop is long enough; half of a tile twice as tall as the queries would be idle, which
-/// costs more than the mask code of a lower one. The sm90 backward for few keys has two buffers for them, and a CTA
-/// may take a head as a whole.
+/// costs more than the mask code of a lower one. The sm90 backward has rows for few keys (fits_length).
 bool suits_better(const Variant& v, const Variant& best, const Request& request) {
     constexpr int64_t kLongSequence = 2048;
     const auto served = [](const Variant& x) { return std::tuple(x.arch, x.direction, x.dtype, x.head_dim, x.features); };
     if (served(v) != served(best)) return false;
     if (v.arch != Arch::sm90 || v.mask < best.mask) return false;
     if (v.direction == Direction::backward) {
-        const int64_t few_keys = v.mask == MaskClass::full ? 256 : 512;
-        return v.mask == best.mask && (v.keys == Keys::few) == (request.seqlen_k <= few_keys) && v.keys != best.keys;
+        return v.mask == best.mask && fits_length(v, request) && !fits_length(best, request);
     }
     if (request.seqlen_q <= v.block_m && best.block_m >= 2 * v.block_m) return true;
     if (request.seqlen_q <= best.block_m && v.block_m >= 2 * best.block_m) return false;
@@ -106,6 +117,7 @@ Request request_of(const ForwardParams& p) { return shared_request(p, Direction:
 
 Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
+    r.deterministic = p.deterministic;
     r.tiled = r.tiled && !p.dbias && !p.deterministic;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);

@@ -32,6 +32,7 @@ struct Request {
     bool biased = false;     // an additive bias
     bool tiled = false;      // whose tiles can be copied 16 bytes at a time, and whose gradient is not wanted
     bool rare = false;       // dropout at positions or with probabilities that rows of dropout do not serve
+    bool deterministic = false;
     bool tma_layout = false; // rows of every tensor start on 16 bytes and are multiples of 16 bytes long
 
     bool operator==(const Request&) const = default;

@@ -285,6 +285,19 @@ void add_long_batches(List& list) {
 void add_kernel_rows(List& list) {
     for (DType dtype : {DType::bf16, DType::f16}) {
         const Case base{.dtype = dtype, .batch = 2, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264};
+        // The sm90 backward's rows for a few key tiles, and those for many, with as few keys as they are chosen for.
+        for (int head_dim : {64, 128}) {
+            for (int queries : {540, 2050}) {
+                Case c{.dtype = dtype, .batch = 1, .num_heads = 2, .num_heads_k = 2, .seqlen_q = queries, .seqlen_k = 290, .head_dim = head_dim};
+                list.add(c);
+                c.seqlen_k = 530;
+                c.window_right = 0;
+                list.add(c);
+            }
+            Case c{.dtype = dtype, .batch = 66, .num_heads = 2, .num_heads_k = 2, .seqlen_q = 300, .seqlen_k = 500, .head_dim = head_dim};
+            c.deterministic = true;  // several work tiles for each CTA
+            list.add(c);
+        }
         for (int head_dim : {192, 256}) {
             for (Window window : {kFull, kCausal}) {
                 Case c = base;

@@ -208,18 +208,28 @@ TEST(Sm90Plan, NoForwardTileTwiceAsTallAsTheQueries) {
     }
 }
 
+/// Up to 256 keys, 512 under a mask, by the row that may take whole heads, deterministically at head dim 64 also without one; up to 2047
+/// queries by the other row for few keys, unless deterministic; what is longer by the one for many.
 TEST(Sm90Plan, BackwardOfFewKeysHasRowsOfItsOwn) {
     for (DType dtype : {DType::bf16, DType::f16}) {
         for (int head_dim : {64, 128}) {
             for (bool band : {false, true}) {
-                for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
-                    const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim, .seqlen_q = 300,
-                                                .seqlen_k = seqlen_k, .band = band, .tma_layout = true};
-                    std::string refusal;
-                    const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
-                    ASSERT_NE(row, nullptr) << refusal;
-                    EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
-                    EXPECT_EQ(row->keys, seqlen_k <= (band ? 512 : 256) ? Keys::few : Keys::any) << seqlen_k;
+                for (bool deterministic : {false, true}) {
+                    for (const int64_t seqlen_q : {300, 2047, 2048}) {
+                        for (const int64_t seqlen_k : {1, 256, 257, 512, 513, 8192}) {
+                            const cuda::Request request{.direction = Direction::backward, .dtype = dtype, .head_dim = head_dim,
+                                                        .seqlen_q = seqlen_q, .seqlen_k = seqlen_k, .band = band,
+                                                        .deterministic = deterministic, .tma_layout = true};
+                            std::string refusal;
+                            const Variant* row = cuda::select(kRows, Arch::sm90, request, {90, 132, kSm90Bytes}, refusal);
+                            ASSERT_NE(row, nullptr) << refusal;
+                            EXPECT_EQ(row->mask, band ? MaskClass::band : MaskClass::full);
+                            const bool whole = seqlen_k <= (band || (deterministic && head_dim == 64) ? 512 : 256);
+                            const bool brief = !whole && !deterministic && seqlen_q < 2048;
+                            EXPECT_EQ(row->keys, whole || brief ? Keys::few : Keys::any) << seqlen_q << " x " << seqlen_k;
+                            if (whole || brief) EXPECT_EQ(row->stages == 2, whole) << seqlen_q << " x " << seqlen_k;
+                        }
+                    }
                 }
             }
         }

@@ -36,31 +36,36 @@ struct BackwardConfig {
     static constexpr int kChunks = (kDim + 63) / 64;  // a chunk: 64 columns, 128 bytes a row, swizzled as TMA writes it
     static constexpr int kBlockM = V.block_m;
     static constexpr int kStages = V.stages;          // of q, dout and the row statistics
-    static constexpr int kSlots = 8;                  // of QuerySlot
+    static constexpr int kSlots = 16;                 // of QuerySlot
     static constexpr bool kFewKeys = V.keys == Keys::few;
-    static constexpr int kKeyStages = kFewKeys ? 2 : 1;  // of k and v: a short head's next keys should be there when they are wanted
+    static constexpr bool kWholeHeads = may_take_whole_heads(V);
+    static constexpr int kKeyStages = kFewKeys && (kDim == 64 || kWholeHeads) ? 2 : 1;  // of k and v: a short head's next keys should be there when they are wanted
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
     static constexpr int kBlockN = V.block_n / kCtas;
-    static constexpr int kDsStages = kDim == 256 ? 1 : 2;
+    static constexpr int kDsStages = 2;
+    // At head dim 256 there is room for one tile of dout. Its halves by columns come and go by themselves: dP reads the first one while
+    // the second is on its way, and dV gives the first one back while it reads the second.
+    static constexpr bool kDoutHalves = kDim == 256;
+    static constexpr int kDoutStages = kDoutHalves ? 1 : kStages;
+    static constexpr int kDoutBarriers = kDoutHalves ? 2 : kStages;
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
     static constexpr int kKeyWarpgroups = 2;
-    static constexpr bool kPipelined = kDim == 64 && !kFewKeys;  // PipelinedKeyWorker
-    static constexpr bool kTransposedDq = kPipelined; // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
-    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && !kFewKeys;  // dq may be added by the copy engine
-    static constexpr bool kWarpMajor = kBulkAdd;      // a warp's part of the dq accumulator is in one piece
+    static constexpr bool kPipelined = kDim == 64 && kBlockM == 64;  // PipelinedKeyWorker
+    static constexpr bool kTransposedDq = kPipelined && !kFewKeys;  // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
+    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && (!kFewKeys || kPipelined);  // dq may be added by the copy engine
+    static constexpr bool kWarpMajor = kBulkAdd || kDim == 256;      // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
     // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
     static constexpr bool kInnerRows = (kDim == 64 || kDim == 128) && !kFewKeys;
-    static constexpr bool kWholeHeads = may_take_whole_heads(V);
     // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
     static constexpr bool kOwnStatistics = kWholeHeads && kDim <= 96;
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kPipelined ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kFewKeys ? 72 : kDim <= 128 ? 64 : 72;
+    static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kWholeHeads ? 72 : kDim <= 128 ? 64 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows || kOwnStatistics ? 32 : 24;
     static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
     // For each of the two row workers, and for each of the two that make a CTA's own statistics: its half of a tile of out.
@@ -158,7 +163,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t k[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t v[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
-    alignas(1024) uint8_t dout[C::kStages][C::kQueryTileBytes];
+    alignas(1024) uint8_t dout[C::kDoutStages][C::kQueryTileBytes];
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
     union {
         // Of the row workers, or of those that make a CTA's own statistics.
@@ -175,8 +180,9 @@ struct BackwardSmem {
     Barrier v_full[C::kKeyStages];
     Barrier kv_free[C::kKeyStages];   // every warp is done with the key tile
     Barrier q_full[C::kStages];       // q and the row statistics
-    Barrier dout_full[C::kStages];
-    Barrier stage_free[C::kStages];   // every key warp is done with q, dout and the statistics
+    Barrier dout_full[C::kDoutBarriers];
+    Barrier dout_free[C::kDoutBarriers];  // halves only: every key warp is done with it
+    Barrier stage_free[C::kStages];     // every key warp is done with q and the statistics, and with dout where it is in one piece
     Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
     Barrier ds_full[C::kDsStages];    // dS is complete, in a pair that of both
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it, in a pair both
@@ -206,8 +212,8 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
     }
     for (int s = 0; s < C::kStages; ++s) {
         clear(smem.q[s], C::kQueryChunkBytes, size.head_dim);
-        clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
     }
+    for (int s = 0; s < C::kDoutStages; ++s) clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
     if constexpr (C::kPair) {
         uint4* const words = reinterpret_cast<uint4*>(smem.k_peer);
         for (int i = threadIdx.x; i < C::kPairChunks * C::kKeyChunkBytes / 16; i += C::kThreads) words[i] = make_uint4(0, 0, 0, 0);

@@ -27,7 +27,7 @@ struct DqWorker {
             smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) break;
-            if constexpr (C::kTransposedDq) load_operand();
+            if constexpr (C::kTransposedDq) load_operand(key_stage.index);
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
             const int head = tile.head;
 #pragma unroll 1
@@ -122,9 +122,9 @@ private:
     }
 
     /// The left operand of dq^T = K^T dS^T, for as long as the key tile.
-    __device__ __forceinline__ void load_operand() {
+    __device__ __forceinline__ void load_operand(int key_stage) {
         const int lane = thread % 32;
-        const uint32_t row = smem_address(smem.k) + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
+        const uint32_t row = smem_address(smem.k) + key_stage * C::kKeyTileBytes + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
                              ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
         for (int kk = 0; kk < V.block_n / 16; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);

@@ -74,6 +74,40 @@ __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const Ba
     return true;
 }
 
+/// The same for a warpgroup that has one of the gradients: 0, dK, or 1, dV.
+template <Variant V, int kCount>
+__device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, const BackwardTile& tile, int unit, int gradient,
+                                                 int thread, float (&acc)[kCount]) {
+    constexpr int kUnits = V.block_n / 64;
+    constexpr int kVectors = kCount / 4 * 128;
+    const int parts = launch.schedule.shared.parts;
+    const auto part_at = [&](int part) {
+        return launch.parts + ((int64_t{tile.shared * parts + part} * kUnits + unit) * 2 + gradient) * kVectors + thread;
+    };
+    float4* const mine = part_at(tile.part);
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (thread % 32 == 0) before = atomicAdd(launch.finished + ((tile.shared * kUnits + unit) * 2 + gradient) * 4 + thread / 32, 1);
+    before = __shfl_sync(0xFFFFFFFFu, before, 0);
+    if (before + 1 < parts) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] = 0.0f;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+        const float4* const from = part_at(part);
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) {
+            const float4 x = __ldcg(from + i * 128);
+            acc[4 * i] += x.x, acc[4 * i + 1] += x.y, acc[4 * i + 2] += x.z, acc[4 * i + 3] += x.w;
+        }
+    }
+    return true;
+}
+
 template <DType kType, int kCount>
 __device__ __forceinline__ void store_gradient(const BackwardParams& p, void* grad, const GradRows& at, const float (&acc)[kCount],
                                                float scale, int first_column = 0) {

@@ -81,6 +81,31 @@ struct Fragments {
         }
     }
 
+    /// Half of multiply_over_queries: the columns of one half of the tile.
+    __device__ __forceinline__ static void multiply_half_over_queries(Gradient& gradient, const Weights& weights, uint32_t tile, int half) {
+        constexpr int kColumns = C::kDim / 2;
+        static_assert(kColumns % 64 == 0 && kColumns <= 128);
+        const uint64_t first = mn_major(tile + half * (C::kChunks / 2 * C::kQueryChunkBytes), C::kQueryChunkBytes);
+#pragma unroll
+        for (int k = 0; k < C::kBlockM / 16; ++k) {
+            Wgmma<kColumns>::template rs<V.dtype, 1>(reinterpret_cast<float(&)[kColumns / 2]>(gradient[half * (kColumns / 2)]), weights[k],
+                                                     first + k * (16 * C::kRowBytes >> 4), 1);
+        }
+    }
+
+    /// Half of multiply_over_dim: the products of one half of the columns, added to those of the first.
+    __device__ __forceinline__ static void multiply_over_half_dim(Accumulator& acc, uint32_t key_rows, uint32_t query_rows, int half) {
+        constexpr int kHalf = C::kChunks / 2;
+        const uint64_t a = k_major(key_rows + half * kHalf * C::kKeyChunkBytes);
+        const uint64_t b = k_major(query_rows + half * kHalf * C::kQueryChunkBytes);
+#pragma unroll
+        for (int k = 0; k < C::kDim / 32; ++k) {
+            const int chunk = k / 4, within = k % 4 * 2;
+            Wgmma<C::kBlockM>::template ss<V.dtype, 0, 0>(acc, a + (chunk * C::kKeyChunkBytes >> 4) + within,
+                                                          b + (chunk * C::kQueryChunkBytes >> 4) + within, half + k != 0);
+        }
+    }
+
     /// scores (64 keys, block_m queries) = key rows times query rows.
     __device__ __forceinline__ static void multiply_over_dim(Accumulator& acc, uint32_t key_rows, uint32_t query_rows) {
         sm90::multiply_over_dim<V.dtype, C::kBlockM, C::kDim>(acc, k_major(key_rows), C::kKeyChunkBytes, k_major(query_rows),

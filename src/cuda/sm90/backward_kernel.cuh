@@ -31,8 +31,11 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         }
         for (int s = 0; s < C::kStages; ++s) {
             smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 3 : 1);
-            smem.dout_full[s].init(1);
             smem.stage_free[s].init(kKeyWarps);
+        }
+        for (int s = 0; s < C::kDoutBarriers; ++s) {
+            smem.dout_full[s].init(1);
+            smem.dout_free[s].init(kKeyWarps);
         }
         for (int s = 0; s < C::kDsStages; ++s) {
             smem.p_full[s].init(4);
@@ -92,9 +95,9 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         } else if constexpr (!C::kSplit) {
             KeyWorker<V>{{smem, params, launch, warpgroup, thread}}.run();
         } else if (warpgroup == 0) {
-            ValueWorker<V>{smem, params, launch.scale_log2, thread}.run();
+            ValueWorker<V>{{smem, params, launch, thread}}.run();
         } else {
-            KeyGradWorker<V>{smem, params, thread}.run();
+            KeyGradWorker<V>{{smem, params, launch, thread}}.run();
         }
     }
     if constexpr (C::kPair) cluster_arrive(), cluster_wait();  // the other may still arrive at barriers in here

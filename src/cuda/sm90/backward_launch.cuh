@@ -81,7 +81,7 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
     if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
     if (status != cudaSuccess) return status;
 
-    args.bulk_add = C::kBulkAdd && bulk_add_pays(p);
+    args.bulk_add = C::kBulkAdd && bulk_add_pays(V, p);
     // The row workers have no registers for other types than the usual.
     const int ends = outer_heads(args.schedule);
     const bool usual_types = p.out_dtype == V.dtype && p.grad_dtype == V.dtype;

@@ -14,6 +14,7 @@ struct LoadWorker {
     const BackwardParams& params;
     const BackwardLaunch& launch;
     const int lane;
+    uint32_t dout_phase = 0;  // halves only
 
     __device__ __forceinline__ void run() {
         wait_for_upstream_kernels();
@@ -194,7 +195,6 @@ private:
         const int s = stage.index;
         smem.stage_free[s].wait(stage.phase ^ 1);
         Barrier& q_full = smem.q_full[s];
-        Barrier& dout_full = smem.dout_full[s];
         if (lane == 0) {
             smem.slot[slot_index] = slot;
             if (slots_are_watched()) smem.slot_full[slot_index].arrive();
@@ -204,10 +204,33 @@ private:
                 bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
                           launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
             }
-            load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, dout_full, 0, slot.query0, at);
+            if constexpr (!C::kDoutHalves) {
+                load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, smem.dout_full[s], 0, slot.query0, at);
+            }
         }
         __syncwarp();
+        if constexpr (C::kDoutHalves) load_dout_halves(slot.query0, at);
         stage.template advance<C::kStages>();
+    }
+
+    __device__ __forceinline__ void load_dout_halves(int row, const RaggedCoordinates& at) {
+        constexpr int kHalf = C::kChunks / 2;
+        const int chunks = C::chunks_of(params.size.head_dim_v);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            smem.dout_free[half].wait(dout_phase ^ 1);
+            if (lane == 0) {
+                smem.dout_full[half].arrive_expect(max(0, min(chunks - half * kHalf, kHalf)) * C::kQueryChunkBytes);
+#pragma unroll
+                for (int c = half * kHalf; c < (half + 1) * kHalf; ++c) {
+                    if (c < chunks) {
+                        ragged_load(smem_address(smem.dout) + c * C::kQueryChunkBytes, launch.dout, smem.dout_full[half], c * 64, row, at);
+                    }
+                }
+            }
+            __syncwarp();
+        }
+        dout_phase ^= 1;
     }
 
     /// The warps that keep the order know the stream of query tiles by its slots alone, and two of them see every other one.

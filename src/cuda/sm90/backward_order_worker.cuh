@@ -36,8 +36,10 @@ struct TurnWorker {
 template <Variant V>
 struct HandOverWorker {
     using C = BackwardConfig<V>;
-    // Tiles that the dq warpgroup may be ahead. The load warp is kStages + kDsStages ahead of that, and must not reuse the slot.
-    static constexpr int kLag = C::kSlots - C::kStages - C::kDsStages;
+    // Tiles that the dq warpgroup may be ahead of what has been taken note of. A stage is free when a dS buffer was, which is before
+    // that tile has been added: the load warp is up to kStages + kDsStages + 1 ahead of the last tile whose turn had come, and must
+    // not reuse the slot of one that nobody has taken note of, or its barriers would go round unseen.
+    static constexpr int kLag = C::kSlots - C::kStages - C::kDsStages - 1;
     static_assert(kLag >= 2);
 
     BackwardSmem<V>& smem;

@@ -19,10 +19,12 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
     __device__ __forceinline__ void run() {
         Stream at{DsAddress<V>(smem, warpgroup * 64, Base::thread)};
         for (int t = 0;; ++t) {
-            smem.k_full[0].wait(t & 1);
+            const KeyStage<C::kKeyStages> key_stage(t);
+            const KeyRows keys{rows_of(smem.k[key_stage.index]), rows_of(smem.v[key_stage.index])};
+            smem.k_full[key_stage.index].wait(key_stage.phase);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
             if (tile.batch < 0) return;
-            smem.v_full[0].wait(t & 1);
+            smem.v_full[key_stage.index].wait(key_stage.phase);
 
             Registers r;
 #pragma unroll
@@ -33,20 +35,20 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
                 fence_registers(r.dv);
                 smem.q_full[at.stage.index].wait(at.stage.phase);
                 wgmma_fence();
-                F::multiply_over_dim(r.s, rows_of(smem.k[0]), query_tile(at.stage.index));
+                F::multiply_over_dim(r.s, keys.k, query_tile(at.stage.index));
                 wgmma_commit();
                 wgmma_wait<0>();
                 fence_registers(r.s);
                 at.previous = -1;
 #pragma unroll 1
-                for (int i = iterations; i > 1; --i) step<true>(r, tile, at);
-                step<false>(r, tile, at);
+                for (int i = iterations; i > 1; --i) step<true>(r, tile, keys, at);
+                step<false>(r, tile, keys, at);
                 wgmma_wait<0>();
                 fence_registers(r.dk);
                 fence_registers(r.dv);
                 Base::free_stage(at.previous);
             }
-            Base::finish(tile, 0, r.dk, r.dv);
+            Base::finish(tile, key_stage.index, r.dk, r.dv);
         }
     }
 
@@ -55,6 +57,10 @@ private:
         typename F::Gradient dk, dv;
         typename F::Accumulator s, dp;
         typename F::Weights p, ds;
+    };
+    /// The warpgroup's keys in shared memory.
+    struct KeyRows {
+        uint32_t k, v;
     };
     /// Where the warpgroup is in the stream of query tiles.
     struct Stream {
@@ -69,14 +75,14 @@ private:
     }
     /// One query tile whose S is there. kMore: another one follows.
     template <bool kMore>
-    __device__ __forceinline__ void step(Registers& r, const BackwardTile& tile, Stream& at) {
+    __device__ __forceinline__ void step(Registers& r, const BackwardTile& tile, const KeyRows& keys, Stream& at) {
         const int stage = at.stage.index;
         RingPosition next = at.stage;
         next.template advance<C::kStages>();
 
         smem.dout_full[stage].wait(at.stage.phase);
         wgmma_fence();
-        F::multiply_over_dim(r.dp, rows_of(smem.v[0]), dout_tile(stage));
+        F::multiply_over_dim(r.dp, keys.v, dout_tile(stage));
         wgmma_commit();
         typename F::Statistic statistic;
         F::load(statistic, smem.stats[stage][0], lane());
@@ -86,7 +92,7 @@ private:
         if constexpr (kMore) smem.q_full[next.index].wait(next.phase);
         wgmma_fence();
         F::multiply_over_queries(r.dv, r.p, dout_tile(stage));
-        if constexpr (kMore) F::multiply_over_dim(r.s, rows_of(smem.k[0]), query_tile(next.index));
+        if constexpr (kMore) F::multiply_over_dim(r.s, keys.k, query_tile(next.index));
         wgmma_commit();
 
         F::load(statistic, smem.stats[stage][1], lane());

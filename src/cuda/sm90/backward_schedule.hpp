@@ -158,9 +158,11 @@ inline bool inner_rows_pay(const Variant& v, const BackwardParams& p) {
     return !window || p.mask.window_left + p.mask.window_right >= 1023;
 }
 
-/// Whether dq is added by the copy engine where it can be: not to short sequences (measured), and not in deterministic mode, where
-/// nobody could tell when it is done without waiting for it. Inner rows come with it.
-inline bool bulk_add_pays(const BackwardParams& p) { return !p.deterministic && p.size.seqlen_q >= 2048; }
+/// Whether dq is added by the copy engine where it can be: not to short sequences by the rows for long ones (measured), and not in
+/// deterministic mode, where nobody could tell when it is done without waiting for it.
+inline bool bulk_add_pays(const Variant& v, const BackwardParams& p) {
+    return !p.deterministic && (v.keys == Keys::few || p.size.seqlen_q >= 2048);
+}
 
 /// Whether sequences may be so different that it pays to begin with the longest.
 inline bool longest_first(const Variant& v, const BackwardParams& p) {

@@ -17,6 +17,9 @@ STROBE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) 
 /// Work tiles at a time: above head_dim 128 a pair of CTAs has one. On a machine of another size L2 hits and balance suffer.
 STROBE_HD constexpr int machine_tiles(const Variant& v) { return v.head_dim > 128 ? 66 : 132; }
 
+/// Not measured at head dim 192.
+STROBE_HD constexpr bool may_share_tiles(const Variant& v) { return v.mask == MaskClass::full && v.head_dim != 192; }
+
 struct SharedTiles {
     static constexpr int kMostParts = 8;
 
@@ -25,13 +28,13 @@ struct SharedTiles {
 
     /// A part of a tile, fp32: dK and dV.
     STROBE_HD static int64_t part_bytes(const Variant& v) { return int64_t{4} * 2 * v.block_n * v.head_dim; }
-    /// Counters of finished parts, one for each warp of a part.
-    STROBE_HD int64_t counters(const Variant& v) const { return int64_t{tiles} * v.block_n / 16; }
+    /// Counters of finished parts: one for each warp of a part, above head_dim 128 one for each gradient and warp.
+    STROBE_HD int64_t counters(const Variant& v) const { return int64_t{tiles} * v.block_n / (v.head_dim > 128 ? 8 : 16); }
 };
 
 STROBE_HD SharedTiles shared_tiles(const Variant& v, const BackwardParams& p) {
     const SeqlenParams& s = p.seqlens;
-    if (v.mask != MaskClass::full || v.head_dim > 128 || p.deterministic) return {};
+    if (!may_share_tiles(v) || p.deterministic) return {};
     if (p.size.num_heads != p.size.num_heads_k) return {};  // measured: parts of a group stream more through L2 than they gain
     if (s.cu_seqlens_q || s.cu_seqlens_k || s.seqused_q || s.seqused_k) return {};
     // In query tiles' time: a work tile's beginning and end; summing, for each shared tile and part.

@@ -8,21 +8,36 @@
 
 namespace strobe::sm90 {
 
-/// S, P and dV.
 template <Variant V>
-struct ValueWorker {
+struct SplitWorkerBase {
     using C = BackwardConfig<V>;
     using F = Fragments<V>;
 
     BackwardSmem<V>& smem;
     const BackwardParams& params;
-    const float scale_log2;
+    const BackwardLaunch& launch;
     const int thread;
+
+    /// One arrival of this warp, for what all its lanes have done.
+    __device__ __forceinline__ void arrive(Barrier& barrier) const {
+        __syncwarp();
+        if (thread % 32 == 0) barrier.arrive();
+    }
+};
+
+/// S, P and dV.
+template <Variant V>
+struct ValueWorker : SplitWorkerBase<V> {
+    using Base = SplitWorkerBase<V>;
+    using typename Base::C;
+    using typename Base::F;
+    using Base::smem, Base::params, Base::launch, Base::thread;
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
         const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage, slot_at;
+        uint32_t dout_phase = 0;
         for (int t = 0;; ++t) {
             smem.k_full[0].wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
@@ -35,7 +50,6 @@ struct ValueWorker {
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
                 const uint32_t q = smem_address(smem.q) + stage.index * C::kQueryTileBytes;
-                const uint32_t dout = smem_address(smem.dout) + stage.index * C::kQueryTileBytes;
                 smem.q_full[stage.index].wait(stage.phase);
                 typename F::Accumulator s;
                 wgmma_fence();
@@ -47,7 +61,7 @@ struct ValueWorker {
                 fence_registers(s);
 
                 typename F::Weights p;
-                F::probabilities(p, s, minus_lse, scale_log2);
+                F::probabilities(p, s, minus_lse, launch.scale_log2);
                 const QuerySlot& slot = smem.slot[slot_at.index];
                 if (slot.masked & 1) {
                     F::hide(p, tile.mask, C::first_key(tile) + thread / 32 * 16 + lane / 4, slot.query0, lane);
@@ -55,24 +69,39 @@ struct ValueWorker {
                 smem.ds_free[ds_stage.index].wait(ds_stage.phase ^ 1);
 #pragma unroll
                 for (int k = 0; k < C::kBlockM / 16; ++k) store_matrices(ds_address.at(ds_stage.index, k), p[k]);
-                __syncwarp();
-                if (lane == 0) smem.p_full[ds_stage.index].arrive();
+                Base::arrive(smem.p_full[ds_stage.index]);
 
-                smem.dout_full[stage.index].wait(stage.phase);
-                wgmma_fence();
-                F::multiply_over_queries(dv, p, dout);
-                wgmma_commit();
-                wgmma_wait<0>();
-                fence_registers(dv);
-                __syncwarp();
-                if (lane == 0) smem.stage_free[stage.index].arrive();
+                if constexpr (C::kDoutHalves) {
+                    if (lane == 0) smem.stage_free[stage.index].arrive();
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        smem.dout_full[half].wait(dout_phase);
+                        wgmma_fence();
+                        F::multiply_half_over_queries(dv, p, smem_address(smem.dout), half);
+                        wgmma_commit();
+                    }
+                    wgmma_wait<1>();
+                    Base::arrive(smem.dout_free[0]);
+                    wgmma_wait<0>();
+                    fence_registers(dv);
+                    Base::arrive(smem.dout_free[1]);
+                    dout_phase ^= 1;
+                } else {
+                    smem.dout_full[stage.index].wait(stage.phase);
+                    wgmma_fence();
+                    F::multiply_over_queries(dv, p, smem_address(smem.dout) + stage.index * C::kQueryTileBytes);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    fence_registers(dv);
+                    Base::arrive(smem.stage_free[stage.index]);
+                }
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
                 slot_at.template advance<C::kSlots>();
             }
             const BackwardTile last = tile;
-            __syncwarp();
-            if (lane == 0) smem.kv_free[0].arrive();
+            Base::arrive(smem.kv_free[0]);
+            if (may_share_tiles(V) && last.shared >= 0 && !sum_parts_of_one<V>(launch, last, C::rank(), 1, thread, dv)) continue;
             const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
             store_gradient<V.dtype>(params, params.dv.data,
                                     GradRows::of_keys(params, params.dv, params.size.head_dim_v, last, row, lane % 4), dv, 1.0f);
@@ -82,18 +111,17 @@ struct ValueWorker {
 
 /// dP, dS and dK.
 template <Variant V>
-struct KeyGradWorker {
-    using C = BackwardConfig<V>;
-    using F = Fragments<V>;
-
-    BackwardSmem<V>& smem;
-    const BackwardParams& params;
-    const int thread;
+struct KeyGradWorker : SplitWorkerBase<V> {
+    using Base = SplitWorkerBase<V>;
+    using typename Base::C;
+    using typename Base::F;
+    using Base::smem, Base::params, Base::launch, Base::thread;
 
     __device__ __forceinline__ void run() {
         const int lane = thread % 32;
         const DsAddress<V> ds_address(smem, C::rank() * C::kBlockN, thread);
         RingPosition stage, ds_stage;
+        uint32_t dout_phase = 0;
         for (int t = 0;; ++t) {
             smem.k_full[0].wait(t & 1);
             const BackwardTile& tile = smem.tiles.entry[t % TileRing::kEntries];
@@ -107,12 +135,21 @@ struct KeyGradWorker {
 #pragma unroll 1
             for (int i = iterations; i > 0; --i) {
                 const uint32_t q = smem_address(smem.q) + stage.index * C::kQueryTileBytes;
-                const uint32_t dout = smem_address(smem.dout) + stage.index * C::kQueryTileBytes;
                 smem.q_full[stage.index].wait(stage.phase);  // brings the statistics
-                smem.dout_full[stage.index].wait(stage.phase);
                 typename F::Accumulator dp;
-                wgmma_fence();
-                F::multiply_over_dim(dp, smem_address(smem.v[0]), dout);
+                if constexpr (C::kDoutHalves) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        smem.dout_full[half].wait(dout_phase);
+                        wgmma_fence();
+                        F::multiply_over_half_dim(dp, smem_address(smem.v[0]), smem_address(smem.dout), half);
+                    }
+                    dout_phase ^= 1;
+                } else {
+                    smem.dout_full[stage.index].wait(stage.phase);
+                    wgmma_fence();
+                    F::multiply_over_dim(dp, smem_address(smem.v[0]), smem_address(smem.dout) + stage.index * C::kQueryTileBytes);
+                }
                 wgmma_commit();
                 typename F::Statistic minus_delta;
                 F::load(minus_delta, smem.stats[stage.index][1], lane);
@@ -124,6 +161,9 @@ struct KeyGradWorker {
                 wgmma_wait<0>();
                 fence_registers(dp);
                 __syncwarp();
+                if constexpr (C::kDoutHalves) {
+                    if (lane == 0) smem.dout_free[0].arrive(), smem.dout_free[1].arrive();
+                }
 #pragma unroll
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
@@ -138,14 +178,13 @@ struct KeyGradWorker {
                 wgmma_commit();
                 wgmma_wait<0>();
                 fence_registers(dk);
-                __syncwarp();
-                if (lane == 0) smem.stage_free[stage.index].arrive();
+                Base::arrive(smem.stage_free[stage.index]);
                 stage.template advance<C::kStages>();
                 ds_stage.template advance<C::kDsStages>();
             }
             const BackwardTile last = tile;
-            __syncwarp();
-            if (lane == 0) smem.kv_free[0].arrive();
+            Base::arrive(smem.kv_free[0]);
+            if (may_share_tiles(V) && last.shared >= 0 && !sum_parts_of_one<V>(launch, last, C::rank(), 0, thread, dk)) continue;
             const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
             store_gradient<V.dtype>(params, params.dk.data,
                                     GradRows::of_keys(params, params.dk, params.size.head_dim, last, row, lane % 4), dk,

@@ -28,9 +28,10 @@ struct BackwardWorkspace {
     int64_t bytes = 0;
 };
 
-/// Head dims 64 and 128 have rows of their own for few keys.
+/// Head dims 64 and 128 have two rows each for few keys. The first, with two buffers for q, may take whole heads; the other one is for
+/// what is too long for that, and for a row of many keys too short.
 STROBE_HD constexpr bool may_take_whole_heads(const Variant& v) {
-    return v.keys == Keys::few || (v.head_dim != 64 && v.head_dim != 128);
+    return v.keys == Keys::few ? v.stages == 2 : v.head_dim != 64 && v.head_dim != 128;
 }
 
 /// Whole heads: a CTA (or pair) takes all key tiles of a key head, one after the other. It alone adds to the head's dq then: no
