@@ -311,7 +311,7 @@ TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
             const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = c.batch * c.num_heads_k > machine_tiles(v);
             const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m);
             rounds_of_one += own_statistics && goes_round;
-            rings_of_one += own_statistics && goes_round && slots > 8;
+            rings_of_one += own_statistics && goes_round && slots > 16;
             continue;
         }
         (is_band ? band : full) += 1;
