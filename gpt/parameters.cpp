@@ -32,8 +32,8 @@ int ParameterLayout::add(std::string name, std::vector<int64_t> shape, Init init
     p.decay = p.shape.size() >= 2;
     p.init = init;
     p.size = std::accumulate(p.shape.begin(), p.shape.end(), int64_t{1}, std::multiplies<>());
-    // Of a matrix for now: behind the end of the vectors. A joined parameter lies directly behind the previous one: the two
-    // are one matrix to the model.
+    // Of a matrix for now: behind the end of the vectors. A joined parameter lies directly behind the previous one: the
+    // two are one matrix to the model.
     int64_t& end = p.decay ? arena_elements_ : vector_elements_;
     p.offset = joined ? end : rounded_up(end, kAlignElements);
     end = p.offset + p.size;

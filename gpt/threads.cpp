@@ -63,8 +63,8 @@ void ThreadTeam::run(Task task, void* argument) {
         wait_while(unfinished_, left);
 }
 
-// A claim succeeds only while its call runs: run() does not return, and so neither replaces task_ nor opens the next call,
-// before the claimed part is finished.
+// A claim succeeds only while its call runs: run() does not return, and so neither replaces task_ nor opens the next
+// call, before the claimed part is finished.
 bool ThreadTeam::do_one_part() {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     do {

@@ -1,5 +1,6 @@
-// The half of fmt that its headers leave to a library, compiled once: fmt/core.h then costs a source file little to include, and
-// libstrobe needs no libfmt at run time. Sources include fmt/core.h alone: what fmt's other headers declare is not all here.
+// The half of fmt that its headers leave to a library, compiled once: fmt/core.h then costs a source file little to
+// include, and libstrobe needs no libfmt at run time. Sources include fmt/core.h alone: what fmt's other headers
+// declare is not all here.
 #include <fmt/format-inl.h>
 
 FMT_BEGIN_NAMESPACE

@@ -67,7 +67,8 @@ ProblemSize problem_size(const strobe_attention& a) {
     s.num_heads_k = static_cast<int>(extent_from_end(a.k, 2));
     s.head_dim = static_cast<int>(extent_from_end(a.q, 1));
     s.head_dim_v = static_cast<int>(extent_from_end(a.v, 1));
-    // No sequence is longer than all of them, whatever the caller allowed for. But a bias and its gradient have the extents he gave.
+    // No sequence is longer than all of them, whatever the caller allowed for. But a bias and its gradient have the
+    // extents he gave.
     const auto longest = [&](int64_t allowed, int64_t rows) { return given(a.bias) ? allowed : std::min(allowed, rows); };
     s.seqlen_q = varlen_q ? longest(a.max_seqlen_q, a.q.shape[0]) : a.q.shape[1];
     s.seqlen_k = varlen_k ? longest(a.max_seqlen_k, a.k.shape[0]) : a.k.shape[1];

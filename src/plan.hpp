@@ -1,5 +1,5 @@
-// Problem -> parameters: what the kernels are launched with. A pure function of shapes, strides and options; contents are
-// never looked at. Workspace is placed by the implementation that will run.
+// Problem -> parameters: what the kernels are launched with. A pure function of shapes, strides and options; contents
+// are never looked at. Workspace is placed by the implementation that will run.
 #pragma once
 
 #include "problem.hpp"

@@ -88,7 +88,9 @@ std::string to_string(const Problem& p) {
     append_if_given(text, "alibi_slopes", a.alibi_slopes);
     append_if_given(text, "bias", a.bias);
     if (a.causal) text += " causal";
-    if (a.window_left >= 0 || a.window_right >= 0) text += fmt::format(" window=({}, {})", a.window_left, a.window_right);
+    if (a.window_left >= 0 || a.window_right >= 0) {
+        text += fmt::format(" window=({}, {})", a.window_left, a.window_right);
+    }
     if (a.has_positions) text += fmt::format(" positions=({}, {})", a.q_position, a.k_position);
     if (a.has_softmax_scale) text += fmt::format(" softmax_scale={}", a.softmax_scale);
     if (a.softcap != 0) text += fmt::format(" softcap={}", a.softcap);

@@ -1,5 +1,5 @@
-// What the user asked, as he asked it: the C structs of one call, brought to this library's version of them. Nothing here
-// knows about tiles.
+// What the user asked, as he asked it: the C structs of one call, brought to this library's version of them. Nothing
+// here knows about tiles.
 #pragma once
 
 #include <string>
@@ -19,8 +19,8 @@ struct Problem {
     bool varlen_k() const { return attention.cu_seqlens_k.ndim != 0; }
 };
 
-/// Takes the caller's structs, of his version: a shorter one is filled up with defaults, a longer one is accepted while its
-/// unknown tail is zero. Throws CallError.
+/// Takes the caller's structs, of his version: a shorter one is filled up with defaults, a longer one is accepted while
+/// its unknown tail is zero. Throws CallError.
 Problem make_problem(const strobe_attention* attention, const strobe_forward* forward);
 Problem make_problem(const strobe_attention* attention, const strobe_backward* backward);
 strobe_attention adopt_attention(const strobe_attention* attention);

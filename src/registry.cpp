@@ -25,7 +25,8 @@ std::string names_for(int32_t device_type) {
     return names.empty() ? "none" : names;
 }
 
-/// Calls f with each implementation that the call may go to, in order, until f says that it is enough; false if none is left.
+/// Calls f with each implementation that the call may go to, in order, until f says that it is enough; false if none is
+/// left.
 template <class F>
 bool for_each_candidate(const Problem& problem, F&& f) {
     const char* const wanted = problem.attention.implementation;

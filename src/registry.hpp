@@ -47,8 +47,8 @@ inline constexpr size_t kWorkspaceAlignment = 256;
 /// All implementations of this build in the order in which they are asked.
 std::span<const Implementation> implementations();
 
-/// The first implementation that serves the call, or the one that it names. Allocates nothing when there is one; else throws
-/// CallError(unsupported) with every candidate's reason.
+/// The first implementation that serves the call, or the one that it names. Allocates nothing when there is one; else
+/// throws CallError(unsupported) with every candidate's reason.
 const Implementation& find(const Problem& problem, const ForwardParams& params, const Execution& execution);
 const Implementation& find(const Problem& problem, const BackwardParams& params, const Execution& execution);
 
@@ -56,7 +56,8 @@ const Implementation& find(const Problem& problem, const BackwardParams& params,
 std::string explain(const Problem& problem, const ForwardParams& params, const Execution& execution);
 std::string explain(const Problem& problem, const BackwardParams& params, const Execution& execution);
 
-/// The implementation that merges and writes dropout masks on the tensor's device. Throws CallError(unsupported) if none does.
+/// The implementation that merges and writes dropout masks on the tensor's device. Throws CallError(unsupported) if
+/// none does.
 const Implementation& find_companion(const char* name, const strobe_tensor& tensor);
 
 }  // namespace strobe

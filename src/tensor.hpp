@@ -34,8 +34,8 @@ int64_t span_elements(const strobe_tensor& t);
 /// True when two indices of the view may meet in one element: a tensor that is written must not do that.
 bool overlaps_itself(const strobe_tensor& t);
 
-/// False only when the views provably share no byte. Views interleaved over a common stride, as q, k and v inside a packed
-/// (B, S, 3, H, D) tensor, are told apart.
+/// False only when the views provably share no byte. Views interleaved over a common stride, as q, k and v inside a
+/// packed (B, S, 3, H, D) tensor, are told apart.
 bool may_overlap(const strobe_tensor& a, const strobe_tensor& b);
 
 }  // namespace strobe

@@ -48,7 +48,8 @@ template <class... Args>
     invalid_argument(fmt::format("{}: {}", name, fmt::vformat(text, fmt::make_format_args(args...))));
 }
 
-// ---- one view on its own ------------------------------------------------------------------------------------------------
+// ---- one view on its own
+// ------------------------------------------------------------------------------------------------
 
 void check_dtype(const Named& n, std::initializer_list<int32_t> allowed) {
     std::string names;
@@ -146,7 +147,8 @@ void check_view(const Named& n, std::initializer_list<int32_t> dtypes, const Nam
     check_geometry(n, pointers);
 }
 
-// ---- the parts of a call ------------------------------------------------------------------------------------------------
+// ---- the parts of a call
+// ------------------------------------------------------------------------------------------------
 
 /// The sizes that q, k and v agree on.
 struct Sizes {
@@ -283,7 +285,9 @@ private:
                     refuse(max_name, "is {}, but sequence {} has {} rows", max_seqlen, b, length);
                 }
             }
-            if (sums[size_.batch] > rows) refuse(cu_name, "ends with {}, but there are only {} rows", sums[size_.batch], rows);
+            if (sums[size_.batch] > rows) {
+                refuse(cu_name, "ends with {}, but there are only {} rows", sums[size_.batch], rows);
+            }
         }
         if (given(used)) {
             check_index_vector({used_name, used});
@@ -302,7 +306,9 @@ private:
     }
 
     void check_options() {
-        if (a_.num_threads < 0) refuse("num_threads", "is {}; it must be at least 1, or 0 for the default", a_.num_threads);
+        if (a_.num_threads < 0) {
+            refuse("num_threads", "is {}; it must be at least 1, or 0 for the default", a_.num_threads);
+        }
         check_window("window_left", a_.window_left);
         check_window("window_right", a_.window_right);
         if (a_.causal && a_.window_right > 0) {

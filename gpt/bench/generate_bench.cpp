@@ -1,5 +1,5 @@
-// Times decoding on random weights behind texts of several lengths, with the key-value cache and without (then a token costs
-// what reading the whole text costs), and says where the time of a token goes, as JSON.
+// Times decoding on random weights behind texts of several lengths, with the key-value cache and without (then a token
+// costs what reading the whole text costs), and says where the time of a token goes, as JSON.
 //   gpt_generate_bench gpt2|llama layers hidden heads vocab tokens threads|cuda length...
 #include <algorithm>
 #include <chrono>
@@ -55,7 +55,9 @@ nlohmann::ordered_json time_at(const Weights& weights, Backend& backend, int64_t
     OpTimes& profiled = backend.times();
     for (int kind = 0; kind < static_cast<int>(OpKind::count); ++kind) {
         const OpTimes::Entry& e = profiled[static_cast<OpKind>(kind)];
-        if (e.calls > 0) operators[std::string(to_string(static_cast<OpKind>(kind)))] = e.seconds / static_cast<double>(tokens / 2);
+        if (e.calls > 0) {
+            operators[std::string(to_string(static_cast<OpKind>(kind)))] = e.seconds / static_cast<double>(tokens / 2);
+        }
     }
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2];

@@ -36,8 +36,12 @@ Json to_json(const TrainingState& state) {
 class StateReader {
 public:
     explicit StateReader(const fs::path& file) : file_(file), document_(read_json_file(file, {.max_bytes = size_t{16} << 20})) {
-        if (!document_.is_object() || document_.value("format", Json()) != "strobe training state") refuse("is not a training state of strobe");
-        if (document_.value("version", Json()) != kStateVersion) refuse(fmt::format("is of another version than {}", kStateVersion));
+        if (!document_.is_object() || document_.value("format", Json()) != "strobe training state") {
+            refuse("is not a training state of strobe");
+        }
+        if (document_.value("version", Json()) != kStateVersion) {
+            refuse(fmt::format("is of another version than {}", kStateVersion));
+        }
         const uint64_t written = hex(member(document_, "xxh64"));
         document_.erase("xxh64");
         if (xxhash64(document_.dump()) != written) refuse("checksum does not match: the file is damaged");
@@ -65,7 +69,9 @@ public:
             if (file.bytes().size() != number(record, "size")) {
                 throw FileError(file.path(), fmt::format("has {} bytes, {} were written", file.bytes().size(), number(record, "size")));
             }
-            if (xxhash64(file.bytes()) != hex(member(record, "xxh64"))) throw FileError(file.path(), "checksum does not match: the file is damaged");
+            if (xxhash64(file.bytes()) != hex(member(record, "xxh64"))) {
+                throw FileError(file.path(), "checksum does not match: the file is damaged");
+            }
         }
     }
 
@@ -84,14 +90,18 @@ private:
     }
     uint64_t number(const Json& parent, const char* name) const {
         const Json& value = member(parent, name);
-        if (!value.is_number_unsigned() || value.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)) refuse(fmt::format("{} is not a whole number", name));
+        if (!value.is_number_unsigned() || value.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)) {
+            refuse(fmt::format("{} is not a whole number", name));
+        }
         return value.get<uint64_t>();
     }
     uint64_t hex(const Json& value) const {
         uint64_t word = 0;
         const std::string text = value.is_string() ? value.get<std::string>() : "";
         const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), word, 16);
-        if (text.size() != 16 || error != std::errc() || end != text.data() + text.size()) refuse("holds a word that is not 16 hexadecimal digits");
+        if (text.size() != 16 || error != std::errc() || end != text.data() + text.size()) {
+            refuse("holds a word that is not 16 hexadecimal digits");
+        }
         return word;
     }
 

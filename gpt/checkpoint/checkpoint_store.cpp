@@ -38,12 +38,14 @@ void remove_folder(const fs::path& folder) {
     fs::remove_all(trash);
 }
 
-/// Gives `fresh` the name `final`. A checkpoint that has the name already (the same step, saved before) is swapped out in
-/// the same instant and removed.
+/// Gives `fresh` the name `final`. A checkpoint that has the name already (the same step, saved before) is swapped out
+/// in the same instant and removed.
 void move_into_place(const fs::path& fresh, const fs::path& final) {
     if (::renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, final.c_str(), RENAME_NOREPLACE) == 0) return;
     if (errno == EEXIST) {
-        if (::renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, final.c_str(), RENAME_EXCHANGE) == 0) return remove_folder(fresh);
+        if (::renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, final.c_str(), RENAME_EXCHANGE) == 0) {
+            return remove_folder(fresh);
+        }
         // Without an atomic swap the step is absent for a moment; the checkpoint before it is not.
         remove_folder(final);
     }
@@ -77,7 +79,9 @@ CheckpointStore::CheckpointStore(const fs::path& root, int keep) : root_(root), 
     }
     for (const auto& entry : fs::directory_iterator(root)) {
         const std::string name = entry.path().filename().string();
-        if (name.starts_with(kTrashPrefix) || name.starts_with("." + std::string(kStepPrefix))) fs::remove_all(entry.path());
+        if (name.starts_with(kTrashPrefix) || name.starts_with("." + std::string(kStepPrefix))) {
+            fs::remove_all(entry.path());
+        }
     }
 }
 
@@ -113,7 +117,9 @@ void CheckpointStore::prune(const fs::path& newest) const {
 Checkpoint open_checkpoint(const fs::path& path, std::vector<std::string>* refused) {
     if (fs::exists(path / "config.json")) return Checkpoint(path);
     const std::vector<fs::path> checkpoints = list_checkpoints(path);
-    if (checkpoints.empty()) throw FileError(path, "is neither a checkpoint (it has no config.json) nor a folder of them");
+    if (checkpoints.empty()) {
+        throw FileError(path, "is neither a checkpoint (it has no config.json) nor a folder of them");
+    }
     std::string last_problem;
     for (const fs::path& candidate : checkpoints) {
         try {

@@ -69,7 +69,9 @@ public:
     EntryReader(const std::filesystem::path& file, std::span<const std::byte> data) : file_(file), data_(data) {}
 
     StoredTensor read(const std::string& name, const Json& entry) const {
-        if (name.empty() || name.size() > kMaxNameBytes) throw FileError(file_, "a tensor's name is empty or longer than 1024 bytes");
+        if (name.empty() || name.size() > kMaxNameBytes) {
+            throw FileError(file_, "a tensor's name is empty or longer than 1024 bytes");
+        }
         if (!entry.is_object()) refuse(name, "its header entry is not an object");
         StoredTensor tensor;
         tensor.type = read_type(name, entry);
@@ -78,7 +80,9 @@ public:
             const uint64_t length = extent.get<uint64_t>();
             if (length > static_cast<uint64_t>(INT64_MAX)) refuse(name, fmt::format("an extent of {}", length));
             tensor.shape.push_back(static_cast<int64_t>(length));
-            if (length != 0 && expected_bytes > std::numeric_limits<uint64_t>::max() / length) refuse(name, "its shape overflows 64 bits");
+            if (length != 0 && expected_bytes > std::numeric_limits<uint64_t>::max() / length) {
+                refuse(name, "its shape overflows 64 bits");
+            }
             expected_bytes *= length;
         }
         const Json& offsets = array_field(name, entry, "data_offsets", 2, 2);
@@ -154,7 +158,9 @@ void StoredTensor::read_f32(int64_t begin, std::span<float> out) const {
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) : file_(file) {
     const std::span<const std::byte> bytes = file_.bytes();
-    if (bytes.size() < 8) throw FileError(file, fmt::format("{} bytes are too few for a safetensors file", bytes.size()));
+    if (bytes.size() < 8) {
+        throw FileError(file, fmt::format("{} bytes are too few for a safetensors file", bytes.size()));
+    }
     const uint64_t header_bytes = load<uint64_t>(bytes.data());
     if (header_bytes > kMaxHeaderBytes) throw FileError(file, fmt::format("header length {} exceeds the limit of {}: not a safetensors file?", header_bytes, kMaxHeaderBytes));
     if (header_bytes > bytes.size() - 8) {

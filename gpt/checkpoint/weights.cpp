@@ -67,7 +67,9 @@ bool same_values(const StoredTensor& a, const StoredTensor& b) {
 
 std::vector<TensorToStore> tensors_of(const ParameterLayout& layout, const ParameterArena& values, const std::string& prefix) {
     std::vector<TensorToStore> tensors;
-    for (const Parameter& p : layout.list()) tensors.push_back({prefix + p.name, stored_shape(p), values[p], p.transposed_in_checkpoint});
+    for (const Parameter& p : layout.list()) {
+        tensors.push_back({prefix + p.name, stored_shape(p), values[p], p.transposed_in_checkpoint});
+    }
     return tensors;
 }
 
@@ -89,7 +91,9 @@ WeightFiles::WeightFiles(const fs::path& folder) : name_(folder) {
         }
         names.insert(file.get<std::string>());
     }
-    if (names.empty() || names.size() > kMaxFiles) throw FileError(index_file, fmt::format("names {} files", names.size()));
+    if (names.empty() || names.size() > kMaxFiles) {
+        throw FileError(index_file, fmt::format("names {} files", names.size()));
+    }
     for (const std::string& name : names) files_.emplace_back(folder / name);
 }
 
@@ -131,7 +135,9 @@ void WeightFiles::check(const ParameterLayout& layout, const std::string& prefix
     std::set<std::string> seen;
     for (const SafetensorsFile& file : files_) {
         for (const auto& [name, tensor] : file.tensors()) {
-            if (!seen.insert(name).second) throw FileError(file.path(), fmt::format("tensor '{}' is in another file too", name));
+            if (!seen.insert(name).second) {
+                throw FileError(file.path(), fmt::format("tensor '{}' is in another file too", name));
+            }
             if (!name.starts_with(prefix) || expected.contains(name) || is_known_buffer(name)) continue;
             if (tied && name == prefix + "lm_head.weight") {
                 if (same_values(tensor, *find_parameter(layout[layout.embedding()], prefix))) continue;

@@ -72,7 +72,8 @@ private:
     std::vector<std::vector<TokenId>> results_;
 };
 
-/// Where the held-out end of a document starts: behind the line feed before the exact place, or else between characters.
+/// Where the held-out end of a document starts: behind the line feed before the exact place, or else between
+/// characters.
 size_t held_out_cut(std::string_view document, double share) {
     const auto exact = static_cast<size_t>(static_cast<double>(document.size()) * (1.0 - share));
     const size_t line_end = document.rfind('\n', exact);
@@ -116,7 +117,9 @@ void build_shards(const Corpus& corpus, const DatasetOptions& options, const Tok
             uint64_t done = 0;
             const auto report = [&](std::string_view document) {
                 done += document.size();
-                if (options.progress) options.progress(static_cast<double>(done) / static_cast<double>(corpus.num_bytes()));
+                if (options.progress) {
+                    options.progress(static_cast<double>(done) / static_cast<double>(corpus.num_bytes()));
+                }
             };
             split_corpus(corpus, options.held_out, [&](std::string_view d) { train.add(d), report(d); },
                          [&](std::string_view d) { held_out.add(d), report(d); });

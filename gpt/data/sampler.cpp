@@ -33,13 +33,15 @@ void append_row(const TokenShard& shard, uint64_t begin, uint64_t length, bool s
         shard.document_starts(begin + 1, begin + length + 1, batch.cu_seqlens);
         const TokenId end_of_text = shard.info().end_of_text;
         for (size_t i = first; i < batch.cu_seqlens.size(); ++i) {
-            // Relative to begin + 1, so this is also the index of the target that is the new document's first token. Only an
-            // end-of-text token can be foreseen from the old document.
+            // Relative to begin + 1, so this is also the index of the target that is the new document's first token.
+            // Only an end-of-text token can be foreseen from the old document.
             int32_t& target = batch.targets[at + static_cast<size_t>(batch.cu_seqlens[i])];
             if (target != end_of_text) target = kIgnoreTarget;
             batch.cu_seqlens[i] += static_cast<int32_t>(at) + 1;
         }
-        if (batch.cu_seqlens.size() > first && batch.cu_seqlens.back() == static_cast<int32_t>(batch.tokens.size())) return;
+        if (batch.cu_seqlens.size() > first && batch.cu_seqlens.back() == static_cast<int32_t>(batch.tokens.size())) {
+            return;
+        }
     }
     batch.cu_seqlens.push_back(static_cast<int32_t>(batch.tokens.size()));
 }
@@ -111,7 +113,8 @@ void Sampler::start_epoch() {
     }
 }
 
-/// A four-round Feistel network permutes the next power of four; walking the cycle until inside restricts it to the rows.
+/// A four-round Feistel network permutes the next power of four; walking the cycle until inside restricts it to the
+/// rows.
 uint64_t Sampler::shuffled(uint64_t row) const {
     const uint64_t mask = (uint64_t{1} << half_bits_) - 1;
     do {

@@ -64,8 +64,12 @@ void TokenShard::open_own() {
     const std::span<const std::byte> bytes = file_.bytes();
     Header header;
     std::memcpy(&header, bytes.data(), sizeof header);
-    if (header.version != kVersion) refuse(fmt::format("token shard of version {}; this program reads version {}", header.version, kVersion));
-    if (header.bytes_per_token != 2 && header.bytes_per_token != 4) refuse(fmt::format("{} bytes per token; expected 2 or 4", header.bytes_per_token));
+    if (header.version != kVersion) {
+        refuse(fmt::format("token shard of version {}; this program reads version {}", header.version, kVersion));
+    }
+    if (header.bytes_per_token != 2 && header.bytes_per_token != 4) {
+        refuse(fmt::format("{} bytes per token; expected 2 or 4", header.bytes_per_token));
+    }
     const uint64_t payload = bytes.size() - sizeof(Header);
     // Bounding both counts first keeps the sizes below from wrapping.
     if (header.num_tokens > payload / header.bytes_per_token || header.num_documents > payload / 8 ||
@@ -73,7 +77,9 @@ void TokenShard::open_own() {
         refuse(fmt::format("{} bytes long, which does not fit its header ({} tokens of {} bytes, {} documents): truncated?", bytes.size(),
                            header.num_tokens, header.bytes_per_token, header.num_documents));
     }
-    if (header.vocab_size == 0 || header.vocab_size > kMaxVocabSize) refuse(fmt::format("vocabulary size of {}", header.vocab_size));
+    if (header.vocab_size == 0 || header.vocab_size > kMaxVocabSize) {
+        refuse(fmt::format("vocabulary size of {}", header.vocab_size));
+    }
     if (header.end_of_text < -1 || header.end_of_text >= static_cast<int64_t>(header.vocab_size)) {
         refuse(fmt::format("end-of-text token {} in a vocabulary of {}", header.end_of_text, header.vocab_size));
     }
@@ -82,7 +88,9 @@ void TokenShard::open_own() {
     tokens_ = bytes.data() + sizeof(Header);
     const std::byte* starts = tokens_ + padded_to_8(header.num_tokens * header.bytes_per_token);
     starts_ = {reinterpret_cast<const uint64_t*>(starts), header.num_documents};
-    if ((header.num_tokens > 0) != (header.num_documents > 0)) refuse("tokens without documents, or documents without tokens");
+    if ((header.num_tokens > 0) != (header.num_documents > 0)) {
+        refuse("tokens without documents, or documents without tokens");
+    }
     for (size_t i = 0; i < starts_.size(); ++i) {
         if (starts_[i] >= header.num_tokens || (i == 0 ? starts_[0] != 0 : starts_[i] <= starts_[i - 1])) {
             refuse(fmt::format("document {} starts at token {}, out of order", i, starts_[i]));

@@ -14,7 +14,8 @@ namespace {
 constexpr const char* kSoname = "libnccl.so.2";
 
 void* open_library() {
-    // A process may record its step while another does one that it has recorded already: recording must not need the others.
+    // A process may record its step while another does one that it has recorded already: recording must not need the
+    // others.
     ::setenv("NCCL_GRAPH_REGISTER", "0", 0);
     // Where NCCL_DEBUG asks for words they would come between ours.
     ::setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);

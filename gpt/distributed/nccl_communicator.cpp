@@ -18,8 +18,8 @@ namespace {
 
 using strobe::cuda::check;
 
-// Multiprocessors that collectives take beside the backward. NCCL's own choice takes many more for a shorter while, which cost
-// products more time: those that fill all multiprocessors wait for a whole round more.
+// Multiprocessors that collectives take beside the backward. NCCL's own choice takes many more for a shorter while,
+// which cost products more time: those that fill all multiprocessors wait for a whole round more.
 constexpr int kCalmCtas = 8;
 
 class NcclCommunicator final : public Communicator {
@@ -29,7 +29,9 @@ public:
         int least = 0, greatest = 0;
         check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
         check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
-        for (cudaEvent_t* event : {&asked_, &done_}) check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreate");
+        for (cudaEvent_t* event : {&asked_, &done_}) {
+            check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreate");
+        }
         NcclId id{};
         if (group.leads()) nccl_.check(nccl_.ncclGetUniqueId(&id), "ncclGetUniqueId");
         const std::string shared = group.from_leader({id.bytes, sizeof id.bytes});
@@ -42,7 +44,9 @@ public:
     }
     // Behind an error the others may not answer any more.
     ~NcclCommunicator() override {
-        for (const NcclComm comm : {calm_, comm_}) std::uncaught_exceptions() > 0 ? nccl_.ncclCommAbort(comm) : nccl_.ncclCommDestroy(comm);
+        for (const NcclComm comm : {calm_, comm_}) {
+            std::uncaught_exceptions() > 0 ? nccl_.ncclCommAbort(comm) : nccl_.ncclCommDestroy(comm);
+        }
         cudaEventDestroy(asked_);
         cudaEventDestroy(done_);
         cudaStreamDestroy(stream_);

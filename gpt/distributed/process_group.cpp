@@ -269,7 +269,8 @@ void ProcessGroup::watch() noexcept {
             if (leads()) tell_all(verdict, rank);
             const std::string line = fmt::format("strobe: rank {} of {} ends: {}\n", launch_.rank, launch_.size, verdict);
             [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, line.data(), line.size());
-            // The other threads wait for numbers that nobody will send. A checkpoint under way is not there until it is whole.
+            // The other threads wait for numbers that nobody will send. A checkpoint under way is not there until it is
+            // whole.
             ::_exit(kExitFailed);
         }
     }

@@ -11,7 +11,9 @@ std::vector<Bucket> plan_buckets(const ParameterLayout& layout, int ranks) {
     constexpr int64_t kFewestBuckets = 8;
     const int64_t grain = static_cast<int64_t>(kArenaAlignment / sizeof(float)) * ranks;
     const int64_t matrices = layout.matrices_begin(), end = layout.arena_elements();
-    if (matrices % grain != 0 || end % grain != 0) throw std::logic_error("buckets: the layout was made for another number of processes");
+    if (matrices % grain != 0 || end % grain != 0) {
+        throw std::logic_error("buckets: the layout was made for another number of processes");
+    }
     const int64_t wanted = std::min(kMostElements, (end - matrices) / kFewestBuckets);
     const int64_t size = std::max(grain, wanted / grain * grain);
 

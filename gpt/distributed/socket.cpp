@@ -201,7 +201,9 @@ Socket Listener::accept(Deadline deadline) const {
     for (;;) {
         const int fd = ::accept4(socket_.fd(), nullptr, nullptr, SOCK_CLOEXEC);
         if (fd >= 0) return Socket(fd);
-        if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED) fail("accepting a connection", errno);
+        if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED) {
+            fail("accepting a connection", errno);
+        }
         pollfd entry{socket_.fd(), POLLIN, 0};
         if (!wait_for({&entry, 1}, deadline)) return {};
     }

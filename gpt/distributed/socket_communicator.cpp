@@ -110,11 +110,13 @@ public:
 private:
     const Socket& peer(int rank) const { return peers_[static_cast<size_t>(rank)]; }
 
-    /// A round for each distance between ranks: everybody sends to one and hears another, and sums in an order of their own
-    /// that is the same every time.
+    /// A round for each distance between ranks: everybody sends to one and hears another, and sums in an order of their
+    /// own that is the same every time.
     template <class Fn>
     void each_pair(Fn&& fn) const {
-        for (int distance = 1; distance < size_; ++distance) fn((rank_ + distance) % size_, (rank_ - distance + size_) % size_);
+        for (int distance = 1; distance < size_; ++distance) {
+            fn((rank_ + distance) % size_, (rank_ - distance + size_) % size_);
+        }
     }
 
     void ask(std::function<void()> task) {

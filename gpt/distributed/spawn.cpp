@@ -48,7 +48,9 @@ std::vector<std::string> environment_of(int rank, int count, int port, int liste
     for (char** entry = environ; *entry; ++entry) {
         const std::string_view text(*entry);
         bool replaced = false;
-        for (const auto& [name, value] : ours) replaced |= text.starts_with(name) && text.substr(name.size()).starts_with('=');
+        for (const auto& [name, value] : ours) {
+            replaced |= text.starts_with(name) && text.substr(name.size()).starts_with('=');
+        }
         if (!replaced) result.emplace_back(text);
     }
     for (const auto& [name, value] : ours) result.push_back(fmt::format("{}={}", name, value));

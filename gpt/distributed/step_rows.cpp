@@ -68,8 +68,8 @@ StepTotals StepRows::next(std::vector<Batch>& passes) {
     return totals;
 }
 
-// A process has that many rows or, where they do not divide, one more; and that one row may be what makes it share them out among
-// more, smaller passes.
+// A process has that many rows or, where they do not divide, one more; and that one row may be what makes it share them
+// out among more, smaller passes.
 int64_t largest_pass(int64_t rows_per_step, int64_t rows_per_pass, int size) {
     const auto largest_of = [&](int64_t rows) { return quotient_rounded_up(rows, quotient_rounded_up(rows, rows_per_pass)); };
     return std::max(largest_of(rows_per_step / size), largest_of(quotient_rounded_up(rows_per_step, size)));

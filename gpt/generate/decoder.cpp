@@ -11,8 +11,8 @@ namespace strobe::gpt {
 
 namespace {
 
-// A GPU is told a round number of keys, at most the capacity, and finds the true one in memory: single tokens are then calls with
-// the same arguments, which it records.
+// A GPU is told a round number of keys, at most the capacity, and finds the true one in memory: single tokens are then
+// calls with the same arguments, which it records.
 constexpr int64_t kKeysStep = 2048;
 
 /// Prompt tokens read at a time: what stays in a CPU's cache, what fills a GPU.

@@ -98,7 +98,9 @@ void write_file_atomically(const std::filesystem::path& path, const std::functio
         DurableFile file(temporary);
         write(file);
         file.finish();
-        if (std::rename(temporary.c_str(), path.c_str()) != 0) throw_system_error(path, "cannot rename into place", errno);
+        if (std::rename(temporary.c_str(), path.c_str()) != 0) {
+            throw_system_error(path, "cannot rename into place", errno);
+        }
     } catch (...) {
         ::unlink(temporary.c_str());
         throw;

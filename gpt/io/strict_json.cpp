@@ -13,7 +13,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-/// Builds the document from parser events. nlohmann's own builder keeps the last of duplicate keys and has no depth limit.
+/// Builds the document from parser events. nlohmann's own builder keeps the last of duplicate keys and has no depth
+/// limit.
 class StrictBuilder final : public Json::json_sax_t {
 public:
     StrictBuilder(const std::filesystem::path& file, size_t max_depth) : file_(file), max_depth_(max_depth) {}
@@ -32,7 +33,9 @@ public:
     bool end_array() override { return close(); }
 
     bool key(string_t& key) override {
-        if (open_.back()->contains(key)) throw FileError(file_, "key '" + shorten(key) + "' occurs twice in one object");
+        if (open_.back()->contains(key)) {
+            throw FileError(file_, "key '" + shorten(key) + "' occurs twice in one object");
+        }
         key_ = std::move(key);
         return true;
     }

@@ -1,9 +1,10 @@
-// Lets another framework look inside: loads a checkpoint, computes logits, loss, gradients and some AdamW steps on given
-// sequences, and writes all of it.
+// Lets another framework look inside: loads a checkpoint, computes logits, loss, gradients and some AdamW steps on
+// given sequences, and writes all of it.
 //   gpt_model_probe CHECKPOINT INPUT.json OUTPUT_FOLDER
-// INPUT: {"sequences": [[ids ...] ...], "steps": n, "learning_rate": x, "weight_decay": x, "clip_norm": x}; the target of a
-// token is its successor. OUTPUT_FOLDER gets probe.safetensors (logits, losses, grad.NAME, logits_after of the weights after the
-// steps), checkpoint/ (the weights before the steps, as strobe saves them) and trained/ (those after).
+// INPUT: {"sequences": [[ids ...] ...], "steps": n, "learning_rate": x, "weight_decay": x, "clip_norm": x}; the target
+// of a token is its successor. OUTPUT_FOLDER gets probe.safetensors (logits, losses, grad.NAME, logits_after of the
+// weights after the steps), checkpoint/ (the weights before the steps, as strobe saves them) and trained/ (those
+// after).
 #include <cstdio>
 #include <filesystem>
 #include <map>

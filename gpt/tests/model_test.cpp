@@ -44,8 +44,8 @@ std::vector<float> gradients_of(const Weights& weights, Backend& backend, Recomp
 
 }  // namespace
 
-// Along random directions: (loss(w + h d) - loss(w - h d)) / 2h = gradient . d. The loss is fp32, so the step is wide and
-// the tolerance is that of the difference.
+// Along random directions: (loss(w + h d) - loss(w - h d)) / 2h = gradient . d. The loss is fp32, so the step is wide
+// and the tolerance is that of the difference.
 TEST_P(ModelTest, gradient_is_the_slope_of_the_loss) {
     const Batch batch = random_batch(config, {16, 1, 7, 12}, 3);
     Model model(weights, backend, {.max_rows = 64});
@@ -96,7 +96,9 @@ TEST_P(ModelTest, packed_documents_do_not_see_each_other) {
                            .targets = {}, .cu_seqlens = {0, int32_t(end - begin)}};
         std::vector<float> alone((end - begin) * vocab);
         model.logits(single, alone);
-        for (size_t i = 0; i < alone.size(); ++i) ASSERT_NEAR(alone[i], together[begin * vocab + i], 1e-4) << "document " << b;
+        for (size_t i = 0; i < alone.size(); ++i) {
+            ASSERT_NEAR(alone[i], together[begin * vocab + i], 1e-4) << "document " << b;
+        }
     }
 }
 
@@ -111,7 +113,9 @@ TEST_P(ModelTest, accumulated_batches_add_up) {
     model.forward_backward(half(0), 1.0f);
     model.forward_backward(half(16), 1.0f);
     const auto actual = model.gradients().all();
-    for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(actual[i], expected[i], 1e-4 * std::abs(expected[i]) + 1e-4);
+    for (size_t i = 0; i < expected.size(); ++i) {
+        ASSERT_NEAR(actual[i], expected[i], 1e-4 * std::abs(expected[i]) + 1e-4);
+    }
 }
 
 TEST_P(ModelTest, a_prepared_step_is_the_sum_of_its_batches) {

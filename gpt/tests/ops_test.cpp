@@ -275,7 +275,8 @@ TEST_P(OpsTest, moments_in_bf16_follow_those_in_fp32_in_the_mean) {
     // One value's rounding is within 2^-8; the mean of 65536 is 256 times closer.
     EXPECT_NEAR(mean_of(m), exact_m[0], 1e-4);
     EXPECT_NEAR(mean_of(v), exact_v[0], 1e-4);
-    // A moment near 0.9 walks at random by at most 2^-8 a step, half of that in the mean: by 0.9 % in 20 steps, and the farthest of
+    // A moment near 0.9 walks at random by at most 2^-8 a step, half of that in the mean: by 0.9 % in 20 steps, and the
+    // farthest of
     // 65536 by 4.3 times as much. The way that a number has gone follows the moments.
     const double way = std::abs(double(exact_w[0]) - 1.0);
     double largest = 0.0;

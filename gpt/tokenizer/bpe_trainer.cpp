@@ -69,7 +69,9 @@ public:
         for (const uint32_t w : places) merge_in_word(w, left, right, result);
         pairs_.erase(pair);
         for (const Pair changed : risen_) {
-            if (const auto entry = pairs_.find(changed); entry != pairs_.end()) queue_.push({entry->second.count, changed});
+            if (const auto entry = pairs_.find(changed); entry != pairs_.end()) {
+                queue_.push({entry->second.count, changed});
+            }
         }
     }
 

@@ -32,7 +32,8 @@ constexpr size_t kMaxPatternBytes = 8192;
 constexpr std::string_view kSpaces =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 
-/// Rewrites \s, \S and the categories that newer Unicode extended, inside and outside of character classes, into explicit sets.
+/// Rewrites \s, \S and the categories that newer Unicode extended, inside and outside of character classes, into
+/// explicit sets.
 std::string spell_out_classes(std::string_view pattern) {
     std::string out;
     bool in_class = false;

@@ -31,7 +31,9 @@ Tokenizer::Tokenizer(Vocabulary vocabulary)
     if (vocabulary_.whole_piece_first) {
         // Of equal tokens the lowest id counts.
         for (size_t id = 0; id < vocabulary_.tokens.size(); ++id) {
-            if (!vocabulary_.tokens[id].empty()) whole_pieces_.emplace(vocabulary_.tokens[id], static_cast<TokenId>(id));
+            if (!vocabulary_.tokens[id].empty()) {
+                whole_pieces_.emplace(vocabulary_.tokens[id], static_cast<TokenId>(id));
+            }
         }
     }
     for (const SpecialToken& special : vocabulary_.specials) {

@@ -54,10 +54,16 @@ std::string read_pre_tokenizer(const Json& pre_tokenizer, const Path& file) {
             break;
         }
         const Json& regex = field(field(step, "pattern"), "Regex");
-        if (field(step, "type") != "Split" || !regex.is_string()) refuse(file, "a pre_tokenizer step other than Split by a Regex");
-        if (field(step, "behavior") != "Isolated" || is_true(field(step, "invert"))) refuse(file, "Split other than Isolated");
+        if (field(step, "type") != "Split" || !regex.is_string()) {
+            refuse(file, "a pre_tokenizer step other than Split by a Regex");
+        }
+        if (field(step, "behavior") != "Isolated" || is_true(field(step, "invert"))) {
+            refuse(file, "Split other than Isolated");
+        }
         pattern = regex.get<std::string>();
-        if (pattern.empty() || pattern.size() > kMaxPatternBytes) throw FileError(file, "the split pattern is empty or too long");
+        if (pattern.empty() || pattern.size() > kMaxPatternBytes) {
+            throw FileError(file, "the split pattern is empty or too long");
+        }
     }
     return pattern;
 }
@@ -73,7 +79,9 @@ void read_added_tokens(const Json& added, const Path& file, Vocabulary& vocabula
             throw FileError(file, fmt::format("added token {} needs a content and an id near the vocabulary's", excerpt(token.dump())));
         }
         for (const char* option : {"lstrip", "rstrip", "single_word"}) {
-            if (is_true(field(token, option))) refuse(file, fmt::format("added token '{}' with {}", excerpt(content.get<std::string>()), option));
+            if (is_true(field(token, option))) {
+                refuse(file, fmt::format("added token '{}' with {}", excerpt(content.get<std::string>()), option));
+            }
         }
         const auto listed = printable.ids().find(content.get<std::string>());
         if (listed != printable.ids().end() && listed->second != id.get<TokenId>()) {
@@ -121,7 +129,9 @@ Vocabulary parse_tokenizer_json(std::string_view text, const Path& file) {
     std::vector<SpecialToken> added = std::exchange(vocabulary.specials, {});
     std::unordered_map<TokenId, std::string_view> added_ids;
     for (const SpecialToken& token : added) {
-        if (!added_ids.emplace(token.id, token.text).second) throw FileError(file, fmt::format("id {} is added twice", token.id));
+        if (!added_ids.emplace(token.id, token.text).second) {
+            throw FileError(file, fmt::format("id {} is added twice", token.id));
+        }
     }
     printable.place_tokens(vocabulary, [&](const std::string&, TokenId id) { return added_ids.contains(id); });
     for (SpecialToken& token : added) {

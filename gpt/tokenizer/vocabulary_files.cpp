@@ -85,7 +85,9 @@ Vocabulary parse_tiktoken_vocabulary(std::string_view text, const Path& file) {
     vocabulary.tokens.resize(end);
     std::unordered_map<std::string_view, size_t> seen;
     for (auto& [token, rank] : entries) {
-        if (token.size() > kMaxTokenBytes) throw FileError(file, fmt::format("token of rank {} is longer than {} bytes", rank, kMaxTokenBytes));
+        if (token.size() > kMaxTokenBytes) {
+            throw FileError(file, fmt::format("token of rank {} is longer than {} bytes", rank, kMaxTokenBytes));
+        }
         if (!vocabulary.tokens[rank].empty()) throw FileError(file, fmt::format("rank {} occurs twice", rank));
         vocabulary.tokens[rank] = std::move(token);
         if (!seen.emplace(vocabulary.tokens[rank], rank).second) {
@@ -138,7 +140,9 @@ Vocabulary read_vocabulary(const Path& source) {
     const auto read_gpt2 = [](const Path& vocab, const Path& merges) {
         return parse_gpt2_vocabulary(MappedFile(vocab).text(), vocab, MappedFile(merges).text(), merges);
     };
-    if (!std::filesystem::exists(source)) throw FileError(source, "does not exist; a tokenizer is 'bytes', a folder or a vocabulary file");
+    if (!std::filesystem::exists(source)) {
+        throw FileError(source, "does not exist; a tokenizer is 'bytes', a folder or a vocabulary file");
+    }
     if (!std::filesystem::is_directory(source)) {
         if (source.extension() == ".tiktoken") {
             Vocabulary vocabulary = read_tiktoken(source);
@@ -158,7 +162,9 @@ Vocabulary read_vocabulary(const Path& source) {
             return vocabulary;
         }
         Vocabulary rest = read_tokenizer_json(tokenizer_json);
-        if (rest.tokens.size() < vocabulary.tokens.size()) throw FileError(tokenizer_json, "has fewer ids than tokenizer.tiktoken");
+        if (rest.tokens.size() < vocabulary.tokens.size()) {
+            throw FileError(tokenizer_json, "has fewer ids than tokenizer.tiktoken");
+        }
         vocabulary.tokens.resize(rest.tokens.size());
         vocabulary.pattern = std::move(rest.pattern);
         vocabulary.specials = std::move(rest.specials);

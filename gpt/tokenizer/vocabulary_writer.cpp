@@ -12,8 +12,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-/// One merge per token: its last step when it is built by the merges below its rank. Tokens that no such step makes stay
-/// reachable as whole pieces.
+/// One merge per token: its last step when it is built by the merges below its rank. Tokens that no such step makes
+/// stay reachable as whole pieces.
 std::vector<Merge> canonical_merges(const Vocabulary& vocabulary) {
     if (!vocabulary.ranks_are_ids) return vocabulary.merges;
     const MergeTable table(vocabulary);
@@ -91,7 +91,9 @@ void write_vocabulary(const Vocabulary& vocabulary, const std::filesystem::path&
     if (vocabulary.ranks_are_ids) {
         std::string lines;
         for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
-            if (!vocabulary.tokens[id].empty()) lines += base64_encode(vocabulary.tokens[id]) + " " + std::to_string(id) + "\n";
+            if (!vocabulary.tokens[id].empty()) {
+                lines += base64_encode(vocabulary.tokens[id]) + " " + std::to_string(id) + "\n";
+            }
         }
         write_text(folder / "tokenizer.tiktoken", lines);
     } else if (vocabulary.pattern == kGpt2Pattern && !vocabulary.whole_piece_first) {

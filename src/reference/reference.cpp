@@ -41,12 +41,12 @@ struct Arithmetic {
 template <class Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
-/// The two loops in which all the time goes read and write rows that their caller has copied or keeps to itself, so that no
-/// other thread can meet them there. The thread sanitizer would make them twenty times slower to find that out.
+/// The two loops in which all the time goes read and write rows that their caller has copied or keeps to itself, so
+/// that no other thread can meet them there. The thread sanitizer would make them twenty times slower to find that out.
 #define STROBE_OWN_MEMORY __attribute__((no_sanitize("thread")))
 
-/// In float one term after another, as a matrix product keeps each of its sums in a register; in double, where the order
-/// does not matter, in eight lanes for speed.
+/// In float one term after another, as a matrix product keeps each of its sums in a register; in double, where the
+/// order does not matter, in eight lanes for speed.
 template <class Real>
 STROBE_OWN_MEMORY Real dot(const Real* a, const Real* b, int n) {
     constexpr int kLanes = std::is_same_v<Real, float> ? 1 : 8;
@@ -66,8 +66,8 @@ STROBE_OWN_MEMORY void add_scaled(Real* y, Real a, const Real* x, int n) {
     for (int d = 0; d < n; ++d) y[d] += a * x[d];
 }
 
-/// Terms that are added up in one chain. Longer sums are made of such chains, as those of blocked matrix products and of
-/// vectorised reductions are: one chain over 100,000 keys would be too generous a yardstick.
+/// Terms that are added up in one chain. Longer sums are made of such chains, as those of blocked matrix products and
+/// of vectorised reductions are: one chain over 100,000 keys would be too generous a yardstick.
 constexpr int64_t kChain = 256;
 
 /// An array of sums that go on side by side.

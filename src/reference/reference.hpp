@@ -1,6 +1,6 @@
-// The specification of strobe: attention forward and backward as plain loops over queries and keys, every option, one row
-// of scores in memory at a time. Slow and meant to be read; the last implementation of the registry; what every other one
-// is compared with.
+// The specification of strobe: attention forward and backward as plain loops over queries and keys, every option, one
+// row of scores in memory at a time. Slow and meant to be read; the last implementation of the registry; what every
+// other one is compared with.
 #pragma once
 
 #include "core/params.hpp"

@@ -1,5 +1,5 @@
-// A case: one attention problem, small enough to print, complete enough to rebuild. Tests, `strobe verify` and `strobe bench`
-// draw from the same lists.
+// A case: one attention problem, small enough to print, complete enough to rebuild. Tests, `strobe verify` and `strobe
+// bench` draw from the same lists.
 #pragma once
 
 #include <cstdint>
@@ -99,8 +99,8 @@ std::vector<Case> bench_cases();
 /// The same for GPUs, the grid of the FlashAttention papers: bf16, 16k tokens per call, hidden size 2048.
 std::vector<Case> device_bench_cases();
 
-/// Comma-separated terms: a case matches when any term matches its name and no term with a leading '!' does. A term is a
-/// piece of the name; '*' and '?' stand for any run and any one character.
+/// Comma-separated terms: a case matches when any term matches its name and no term with a leading '!' does. A term is
+/// a piece of the name; '*' and '?' stand for any run and any one character.
 bool matches(std::string_view name, std::string_view filter);
 
 std::vector<Case> filtered(std::vector<Case> cases, std::string_view filter);

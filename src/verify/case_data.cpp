@@ -104,7 +104,9 @@ private:
             if (view.shape[axis] == 0) extent = 0;
         }
         if (extent) {
-            for (size_t axis = 0; axis < view.shape.size(); ++axis) extent += (view.shape[axis] - 1) * view.strides[axis];
+            for (size_t axis = 0; axis < view.shape.size(); ++axis) {
+                extent += (view.shape[axis] - 1) * view.strides[axis];
+            }
         }
         view.buffer = static_cast<int>(data_.buffers.size());
         view.offset = kGuard;
@@ -212,7 +214,9 @@ private:
                 ++n;
                 // Of one batch entry all keys, of the others more and more of the last ones.
                 const bool padding = c_.bias == BiasShape::keys && column >= (b - 1 - row) * j / b;
-                if (padding || (c_.bias != BiasShape::keys && (row % 5 == 3 || random_.bits() % 4 == 0))) set(data_.bias, at, hidden);
+                if (padding || (c_.bias != BiasShape::keys && (row % 5 == 3 || random_.bits() % 4 == 0))) {
+                    set(data_.bias, at, hidden);
+                }
             });
         }
         if (c_.dbias) {
@@ -226,7 +230,9 @@ private:
         t.shape = {static_cast<int64_t>(values.size())};
         t.strides = {1};
         place(name, DType::i32, t);
-        for (size_t n = 0; drawn_ && n < values.size(); ++n) set(t, t.offset + static_cast<int64_t>(n), static_cast<double>(values[n]));
+        for (size_t n = 0; drawn_ && n < values.size(); ++n) {
+            set(t, t.offset + static_cast<int64_t>(n), static_cast<double>(values[n]));
+        }
         return t;
     }
 

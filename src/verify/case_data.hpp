@@ -1,5 +1,5 @@
-// A case with its data: every buffer as numbers, every tensor as a view of a buffer. The same data can be laid out in any
-// memory, in its own element types or widened to doubles, because views count elements and not bytes.
+// A case with its data: every buffer as numbers, every tensor as a view of a buffer. The same data can be laid out in
+// any memory, in its own element types or widened to doubles, because views count elements and not bytes.
 #pragma once
 
 #include <array>

@@ -1,6 +1,6 @@
-// The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that differ,
-// ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty that see no key,
-// batches of long sequences, and what of the table of CUDA kernels all this leaves out.
+// The lists themselves: a full grid of the main axes, every option alone, every pair of options, head dimensions that
+// differ, ragged tile edges, the shapes on which published test suites of attention libraries agree, rows in plenty
+// that see no key, batches of long sequences, and what of the table of CUDA kernels all this leaves out.
 #include <array>
 #include <iterator>
 #include <set>
@@ -126,7 +126,9 @@ void add_options(List& list) {
                 list.add(with_options({.dtype = dtype, .head_dim = kPairDims[turn++ % std::size(kPairDims)]}, first, second));
                 return;
             }
-            for (int head_dim : kSingleDims) list.add(with_options({.dtype = dtype, .head_dim = head_dim}, first, nullptr));
+            for (int head_dim : kSingleDims) {
+                list.add(with_options({.dtype = dtype, .head_dim = head_dim}, first, nullptr));
+            }
         });
     }
 }
@@ -195,7 +197,8 @@ void add_published_shapes(List& list) {
     list.add(square);
 }
 
-/// Every option alone where many heads make backends take their largest tiles: more than one of 256 keys, and a ragged last one.
+/// Every option alone where many heads make backends take their largest tiles: more than one of 256 keys, and a ragged
+/// last one.
 void add_many_heads(List& list) {
     for (DType dtype : {DType::f32, DType::bf16}) {
         Case base{.dtype = dtype, .batch = 4, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 130, .seqlen_k = 300, .head_dim = 24};
@@ -216,7 +219,8 @@ void add_many_heads(List& list) {
     }
 }
 
-/// Softcaps as models have them, and one so far out that it bends nothing: from half the softcap on scores are bent by another formula.
+/// Softcaps as models have them, and one so far out that it bends nothing: from half the softcap on scores are bent by
+/// another formula.
 void add_softcaps(List& list) {
     for (DType dtype : kDTypes) {
         for (double softcap : {20.0, 50.0, 1000.0}) {
@@ -237,8 +241,8 @@ void add_softcaps(List& list) {
     }
 }
 
-/// So many causal rows that see no key that every worker of a large GPU gets a run of such tiles behind one with keys: dense, and in
-/// a varlen batch that uses a part of its rows. Few cases: they are the largest of the list.
+/// So many causal rows that see no key that every worker of a large GPU gets a run of such tiles behind one with keys:
+/// dense, and in a varlen batch that uses a part of its rows. Few cases: they are the largest of the list.
 void add_rows_without_keys(List& list) {
     Case c{.dtype = DType::bf16, .batch = 40, .num_heads = 4, .num_heads_k = 1, .seqlen_q = 799, .seqlen_k = 3, .head_dim = 72};
     c.window_right = 0;
@@ -252,9 +256,9 @@ void add_rows_without_keys(List& list) {
     list.add(c);
 }
 
-/// More key heads, of 2048 queries and keys at most, than a large GPU works on when it begins and when it ends: the sm90 backward does
-/// the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part of their rows: the specification
-/// has to be through with them, too.
+/// More key heads, of 2048 queries and keys at most, than a large GPU works on when it begins and when it ends: the
+/// sm90 backward does the rows of those between itself (inner_rows_pay). Most of the sequences are short, or use a part
+/// of their rows: the specification has to be through with them, too.
 void add_long_batches(List& list) {
     Case window{.dtype = DType::bf16, .batch = 32, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 2048, .seqlen_k = 2048, .head_dim = 104};
     window.window_left = 1100;
@@ -279,8 +283,8 @@ void add_long_batches(List& list) {
     }
 }
 
-/// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied by tiles, and the
-/// tiles for many keys. tests/unit/cuda_plan_test.cpp holds the list to reach every row.
+/// Rows of variants.def that nothing above asks for: options at the largest head dimensions, a bias that can be copied
+/// by tiles, and the tiles for many keys. tests/unit/cuda_plan_test.cpp holds the list to reach every row.
 void add_kernel_rows(List& list) {
     for (DType dtype : {DType::bf16, DType::f16}) {
         const Case base{.dtype = dtype, .batch = 2, .num_heads = 2, .num_heads_k = 1, .seqlen_q = 133, .seqlen_k = 264};
@@ -349,8 +353,8 @@ void add_kernel_rows(List& list) {
     }
 }
 
-/// Two tiles of 128 keys, and heads that go round a large GPU twice: the sm90 backward gives each CTA whole ones, which then adds up dq
-/// by itself (takes_whole_heads). With one tile, as in most of this list, it does so anyway.
+/// Two tiles of 128 keys, and heads that go round a large GPU twice: the sm90 backward gives each CTA whole ones, which
+/// then adds up dq by itself (takes_whole_heads). With one tile, as in most of this list, it does so anyway.
 void add_short_sequences(List& list) {
     for (int head_dim : {64, 96, 128, 256}) {
         Case c{.dtype = DType::bf16, .batch = 33, .num_heads = 8, .num_heads_k = 8, .seqlen_q = 70, .seqlen_k = 150, .head_dim = head_dim};
@@ -368,10 +372,10 @@ void add_short_sequences(List& list) {
     list.add(c);
     c.grad_f32 = c.accumulate = c.out_f32 = true;
     list.add(c);
-    // One tile in more heads than such a GPU has room for, and more query tiles of a head than a CTA's ring has slots: at head dims 64
-    // and 96 it makes their row statistics itself, and clears dq of queries that see nothing.
+    // One tile in more heads than such a GPU has room for, and more query tiles of a head than a CTA's ring has slots:
+    // at head dims 64 and 96 it makes their row statistics itself, and clears dq of queries that see nothing.
     for (int head_dim : {64, 96, 128}) {
-        Case one{.dtype = DType::bf16, .batch = 67, .num_heads = 6, .num_heads_k = 2, .seqlen_q = 260, .seqlen_k = 9, .head_dim = head_dim};
+        Case one{.dtype = DType::bf16, .batch = 67, .num_heads = 12, .num_heads_k = 2, .seqlen_q = 260, .seqlen_k = 9, .head_dim = head_dim};
         one.window_right = 0;
         one.dlse = true;
         if (head_dim < 128) list.add(one);
@@ -386,8 +390,9 @@ void add_short_sequences(List& list) {
     list.add(grouped);
 }
 
-/// Masks as frameworks hand them over, the least finite number of the dtype added to a score: an eager implementation averages all values
-/// where all keys are hidden so. At scale 1, and times the inverse of any other, such a number leaves the range of fp32.
+/// Masks as frameworks hand them over, the least finite number of the dtype added to a score: an eager implementation
+/// averages all values where all keys are hidden so. At scale 1, and times the inverse of any other, such a number
+/// leaves the range of fp32.
 void add_masking_biases(List& list) {
     for (DType dtype : kDTypes) {
         for (int head_dim : {64, 128}) {

@@ -20,9 +20,9 @@ namespace strobe::verify {
 namespace {
 
 // The bound allows some naive errors, and a little on top for where the naive run happens to be exact (one key, a
-// probability of one half): a result in another order of operations still differs in its last bits. Those are counted in
-// roundings of fp32, whatever the dtype; gradients are differences of larger numbers, dP - delta, and dbias sums them over
-// the broadcast axes, where without dlse they cancel to nothing.
+// probability of one half): a result in another order of operations still differs in its last bits. Those are counted
+// in roundings of fp32, whatever the dtype; gradients are differences of larger numbers, dP - delta, and dbias sums
+// them over the broadcast axes, where without dlse they cancel to nothing.
 constexpr double kRoundings = 8;
 constexpr double kGradientFloor = 1e-5;  // the most for dq, dk and dv, and that for dbias
 
@@ -159,8 +159,8 @@ TensorError compare(const char* name, Kind kind, const GradientBound& gradient, 
     return e;
 }
 
-/// Makes the trials' out and lse those of a longer sequence: each row is merged with a part over other keys, the same for all
-/// and taken from the truth, rounded as each trial stores it.
+/// Makes the trials' out and lse those of a longer sequence: each row is merged with a part over other keys, the same
+/// for all and taken from the truth, rounded as each trial stores it.
 void extend_beyond_these_keys(const CaseData& data, const Trial& truth, const std::vector<Trial*>& trials) {
     const bool varlen = data.spec.varlen_q;
     const int64_t batches = varlen ? 1 : data.spec.batch;
@@ -227,7 +227,9 @@ public:
         backward_outputs_ = {{"dq", &data_.dq, c.deterministic, Kind::gradient},
                              {"dk", &data_.dk, true, Kind::gradient},
                              {"dv", &data_.dv, true, Kind::gradient}};
-        if (data_.dbias.given()) backward_outputs_.push_back({"dbias", &data_.dbias, c.deterministic, Kind::bias_gradient});
+        if (data_.dbias.given()) {
+            backward_outputs_.push_back({"dbias", &data_.dbias, c.deterministic, Kind::bias_gradient});
+        }
     }
 
     CaseResult run() {

@@ -1,13 +1,14 @@
 // Runs one case on an implementation and holds every result against the specification.
 //
-// Three runs of one case: the truth (fp64, nothing rounded), the naive run (an eager implementation in the working dtype:
-// fp32 arithmetic, sums in chains of up to 256 terms, everything that it would store rounded to the dtype) and the subject.
-// A result passes when, over all elements of a tensor,
+// Three runs of one case: the truth (fp64, nothing rounded), the naive run (an eager implementation in the working
+// dtype: fp32 arithmetic, sums in chains of up to 256 terms, everything that it would store rounded to the dtype) and
+// the subject. A result passes when, over all elements of a tensor,
 //     max |subject - truth| <= factor max |naive - truth| + r 2^-24 max(1, max |truth|).
-// factor is 2. r, roundings of fp32 whatever the dtype, is 8 for out and lse and 16 for dq, dk and dv, whose floor is at most
-// 1e-5; dbias has 1e-5, because its sums cancel. Gradients from CUDA have 3 and 1e-5: see GradientBound. Where the truth is
-// infinite or NaN the subject is the same, and no byte outside the outputs has changed. Outputs start as NaN, so does the
-// workspace, and so do all input elements that nobody may look at.
+// factor is 2. r, roundings of fp32 whatever the dtype, is 8 for out and lse and 16 for dq, dk and dv, whose floor is
+// at most
+// 1e-5; dbias has 1e-5, because its sums cancel. Gradients from CUDA have 3 and 1e-5: see GradientBound. Where the
+// truth is infinite or NaN the subject is the same, and no byte outside the outputs has changed. Outputs start as NaN,
+// so does the workspace, and so do all input elements that nobody may look at.
 #pragma once
 
 #include <functional>
@@ -39,9 +40,9 @@ struct GradientBound {
     double naive_errors = 2;
     double roundings = 16;  // of fp32, where the naive run is exact; never more than 1e-5 altogether
 
-    /// Tensor core kernels round P and dS to 16 bits and take delta from the rounded output, as every FlashAttention does: its
-    /// authors allow 2 to 3. dP and delta are sums in different orders there, and a single key leaves their difference, of up
-    /// to some eighty roundings, where the naive run has 0: only the 1e-5 applies.
+    /// Tensor core kernels round P and dS to 16 bits and take delta from the rounded output, as every FlashAttention
+    /// does: its authors allow 2 to 3. dP and delta are sums in different orders there, and a single key leaves their
+    /// difference, of up to some eighty roundings, where the naive run has 0: only the 1e-5 applies.
     static constexpr GradientBound cuda() { return {.naive_errors = 3, .roundings = 1e9}; }
 };
 
@@ -139,8 +140,9 @@ struct VerifyOptions {
 
 CaseResult verify_case(const Case& c, Subject& subject, const VerifyOptions& options = {});
 
-/// Verifies every case on `workers` threads, each with a subject of its own: the reference is what takes the time. `done` is called
-/// with one result after another, never twice at once. Rethrows what no case can go on after, as a device that has stopped.
+/// Verifies every case on `workers` threads, each with a subject of its own: the reference is what takes the time.
+/// `done` is called with one result after another, never twice at once. Rethrows what no case can go on after, as a
+/// device that has stopped.
 void verify_list(const std::vector<Case>& cases, int workers, const std::function<std::unique_ptr<Subject>()>& make_subject,
                  const VerifyOptions& options, const std::function<void(size_t index, const CaseResult&)>& done);
 

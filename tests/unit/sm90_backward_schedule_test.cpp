@@ -319,7 +319,8 @@ TEST(Sm90BackwardSchedule, TheCaseListHasWholeHeads) {
             one_tile += 1;
             const int heads = c.batch * c.num_heads_k;
             const bool own_statistics = v.head_dim <= 96 && !c.out_f32, goes_round = heads > machine_tiles(v);
-            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m) * ceil_div(heads, machine_tiles(v));
+            const int64_t slots = c.num_heads / c.num_heads_k * ceil_div(c.seqlen_q, v.block_m) *
+                                  ceil_div(heads, machine_tiles(v));
             rounds_of_one += own_statistics && goes_round;
             rings_of_one += own_statistics && goes_round && slots > 16;  // BackwardConfig::kSlots
             continue;

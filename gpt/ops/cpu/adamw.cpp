@@ -30,7 +30,8 @@ void update(float* __restrict w, const float* __restrict g, float* __restrict m,
     }
 }
 
-/// Moments in bf16. The update itself uses them before they are rounded. `first` is the element that the pointers point at.
+/// Moments in bf16. The update itself uses them before they are rounded. `first` is the element that the pointers point
+/// at.
 void update_narrow(float* __restrict w, const float* __restrict g, uint16_t* __restrict m, uint16_t* __restrict v, int64_t n,
                    int64_t first, const Rates& rates) {
     const Rates k = rates;
@@ -59,7 +60,9 @@ void adamw(Exec& e, const AdamW& a) {
     float grad_scale = 1.0f;
     if (a.squared_norm) {
         const double norm = std::sqrt(*a.squared_norm);
-        if (norm > static_cast<double>(a.clip_norm)) grad_scale = static_cast<float>(static_cast<double>(a.clip_norm) / (norm + 1e-6));
+        if (norm > static_cast<double>(a.clip_norm)) {
+            grad_scale = static_cast<float>(static_cast<double>(a.clip_norm) / (norm + 1e-6));
+        }
     }
     float* values = a.values.f32();
     const float* grads = a.grads.f32();

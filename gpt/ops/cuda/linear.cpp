@@ -1,5 +1,5 @@
-// y = x W^T + b and its gradients as cuBLASLt sees them: a row-major (rows, columns) matrix is a column-major (columns, rows)
-// one.
+// y = x W^T + b and its gradients as cuBLASLt sees them: a row-major (rows, columns) matrix is a column-major (columns,
+// rows) one.
 #include "gpt/ops/cuda/gemm.hpp"
 #include "gpt/ops/cuda/kernels.hpp"
 
@@ -12,8 +12,8 @@ using Epilogue = GemmCall::Epilogue;
 // What a pointwise operator on its own costs, as memory moves.
 constexpr double kPointwiseBytesPerSecond = 2.7e12;
 
-/// Whether the product with something more in its epilogue takes less time than the product, and that behind it in an operator
-/// that moves so many bytes. Found out once per shape.
+/// Whether the product with something more in its epilogue takes less time than the product, and that behind it in an
+/// operator that moves so many bytes. Found out once per shape.
 bool fusion_pays(Exec& e, const GemmCall& plain, const GemmCall& fused, double bytes) {
     if (fused.a.precision != Precision::bf16 || fused.ldd % 8 != 0 || !e.gemm->possible(fused)) return false;
     const float with = e.gemm->milliseconds(fused), without = e.gemm->milliseconds(plain);

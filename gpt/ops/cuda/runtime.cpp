@@ -34,8 +34,8 @@ PinnedMemory pinned(size_t bytes) {
     return PinnedMemory(data);
 }
 
-/// Pinned blocks in turn on the host, so that the next batch is written while the last is still on its way; one block on the
-/// device, which the stream's order protects.
+/// Pinned blocks in turn on the host, so that the next batch is written while the last is still on its way; one block
+/// on the device, which the stream's order protects.
 class DeviceStage final : public InputStage {
 public:
     DeviceStage(size_t bytes, Memory& memory, cudaStream_t stream) : device_(bytes, memory), stream_(stream) {
@@ -77,7 +77,9 @@ public:
     explicit EventClock(cudaStream_t stream) : stream_(stream) {}
 
     void begin() override {
-        if (used_ == marks_.size()) marks_.push_back({make_event(cudaEventDefault), make_event(cudaEventDefault), {}, {}});
+        if (used_ == marks_.size()) {
+            marks_.push_back({make_event(cudaEventDefault), make_event(cudaEventDefault), {}, {}});
+        }
         check(cudaEventRecord(marks_[used_].begin.get(), stream_), "cudaEventRecord");
     }
     void end(OpKind kind, const Work& work) override {

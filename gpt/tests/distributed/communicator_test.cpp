@@ -33,7 +33,9 @@ TEST(SocketCommunicator, reduce_scatter_sums_the_own_piece) {
             std::vector<std::vector<float>> data;
             for (int call = 0; call < 4; ++call) {
                 data.emplace_back(static_cast<size_t>(pieces[call] * size));
-                for (size_t i = 0; i < data.back().size(); ++i) data.back()[i] = value_of(group.rank(), call, static_cast<int64_t>(i));
+                for (size_t i = 0; i < data.back().size(); ++i) {
+                    data.back()[i] = value_of(group.rank(), call, static_cast<int64_t>(i));
+                }
             }
             for (int call = 0; call < 4; ++call) communicator->reduce_scatter(data[static_cast<size_t>(call)].data(), pieces[call], call % 2 == 0 ? Pace::calm : Pace::swift);
             communicator->join();

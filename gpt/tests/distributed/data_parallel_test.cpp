@@ -87,13 +87,17 @@ TEST(StepRows, are_the_same_whatever_the_number_of_processes) {
                         EXPECT_LE(shares[share].largest_pass(), 2);
                         tokens.insert(tokens.end(), batch.tokens.begin(), batch.tokens.end());
                         targets.insert(targets.end(), batch.targets.begin(), batch.targets.end());
-                        for (size_t b = 1; b < batch.cu_seqlens.size(); ++b) lengths.push_back(batch.cu_seqlens[b] - batch.cu_seqlens[b - 1]);
+                        for (size_t b = 1; b < batch.cu_seqlens.size(); ++b) {
+                            lengths.push_back(batch.cu_seqlens[b] - batch.cu_seqlens[b - 1]);
+                        }
                     }
                 }
                 ASSERT_EQ(tokens, plain.tokens) << size << " processes";
                 ASSERT_EQ(targets, plain.targets);
                 std::vector<int32_t> plain_lengths;
-                for (size_t b = 1; b < plain.cu_seqlens.size(); ++b) plain_lengths.push_back(plain.cu_seqlens[b] - plain.cu_seqlens[b - 1]);
+                for (size_t b = 1; b < plain.cu_seqlens.size(); ++b) {
+                    plain_lengths.push_back(plain.cu_seqlens[b] - plain.cu_seqlens[b - 1]);
+                }
                 ASSERT_EQ(lengths, plain_lengths);
             }
         }
@@ -101,8 +105,8 @@ TEST(StepRows, are_the_same_whatever_the_number_of_processes) {
     EXPECT_THROW(StepRows(stream, options_of(2, 2, 0, 3)), std::invalid_argument);
 }
 
-// The process with the fewest rows may have the largest pass: 15 rows by 4 processes, 3 at most in a pass, are 3 in one pass and 4
-// in two.
+// The process with the fewest rows may have the largest pass: 15 rows by 4 processes, 3 at most in a pass, are 3 in one
+// pass and 4 in two.
 TEST(StepRows, no_pass_is_larger_than_is_said) {
     const TemporaryFolder folder;
     const TokenStream stream = stream_of(folder / "s.tok", true);

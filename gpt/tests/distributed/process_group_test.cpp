@@ -50,8 +50,8 @@ TEST(ProcessGroup, strangers_are_passed_over) {
     EXPECT_EQ(errors, (std::vector<std::string>{"", ""}));
 }
 
-// Debian gives a machine's own name 127.0.1.1, where nobody hears who listens at 127.0.0.1 alone. And rank 0 may know itself by
-// another name than the others know it by.
+// Debian gives a machine's own name 127.0.1.1, where nobody hears who listens at 127.0.0.1 alone. And rank 0 may know
+// itself by another name than the others know it by.
 TEST(ProcessGroup, meets_at_any_address_of_rank_0) {
     struct Names {
         const char *leader, *others;

@@ -1,8 +1,8 @@
-// kill -9 while a checkpoint is written: at every single system call that changes the disk, and at random moments. What is left
-// must open, and be one of the two states the run was in.
+// kill -9 while a checkpoint is written: at every single system call that changes the disk, and at random moments. What
+// is left must open, and be one of the two states the run was in.
 //
-// This program defines the calls that gpt/io uses itself, in front of the C library's, counts them, and kills the process at the
-// one it was told.
+// This program defines the calls that gpt/io uses itself, in front of the C library's, counts them, and kills the
+// process at the one it was told.
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/syscall.h>

@@ -75,7 +75,9 @@ TEST_P(ForEachArchitecture, EveryDamagedFileIsNoticed) {
             EXPECT_THROW(Checkpoint{saved}, FileError) << file << " cut to " << at;
         }
         fs::remove(file);
-        if (file.filename() != "training_state.json") EXPECT_THROW_WITH(Checkpoint{saved}, FileError, file.filename().string());
+        if (file.filename() != "training_state.json") {
+            EXPECT_THROW_WITH(Checkpoint{saved}, FileError, file.filename().string());
+        }
         write_file(file, good);
     }
     EXPECT_EQ(read_run(Checkpoint(saved)), run);
@@ -253,7 +255,9 @@ TEST(Weights, SeveralFilesWithAnIndexAreRead) {
     for (int part = 0; part < 2; ++part) {
         const std::string name = "model-0000" + std::to_string(part + 1) + "-of-00002.safetensors";
         std::vector<TensorToStore> some;
-        for (size_t i = static_cast<size_t>(part); i < tensors.size(); i += 2) some.push_back(tensors[i]), map[tensors[i].name] = name;
+        for (size_t i = static_cast<size_t>(part); i < tensors.size(); i += 2) {
+            some.push_back(tensors[i]), map[tensors[i].name] = name;
+        }
         DurableFile file(model / name);
         write_safetensors(file, some, {{"format", "pt"}});
         file.finish();

@@ -1,4 +1,5 @@
-// From text on disk to streams of tokens: documents, splits, and a cache that is trusted only as far as its checksums go.
+// From text on disk to streams of tokens: documents, splits, and a cache that is trusted only as far as its checksums
+// go.
 #include <algorithm>
 #include <array>
 

@@ -168,7 +168,9 @@ TEST(Sampler, AnEpochVisitsEveryRowOnce) {
             // Rows of a shard are 16 apart; two shards may share numbers, a shard never does.
             std::map<TokenId, int> count;
             for (const TokenId token : last_tokens) ASSERT_LE(++count[token], 2);
-            if (sampler.position().next_row == sampler.rows_per_epoch()) sampler.seek({static_cast<uint64_t>(epoch) + 1, 0});
+            if (sampler.position().next_row == sampler.rows_per_epoch()) {
+                sampler.seek({static_cast<uint64_t>(epoch) + 1, 0});
+            }
         }
     }
 }
@@ -312,7 +314,9 @@ TEST(SequentialBatches, EveryTargetOnce) {
     Batch batch;
     std::vector<TokenId> firsts;
     while (some.next(batch)) {
-        for (size_t i = 0; i + 1 < batch.cu_seqlens.size(); ++i) firsts.push_back(batch.targets[static_cast<size_t>(batch.cu_seqlens[i])] - 1);
+        for (size_t i = 0; i + 1 < batch.cu_seqlens.size(); ++i) {
+            firsts.push_back(batch.targets[static_cast<size_t>(batch.cu_seqlens[i])] - 1);
+        }
     }
     EXPECT_EQ(firsts, (std::vector<TokenId>{0, 32, 64, 96}));
 }

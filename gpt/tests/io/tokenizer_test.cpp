@@ -161,7 +161,9 @@ TEST(Tokenizer, AnyBytesComeBack) {
         const Tokenizer tokenizer(small_vocabulary(std::string(pattern)));
         for (int round = 0; round < 500; ++round) {
             std::string text;
-            for (size_t i = random() % 200; i > 0; --i) text += static_cast<char>(random() % 3 == 0 ? random() : 'a' + random() % 3);
+            for (size_t i = random() % 200; i > 0; --i) {
+                text += static_cast<char>(random() % 3 == 0 ? random() : 'a' + random() % 3);
+            }
             ASSERT_EQ(tokenizer.decode(tokenizer.encode(text)), text);
             ASSERT_EQ(tokenizer.decode(tokenizer.encode_with_special(text)), text);
         }

@@ -27,7 +27,9 @@ Vocabulary trained(std::string_view pattern) {
 std::string tiktoken_text(const Vocabulary& vocabulary) {
     std::string lines;
     for (size_t id = 0; id < vocabulary.tokens.size(); ++id) {
-        if (!vocabulary.tokens[id].empty()) lines += base64_encode(vocabulary.tokens[id]) + " " + std::to_string(id) + "\n";
+        if (!vocabulary.tokens[id].empty()) {
+            lines += base64_encode(vocabulary.tokens[id]) + " " + std::to_string(id) + "\n";
+        }
     }
     return lines;
 }

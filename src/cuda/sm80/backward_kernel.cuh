@@ -4,6 +4,7 @@
 // left to a deterministic pass of its own.
 #pragma once
 
+#include "cuda/common/counter.cuh"
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/sm80/backward_rows.cuh"
 #include "cuda/sm80/backward_order.hpp"
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     int64_t added_to = -1;  // the query tile whose turn has not been handed on
     const auto hand_on = [&] {  // behind a barrier: everyone's additions come before it
         if constexpr (kInTurns) {
-            if (thread == 0 && added_to >= 0) add_release(ws.turns + added_to, 1);
+            if (thread == 0 && added_to >= 0) cuda::add_release(ws.turns + added_to, 1);
         }
     };
     int head = kv_head * group, tile = first_tile;
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 turn = index.turn(order.first_adding(band.low, tile * kM, kN),
                                   order.last_adding(band.high, q_end - 1, band.seqlen_k, kN));
                 added_to = query_tile;
-                seen = load_relaxed(ws.turns + query_tile);
+                seen = cuda::load_relaxed(ws.turns + query_tile);
             }
             // In halves where all of it beside dK and dV would not fit in registers; the first half's reductions drain behind the second.
             constexpr int kPartN = kDqN / kDqParts;
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                     });
                 // What follows only adds, and is not begun before the turn is seen: no acquire for the load ahead.
                 if constexpr (kInTurns) {
-                    while (seen < turn) seen = load_acquire(ws.turns + query_tile);
+                    while (seen < turn) seen = cuda::load_acquire(ws.turns + query_tile);
                     __syncwarp();
                 }
 #pragma unroll

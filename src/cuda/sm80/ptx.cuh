@@ -179,23 +179,6 @@ __device__ __forceinline__ T made_anew(T x) {
     return x;
 }
 
-__device__ __forceinline__ int load_relaxed(const int32_t* global) {
-    int x;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
-    return x;
-}
-
-__device__ __forceinline__ int load_acquire(const int32_t* global) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
-    return x;
-}
-
-/// Adds once everything that this thread knows to have happened has happened for the whole device.
-__device__ __forceinline__ void add_release(int32_t* global, int x) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
-}
-
 /// A barrier of kThreads threads (whole warps); true for all of them when it is for one.
 template <int kThreads>
 __device__ __forceinline__ bool barrier_any(int barrier, bool x) {

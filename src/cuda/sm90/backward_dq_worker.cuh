@@ -4,6 +4,7 @@
 // of them.
 #pragma once
 
+#include "cuda/common/counter.cuh"
 #include "cuda/sm90/backward_epilogue.cuh"
 
 namespace strobe::sm90 {
@@ -94,7 +95,7 @@ private:
             bulk_wait<kGroups>();
             fence_async_proxy_global();
         }
-        add_release(launch.done + unreported, 1);
+        cuda::add_release(launch.done + unreported, 1);
         unreported = -1;
     }
 

@@ -2,6 +2,7 @@
 // code, so that addresses stay in uniform registers; one of them issues.
 #pragma once
 
+#include "cuda/common/counter.cuh"
 #include "cuda/sm90/backward_config.cuh"
 
 namespace strobe::sm90 {
@@ -85,7 +86,7 @@ private:
         const int64_t rows = min(sequence_of(params, tile.batch).seqlen_q, params.size.seqlen_q);
         const int units = static_cast<int>(ceil_div(rows, C::kBlockM)) * C::kQueryUnits;
         const int all = params.size.num_heads / params.size.num_heads_k * units;
-        while (load_acquire(launch.ready + key_head) < all) {
+        while (cuda::load_acquire(launch.ready + key_head) < all) {
         }
         fence_async_proxy_global();
         __syncwarp();

@@ -6,6 +6,7 @@
 // to be performed, and hand over. A release is cumulative: what the mbarrier ordered before it is ordered for the whole device.
 #pragma once
 
+#include "cuda/common/counter.cuh"
 #include "cuda/sm90/backward_config.cuh"
 
 namespace strobe::sm90 {
@@ -25,7 +26,7 @@ struct TurnWorker {
             const QuerySlot& slot = smem.slot[at.index];
             if (slot.padded < 0) return;
             const int32_t* const turn = launch.semaphore + slot.padded;
-            while (load_acquire(turn) < slot.turn * C::kCtas) {  // both CTAs of a pair add, to columns of their own
+            while (cuda::load_acquire(turn) < slot.turn * C::kCtas) {  // both CTAs of a pair add, each its columns
             }
             smem.turn_come[at.index].arrive();
         }
@@ -59,7 +60,7 @@ struct HandOverWorker {
             if (padded < 0) return;
             smem.added[at.index].wait(at.phase);
             smem.turn_come[(at.index + kLag) % C::kSlots].arrive();
-            add_release(launch.semaphore + padded, 1);
+            cuda::add_release(launch.semaphore + padded, 1);
             at.template advance<C::kSlots>();
             at.template advance<C::kSlots>();
         }

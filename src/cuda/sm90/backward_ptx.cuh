@@ -116,16 +116,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t smem, uint32_t
                  : "memory");
 }
 
-__device__ __forceinline__ int load_acquire(const int32_t* global) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
-    return x;
-}
-/// Adds once everything that this thread knows to have happened has happened for the whole device.
-__device__ __forceinline__ void add_release(int32_t* global, int x) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
-}
-
 /// Two fp32 values as a pair of 16-bit ones, `lo` in the low half.
 template <DType kType>
 __device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {

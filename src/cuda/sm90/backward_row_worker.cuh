@@ -9,6 +9,7 @@
 // unit, so that this pays when a unit has many key tiles (backward_launch.cuh).
 #pragma once
 
+#include "cuda/common/counter.cuh"
 #include "cuda/sm90/backward_config.cuh"
 
 namespace strobe::sm90 {
@@ -45,7 +46,7 @@ struct RowWorkerBase {
 
     /// Until a counter of other CTAs has come that far.
     __device__ __forceinline__ void wait_for(const int32_t* counter, int value) const {
-        while (load_acquire(counter) < value) __nanosleep(500);
+        while (cuda::load_acquire(counter) < value) __nanosleep(500);
         __syncwarp();
     }
 
@@ -97,7 +98,7 @@ struct StatisticsWorker : RowWorkerBase<V> {
             if (units > 0) {
                 fence_async_proxy_global();  // the statistics will be fetched by bulk copies
                 __syncwarp();
-                if (lane == 0) add_release(launch.ready + Base::fresh(job.key_head), units);
+                if (lane == 0) cuda::add_release(launch.ready + Base::fresh(job.key_head), units);
             }
             __syncwarp();
         }

@@ -1,5 +1,5 @@
-// Matrix products as the plain sums that they are, in the place of cuBLASLt. Epilogues are computed from the same description, so
-// the operators that describe products are tested.
+// Matrix products as the plain sums that they are, in the place of cuBLASLt. Epilogues are computed from the same
+// description, so the operators that describe products are tested.
 #include <cblas.h>
 #include <cuda_bf16.h>
 

@@ -71,7 +71,8 @@ void enter() {
 }
 
 void prepare(Fiber& fiber) {
-    // The stack as strobe_switch_stack leaves it: six registers, the return address; 16-byte alignment as behind a call.
+    // The stack as strobe_switch_stack leaves it: six registers, the return address; 16-byte alignment as behind a
+    // call.
     auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
     auto* words = reinterpret_cast<void**>(top) - 2;
     *words = reinterpret_cast<void*>(enter);
@@ -126,7 +127,8 @@ void run_block(unsigned threads) {
 void barrier() { give_way(State::at_barrier); }
 
 uint64_t shuffle_xor(uint64_t value, int mask) {
-    // When a lane goes on, all have written; it writes the other slot next, so nobody's is overwritten before it is read.
+    // When a lane goes on, all have written; it writes the other slot next, so nobody's is overwritten before it is
+    // read.
     Fiber& mine = *current;
     const unsigned turn = mine.turn;
     mine.values[turn] = value;
@@ -140,7 +142,9 @@ void* dynamic_shared() { return shared.data(); }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
     const unsigned threads = block.x * block.y * block.z;
-    if (block.y != 1 || block.z != 1 || threads > 1024) throw std::logic_error("emulation: blocks are rows of at most 1024 threads");
+    if (block.y != 1 || block.z != 1 || threads > 1024) {
+        throw std::logic_error("emulation: blocks are rows of at most 1024 threads");
+    }
     while (fibers.size() < threads) fibers.emplace_back();
     for (unsigned t = 0; t < threads; ++t) fibers[t].thread = dim3(t);
     shared.assign(shared_bytes / sizeof(std::max_align_t) + 1, {});
