@@ -220,6 +220,60 @@ def test_few_rows_and_heads(rows, heads):
         reference.near(a, b)
 
 
+MANY_SEQUENCES = 65536 + 7  # an axis of a grid has 65535
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("implementation", ["sm90", "sm80"])
+def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation):
+    if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    q, k, v = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=dim, grad=True)
+    dout = torch.randn_like(q)
+    out = strobe.attention(q, k, v, causal=True, implementation=implementation)
+    ours = out, *torch.autograd.grad(out, (q, k, v), dout)
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    exact, _ = reference.attention(*single, causal=True)
+    for a, b in zip(ours, (exact, *torch.autograd.grad(exact, single, dout.float()))):
+        reference.near(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal):
+    """Of very different lengths, so that the gradient of q has an accumulator, which is converted behind."""
+    lengths = torch.randint(0, 4, (MANY_SEQUENCES,), generator=torch.Generator().manual_seed(0))
+    lengths[-3] = 700
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to("cuda", torch.int32)
+    q, k, v = (x[0].detach().requires_grad_() for x in qkv(batch=1, rows=int(lengths.sum())))
+    dout = torch.randn_like(q)
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=700, max_seqlen_k=700, causal=causal)
+
+    def results(**more):
+        out = strobe.attention(q, k, v, **options, **more)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    begin = int(cu[-4])
+    last = [x.detach()[None, begin : begin + 700].double().requires_grad_() for x in (q, k, v)]
+    exact, _ = reference.attention(*last, causal=causal)
+    exact = exact, *torch.autograd.grad(exact, last, dout[None, begin : begin + 700].double())
+    for a, b, c in zip(results(), results(implementation="sm80"), exact):
+        reference.near(a, b)
+        reference.near(a[begin : begin + 700], c[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtype):
+    tensors = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=32, dtype=dtype, grad=True)
+    tensors.append(torch.randn(MANY_SEQUENCES, 1, 8, 8, device="cuda", dtype=dtype, requires_grad=True))
+    dout = torch.randn_like(tensors[0])
+    q, k, v, bias = tensors
+    ours = torch.autograd.grad(strobe.attention(q, k, v, bias=bias), tensors, dout)
+    double = [x.detach().double().requires_grad_() for x in tensors]
+    exact, _ = reference.attention(*double[:3], bias=double[3])
+    for a, b in zip(ours, torch.autograd.grad(exact, double, dout.double())):
+        reference.near(a, b)
+
+
 def test_deterministic_gradients_are_the_same_bits():
     q, k, v = qkv(rows=1000, grad=True)
     dout = torch.randn_like(q)
