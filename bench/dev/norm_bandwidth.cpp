@@ -1,8 +1,8 @@
-// Bytes per second of the trainer's norms on a GPU, by themselves and in turn with the device's own copy of as many bytes in one
-// process: what the marks around the operators of a step cannot tell apart from their own time. Prints JSON.
+// Bytes per second of the trainer's norms on a GPU, by themselves and in turn with the device's own copy of as many
+// bytes in one process: what the marks around a step's operators cannot tell from their own time. Prints JSON.
 //   norm_bandwidth [ROWS] [HIDDEN...]
-// Build: g++ -std=c++20 -O2 -I. -Iinclude -Isrc -I/usr/local/cuda/include bench/dev/norm_bandwidth.cpp with the objects of
-// gpt/ops/cuda/norm.cu and reduce.cu, -lcudart_static -ldl -lrt -lpthread.
+// Build: g++ -std=c++20 -O2 -I. -Iinclude -Isrc -I/usr/local/cuda/include bench/dev/norm_bandwidth.cpp
+// and the objects of gpt/ops/cuda/norm.cu and reduce.cu, -lcudart_static -ldl -lrt -lpthread.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -44,7 +44,8 @@ struct Tensor {
         check(cudaMalloc(&data, bytes));
         const size_t whole = numbers.size() * sizeof(uint16_t);
         for (size_t at = 0; at < bytes; at += whole) {
-            check(cudaMemcpy(static_cast<char*>(data) + at, numbers.data(), std::min(whole, bytes - at), cudaMemcpyHostToDevice));
+            const size_t count = std::min(whole, bytes - at);
+            check(cudaMemcpy(static_cast<char*>(data) + at, numbers.data(), count, cudaMemcpyHostToDevice));
         }
     }
     ~Tensor() { cudaFree(data); }
@@ -82,20 +83,23 @@ void measure(int64_t rows, int64_t hidden, int num_sms, const char* comma) {
     e.scratch_bytes = norm_scratch_bytes(e.parts, hidden);
     e.scratch = make(e.scratch_bytes)->data;
     const size_t vector = static_cast<size_t>(hidden) * 4, statistics = static_cast<size_t>(rows) * 4;
-    Tensor *weight = make(vector), *bias = make(vector), *dweight = make(vector), *dbias = make(vector), *dsum = make(vector);
-    Tensor *mean = make(statistics), *rstd = make(statistics);
-    for (const Tensor* t : {mean, rstd, dweight, dbias, dsum}) check(cudaMemset(t->data, 0, t == mean || t == rstd ? statistics : vector));
+    Tensor *const weight = make(vector), *const bias = make(vector);
+    Tensor *const dweight = make(vector), *const dbias = make(vector), *const dsum = make(vector);
+    Tensor *const mean = make(statistics), *const rstd = make(statistics);
+    for (const Tensor* t : {dweight, dbias, dsum}) check(cudaMemset(t->data, 0, vector));
+    for (const Tensor* t : {mean, rstd}) check(cudaMemset(t->data, 0, statistics));
 
     const auto forward = [&](int s, bool residual) {
-        cuda::norm_forward(e, {.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .eps = 1e-5f, .x = x[s]->bf16(),
-                               .branch = residual ? branch[s]->bf16() : Buffer(), .sum = residual ? sum[s]->bf16() : Buffer(),
-                               .weight = weight->fp32(), .bias = bias->fp32(), .out = out[s]->bf16(), .mean = mean->floats(),
-                               .rstd = rstd->floats()});
+        NormForward a{.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .eps = 1e-5f, .x = x[s]->bf16(),
+                      .branch = {}, .sum = {}, .weight = weight->fp32(), .bias = bias->fp32(), .out = out[s]->bf16(),
+                      .mean = mean->floats(), .rstd = rstd->floats()};
+        if (residual) a.branch = branch[s]->bf16(), a.sum = sum[s]->bf16();
+        cuda::norm_forward(e, a);
     };
     const auto backward = [&](int s, bool again) {
-        NormBackward a{.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .x = x[s]->bf16(), .weight = weight->fp32(),
-                       .mean = mean->floats(), .rstd = rstd->floats(), .dout = dout[s]->bf16(), .dx = dx[s]->bf16(),
-                       .dweight = dweight->floats(), .dbias = dbias->floats()};
+        NormBackward a{.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .x = x[s]->bf16(),
+                       .weight = weight->fp32(), .mean = mean->floats(), .rstd = rstd->floats(), .dout = dout[s]->bf16(),
+                       .dx = dx[s]->bf16(), .dweight = dweight->floats(), .dbias = dbias->floats()};
         if (again) a.out = out[s]->bf16(), a.bias = bias->fp32(), a.dsum = dsum->floats();
         cuda::norm_backward(e, a);
     };
@@ -135,10 +139,10 @@ void measure(int64_t rows, int64_t hidden, int num_sms, const char* comma) {
     const double copied = all[0].bytes / median(all[0].seconds);
     for (const Contender& c : all) {
         const double rate = c.bytes / median(c.seconds);
-        std::printf("%s  {\"rows\": %lld, \"hidden\": %lld, \"what\": \"%s\", \"microseconds\": %.2f, \"terabytes_per_second\": %.3f, "
-                    "\"of_the_copy\": %.3f}",
-                    &c == all.data() ? comma : ",\n", static_cast<long long>(rows), static_cast<long long>(hidden), c.name.c_str(),
-                    1e6 * median(c.seconds), 1e-12 * rate, rate / copied);
+        std::printf("%s  {\"rows\": %lld, \"hidden\": %lld, \"what\": \"%s\", \"microseconds\": %.2f, "
+                    "\"terabytes_per_second\": %.3f, \"of_the_copy\": %.3f}",
+                    &c == all.data() ? comma : ",\n", static_cast<long long>(rows), static_cast<long long>(hidden),
+                    c.name.c_str(), 1e6 * median(c.seconds), 1e-12 * rate, rate / copied);
     }
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
@@ -152,13 +156,15 @@ int main(int argc, char** argv) {
         cudaDeviceProp properties{};
         check(cudaGetDeviceProperties(&properties, 0));
         const char* const commit = std::getenv("STROBE_COMMIT");
-        std::printf("{\"record\": \"norm-bandwidth\", \"commit\": \"%s\", \"gpu\": \"%s\", \"calls_in_a_run\": %d, \"runs\": %d, \"rows\": [\n",
-                    commit ? commit : "", properties.name, kCallsInARun, kRuns);
+        std::printf("{\"record\": \"norm-bandwidth\", \"commit\": \"%s\", \"gpu\": \"%s\", \"calls_in_a_run\": %d, "
+                    "\"runs\": %d, \"rows\": [\n", commit ? commit : "", properties.name, kCallsInARun, kRuns);
         const int64_t rows = argc > 1 ? std::atoll(argv[1]) : 16384;
         std::vector<int64_t> widths;
         for (int i = 2; i < argc; ++i) widths.push_back(std::atoll(argv[i]));
         if (widths.empty()) widths = {2048, 2560};
-        for (size_t i = 0; i < widths.size(); ++i) measure(rows, widths[i], properties.multiProcessorCount, i == 0 ? "" : ",\n");
+        for (size_t i = 0; i < widths.size(); ++i) {
+            measure(rows, widths[i], properties.multiProcessorCount, i == 0 ? "" : ",\n");
+        }
         std::printf("\n]}\n");
     } catch (const std::exception& error) {
         std::fprintf(stderr, "norm_bandwidth: %s\n", error.what());
