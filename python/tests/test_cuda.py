@@ -223,19 +223,31 @@ def test_few_rows_and_heads(rows, heads):
 MANY_SEQUENCES = 65536 + 7  # an axis of a grid has 65535
 
 
+def hold_to_eager(leaves, call, **options):
+    """out and gradients of call(q, k, v[, bias]) beside the plain operations in float64 and in the working precision."""
+    dout = torch.randn_like(leaves[0])
+
+    def results(function, dtype):
+        tensors = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = function(*tensors)
+        return out, *torch.autograd.grad(out, tensors, dout.to(dtype))
+
+    def eager(q, k, v, bias=None):
+        return reference.attention(q, k, v, bias=bias, **options)[0]
+
+    dtype = leaves[0].dtype
+    all_results = results(call, dtype), results(eager, torch.float64), results(eager, dtype)
+    for name, ours, exact, naive in zip(("out", "dq", "dk", "dv", "dbias"), *all_results):
+        reference.assert_close(ours, exact, naive, name, factor=2.0 if name == "out" else 3.0)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 192])
 @pytest.mark.parametrize("implementation", ["sm90", "sm80"])
 def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation):
     if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    q, k, v = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=dim, grad=True)
-    dout = torch.randn_like(q)
-    out = strobe.attention(q, k, v, causal=True, implementation=implementation)
-    ours = out, *torch.autograd.grad(out, (q, k, v), dout)
-    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    exact, _ = reference.attention(*single, causal=True)
-    for a, b in zip(ours, (exact, *torch.autograd.grad(exact, single, dout.float()))):
-        reference.near(a, b)
+    leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=dim, grad=True)
+    hold_to_eager(leaves, lambda q, k, v: strobe.attention(q, k, v, causal=True, implementation=implementation), causal=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -263,15 +275,9 @@ def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtype):
-    tensors = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=32, dtype=dtype, grad=True)
-    tensors.append(torch.randn(MANY_SEQUENCES, 1, 8, 8, device="cuda", dtype=dtype, requires_grad=True))
-    dout = torch.randn_like(tensors[0])
-    q, k, v, bias = tensors
-    ours = torch.autograd.grad(strobe.attention(q, k, v, bias=bias), tensors, dout)
-    double = [x.detach().double().requires_grad_() for x in tensors]
-    exact, _ = reference.attention(*double[:3], bias=double[3])
-    for a, b in zip(ours, torch.autograd.grad(exact, double, dout.double())):
-        reference.near(a, b)
+    leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=32, dtype=dtype, grad=True)
+    leaves.append(torch.randn(MANY_SEQUENCES, 1, 8, 8, device="cuda", dtype=dtype, requires_grad=True))
+    hold_to_eager(leaves, lambda q, k, v, bias: strobe.attention(q, k, v, bias=bias))
 
 
 def test_deterministic_gradients_are_the_same_bits():
