@@ -280,6 +280,64 @@ def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtyp
     hold_to_eager(leaves, lambda q, k, v, bias: strobe.attention(q, k, v, bias=bias))
 
 
+def far_views(count, axis, shape, value):
+    """`count` dense tensors of `shape` but that one step along `axis` leads past the same part of all others, so far that the last one
+    lies behind 2^31 elements. Returns the memory, filled with `value`, and the views."""
+    inner = [n for i, n in enumerate(shape) if i != axis]
+    block = count * torch.Size(inner).numel()
+    step = max(block, -(-(2**31) // (shape[axis] - 1)) // 8 * 8 + 8)
+    memory = torch.full(((shape[axis] - 1) * step + block,), value, device="cuda", dtype=torch.bfloat16)
+    strides = list(torch.empty(inner, device="meta").stride())
+    strides.insert(axis, step)
+    return memory, [memory.as_strided(shape, strides, i * block // count) for i in range(count)]
+
+
+def offsets_beyond_32_bits(axis, implementation):
+    shape = (3, 300, 4, 64)
+    inputs, (q, k, v, dout) = far_views(4, axis, shape, torch.nan)
+    outputs, (out, dq, dk, dv) = far_views(4, axis, shape, torch.nan)
+    dense = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3) for i in range(4)]
+    for view, values in zip((q, k, v, dout), dense):
+        view.copy_(values.detach())
+    lse = torch.empty(3, 4, 300, device="cuda")
+    index = strobe.implementations().index(implementation)
+    torch.ops.strobe.attention_into(out, lse, q, k, v, None, True, implementation=index)
+    strobe.attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, causal=True, implementation=implementation)
+    expected, expected_lse = strobe.attention(*dense[:3], causal=True, implementation=implementation, return_lse=True)
+    for a, b in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, dense[:3], dense[3]))):
+        reference.near(a, b)
+    assert torch.equal(lse, expected_lse)
+    assert outputs.isnan().sum().item() == outputs.numel() - 4 * out.numel()
+
+
+def workspace_beyond_32_bits():
+    """Of few columns, which the accumulator of dq pads to 64: 2^31 numbers of it."""
+    batch, rows, heads, dim = 1025, 2048, 16, 8
+    one = [torch.randn(1, rows, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, dout = (x.repeat(batch, 1, 1, 1) for x in one)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ours = torch.autograd.grad(strobe.attention(*leaves, causal=True), leaves, dout)
+
+    def eager(dtype):
+        tensors = [x.to(dtype).requires_grad_() for x in one[:3]]
+        return torch.autograd.grad(reference.attention(*tensors, causal=True)[0], tensors, one[3].to(dtype))
+
+    for name, a, exact, naive in zip(("dq", "dk", "dv"), ours, eager(torch.float64), eager(torch.bfloat16)):
+        for entry in (0, batch // 2, batch - 1):
+            reference.assert_close(a[entry : entry + 1], exact, naive, f"{name} of {entry}", factor=3.0)
+
+
+def test_offsets_beyond_32_bits():
+    """One after the other: they take 9 to 15 GB each."""
+    for implementation in ("sm90", "sm80"):
+        if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+            continue
+        for axis in range(3):
+            offsets_beyond_32_bits(axis, implementation)
+    workspace_beyond_32_bits()
+    torch.cuda.empty_cache()
+
+
 def test_deterministic_gradients_are_the_same_bits():
     q, k, v = qkv(rows=1000, grad=True)
     dout = torch.randn_like(q)
