@@ -9,6 +9,7 @@ steps: a row for each record of gpt_cuda_step_bench.
 parts: where a step's time goes, two columns and a bound for each of these records.
 peers: the rows of records of bench/gpt_step_cuda.py by model and context, those without a kernel of attention first. A row that several
 records have is that of the first.
+processes: a record of bench/gpt_processes.py: steps of several GPUs together beside those of each by itself.
 """
 
 import pathlib
@@ -102,7 +103,22 @@ def peers(*records: dict) -> str:
     return tables.markdown([*head, *(["record"] if numbered else [])], rows)
 
 
-TABLES = {"steps": steps, "parts": parts, "peers": peers}
+def processes(record: dict) -> str:
+    rows = []
+    for r in record["speed"]:
+        several = r["several"]
+        alone, waits = several["tokens_per_second_of_each_alone"], several["waits_milliseconds"]
+        rows.append([f"{r['model']}, {_shape(r)} each", ", ".join(f"{x / 1e3:.1f}k" for x in alone), f"{r['tokens_per_second'] / 1e3:.1f}k",
+                     f"{several['speedup']:.2f}", _time(1e3 * r["seconds_median"]), f"{waits['gradients']:.1f}, {waits['values']:.1f} ms",
+                     f"{100 * r['mfu']:.1f} %", _memory(r["peak_memory_bytes"])])  # fmt: skip
+    gpu = record["speed"][0]["gpu"].removeprefix("NVIDIA ")
+    return tables.markdown(
+        [f"tokens/s on {gpu}", "each GPU by itself", "together", "ratio", "a step", "of it waiting for gradients, new values", "MFU",
+         "memory of each"], rows,
+    )  # fmt: skip
+
+
+TABLES = {"steps": steps, "parts": parts, "peers": peers, "processes": processes}
 
 if __name__ == "__main__":
     tables.main(TABLES, __doc__)
