@@ -240,6 +240,7 @@ struct BackwardLaunch {
     float4* parts = nullptr;
     bool bulk_add = false;        // dq is added by the copy engine
 
+    int first_position = 0;       // of the sequences that a launch of the kernels around the main one works on
     bool own_statistics = false;  // no kernel in front
     // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;
