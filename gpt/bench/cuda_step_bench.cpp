@@ -197,6 +197,11 @@ bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights)
     return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
 }
 
+/// Numbers that are none take less power than numbers: no time is that of training then.
+void expect_finite(double loss) {
+    if (!std::isfinite(loss)) throw std::runtime_error("the loss is not finite, so nothing was measured");
+}
+
 /// What operators wait for, per step.
 nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
     nlohmann::ordered_json out;
@@ -269,7 +274,7 @@ public:
         a_.graph ? graphs_.run(model_.step_shape(), enqueue) : enqueue();
         prepare();
         optimizer_.gradient_norm();
-        model_.take_loss();
+        expect_finite(model_.take_loss());
         seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
     void forget() { seconds_.clear(); }
@@ -456,6 +461,13 @@ int run_bench(Arguments a) {
         step();
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
+    // A step of all together leaves masters whole on their owners alone; elsewhere a new upper half lies beside an old
+    // lower one, and where the number has become zero the two may be NaN.
+    const auto begin_alone = [&] {
+        parallel->gather_values();
+        backend.runtime().synchronize();
+        together = false;
+    };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
     if (a.contest) {
@@ -469,14 +481,14 @@ int run_bench(Arguments a) {
     if (group) {
         optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
         optimizer_alone = optimizer->first_moments().size_bytes() + optimizer->second_moments().size_bytes();
-        together = false;
+        begin_alone();
         for (int i = 0; i < warm_up; ++i) step();
     }
     GpuWatch watch;
     watch.begin();
     for (int64_t i = 0; i < a.steps; ++i) {
         if (group) {
-            together = false;
+            begin_alone();
             seconds_alone.push_back(timed_step());
             group->barrier();
             together = true;
@@ -491,6 +503,8 @@ int run_bench(Arguments a) {
     for (int i = 0; i < num_profiled; ++i) step();
     OpTimes profiled = backend.times();
 
+    expect_finite(loss);
+
     const double median = median_of(seconds), peak = backend.peak(Precision::bf16);
     nlohmann::ordered_json shared;
     if (group) {
@@ -501,7 +515,9 @@ int run_bench(Arguments a) {
         alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
         group->sum(alone);
         auto states = nlohmann::ordered_json::array();
-        for (const std::string& state : group->exchange(gpu_state.dump())) states.push_back(nlohmann::ordered_json::parse(state));
+        for (const std::string& state : group->exchange(gpu_state.dump())) {
+            states.push_back(nlohmann::ordered_json::parse(state));
+        }
         const double of_all = std::accumulate(alone.begin(), alone.end(), 0.0);
         shared = {{"communication", parallel->communicator().name()},
                   {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},

@@ -1,5 +1,6 @@
-// Clock, temperature and power of the process's GPU while something runs, as the driver's management library tells them: a record
-// says with these under which conditions its times were taken. Without the library there is nothing to tell.
+// Clock, temperature and power of the process's GPU while something runs, as the driver's management library tells
+// them: a record says with these under which conditions its times were taken. Without the library there is nothing to
+// tell.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,14 +22,16 @@ public:
         void* const library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
         if (!library) return;
         const auto init = reinterpret_cast<int (*)()>(dlsym(library, "nvmlInit_v2"));
-        const auto by_bus = reinterpret_cast<int (*)(const char*, void**)>(dlsym(library, "nvmlDeviceGetHandleByPciBusId_v2"));
+        const auto by_bus = reinterpret_cast<int (*)(const char*, void**)>(
+            dlsym(library, "nvmlDeviceGetHandleByPciBusId_v2"));
         clock_ = reinterpret_cast<Query>(dlsym(library, "nvmlDeviceGetClockInfo"));
         temperature_ = reinterpret_cast<Query>(dlsym(library, "nvmlDeviceGetTemperature"));
         power_ = reinterpret_cast<decltype(power_)>(dlsym(library, "nvmlDeviceGetPowerUsage"));
         energy_ = reinterpret_cast<decltype(energy_)>(dlsym(library, "nvmlDeviceGetTotalEnergyConsumption"));
         int device = 0;
         char bus[32] = {};
-        if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return;
+        if (cudaGetDevice(&device) != cudaSuccess) return;
+        if (cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return;
         if (!init || !by_bus || !clock_ || !temperature_ || !power_ || init() != 0) return;
         if (by_bus(bus, &gpu_) != 0) gpu_ = nullptr;
     }
@@ -41,7 +44,8 @@ public:
         thread_ = std::jthread([this](const std::stop_token& stop) {
             while (!stop.stop_requested()) {
                 Sample s;
-                const bool told = clock_(gpu_, 1, &s.mhz) == 0 && temperature_(gpu_, 0, &s.celsius) == 0 && power_(gpu_, &s.milliwatts) == 0;
+                const bool told = clock_(gpu_, 1, &s.mhz) == 0 && temperature_(gpu_, 0, &s.celsius) == 0 &&
+                                  power_(gpu_, &s.milliwatts) == 0;
                 if (told) samples_.push_back(s);
                 std::this_thread::sleep_for(std::chrono::milliseconds(100));
             }
