@@ -209,9 +209,10 @@ struct WarpPair {
 
     /// `update` of a tile of which this pair sees nothing: it meets the other one as often.
     __device__ static void idle(bool first) {
-        if (first || any(false)) {
-            sync();
-            sync();
+        if (first) {
+            sync(), sync();
+        } else if (any(false)) {
+            sync(), sync();
         }
     }
 

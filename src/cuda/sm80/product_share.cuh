@@ -18,7 +18,7 @@ struct ProductShare {
     int role;  // 0: S and the first 16 keys; 1: dP and the others. Two warps on one scheduler differ
 
     __device__ explicit ProductShare(int warp)
-        : first_key(warp / 4 * kKeys), first_query(warp % 2 * kQueries), role((warp >> 1 ^ warp >> 2) & 1) {}
+        : first_key(warp / 4 * kKeys), first_query(warp % 2 * kQueries), role((warp >> 1 & 1) ^ warp / 4) {}
 
     /// By way of those parts of the dS tile, and of the P tile `to_p` behind it, that the receiving warp itself writes afterwards: one
     /// barrier is enough.
