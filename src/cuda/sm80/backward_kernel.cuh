@@ -32,12 +32,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr int kDqM = kDqRows / 16, kDqN = kD / kConfig.dq_warps_d / 8;
     constexpr bool kPInRegisters = kConfig.p_in_registers;
     constexpr int kOutWarpsD = kConfig.out_warps_d, kDqWarpsD = kConfig.dq_warps_d;
-    // One eight-warp CTA on an SM: the warps of one half of the keys wait for each other alone. With two CTAs part of dQ between dV and
-    // dK does better, as its reductions drain behind dK.
-    constexpr bool kPlainDefault = V.features == Features::plain && kStages == 1 && !kInTurns;
-    constexpr bool kHalves = kPlainDefault && kD == 256;
-    constexpr bool kSplitsDq = kPlainDefault && kD == 128;
-    static_assert(!kHalves || (kShares && kOutRows == ProductShare::kKeys));
+    // With two CTAs on an SM part of dQ between dV and dK does better, as its reductions drain behind dK.
+    constexpr bool kSplitsDq = V.features == Features::plain && kStages == 1 && !kInTurns && kD == 128;
     extern __shared__ __align__(128) unsigned char smem[];
 
     KeyTile index;
@@ -183,7 +179,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const int q0 = tile * kM + query, k0 = k_begin + score_key;
             const auto store = score_store.moved_chunks(part * kConfig.step_m / 8);
             uint32_t ds[kScoreM][kScoreN][2];
-            if (V.mask == MaskClass::band && !(kShares ? share.any_visible(band, tile * kM, k_begin)
+            if (V.mask == MaskClass::band && !(kShares ? band.any_visible(tile * kM, kM, k_begin, kN)  // all warps meet
                                                        : band.any_visible(q0, kScoreQueries, k0, kScoreKeys))) {
                 clear(ds);
                 packed_to_tile(ds, store);
@@ -229,11 +225,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
             }
         }
-        if constexpr (kHalves) {
-            barrier_sync<ProductShare::kThreads>(share.barrier());  // P and dS of these keys are complete
-        } else {
-            __syncthreads();  // P and dS are complete
-        }
+        __syncthreads();  // P and dS are complete
 
         // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
         // behind the others; with one stage it comes last, behind the next step's loads.
@@ -288,8 +280,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         }
         if constexpr (kStages == 1) {
             look_ahead();
-            // Everyone is done with the queries, and all of dS is complete. Where P stays in registers it is already.
-            if (!kPInRegisters && (kHalves || step + 1 < steps)) __syncthreads();
+            // Everyone is done with the queries. Where P stays in registers they are already.
+            if (!kPInRegisters && step + 1 < steps) __syncthreads();
             if (step + 1 < steps) load_queries(next_head, next_tile, 0);
             add_dq(kSplitsDq ? 1 : 0, kDqParts);
         }

@@ -218,6 +218,9 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                                                                     b_columns<1>(v_operand));
             }
         }
+        if constexpr (kPair > 1) {
+            if (!works) pair.idle(first);
+        }
         if constexpr (kStages > 1) stage = stage == kStages - 1 ? 0 : stage + 1;
     }
 

@@ -195,6 +195,7 @@ private:
 template <int kMAtoms>
 struct WarpPair {
     static constexpr int kThreads = 64;
+    static constexpr int kCtaThreads = 128;
     static constexpr int kRowBytes = kMAtoms * 16 * 4;
     uint32_t rows;  // in shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row
 
@@ -202,9 +203,18 @@ struct WarpPair {
     __device__ WarpPair(uint32_t all_rows, int thread)
         : rows(all_rows + thread / kWarpSize * kRowBytes + thread % kWarpSize / 4 * 4) {}
 
-    // The thread's number is read where it is needed, rather than kept in a register over the loop.
-    __device__ static int barrier() { return 1 + thread_index() / kThreads; }
-    __device__ static void sync() { barrier_sync<kThreads>(barrier()); }
+    // Both pairs meet at the CTA's own barrier: barriers of a pair are 1 % faster, but racecheck takes them for none between the pairs.
+    __device__ static bool any(bool x) { return barrier_any<kCtaThreads>(0, x); }
+    __device__ static void sync() { barrier_sync<kCtaThreads>(0); }
+
+    /// `update` of a tile of which this pair sees nothing: it meets the other one as often.
+    __device__ static void idle(bool first) {
+        if (first) {
+            sync(), sync();
+        } else if (any(false)) {
+            sync(), sync();
+        }
+    }
 
     /// x of the other warp. The pair meets at another barrier before it swaps again.
     __device__ __forceinline__ void swap(const float (&x)[kMAtoms][2], float (&other)[kMAtoms][2]) const {
@@ -233,7 +243,7 @@ struct WarpPair {
         };
         const bool grows = softmax.row_maxima(s, row_max);
         if (!first) store();  // else it would be in vain
-        if (first || barrier_any<kThreads>(barrier(), grows)) {
+        if (first || any(grows)) {
             float other[kMAtoms][2];
             softmax.quad_maxima(row_max);
             swap(row_max, other);
