@@ -167,12 +167,12 @@ struct DropoutColumns {
     static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;  // philox4x32's
     static constexpr int kRoundsAhead = 3;
     const Dropout& dropout;
-    uint32_t batch_head, key_place;
+    uint32_t smem, batch_head, key_place;
     uint32_t row_mix[kMAtoms], row_low[kMAtoms];
 
-    /// query: of this thread's first row.
-    __device__ DropoutColumns(const AttentionParams& p, uint32_t batch_head, int query)
-        : dropout(p.dropout), batch_head(batch_head), key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
+    /// smem: kStages * kN * 4 bytes of shared memory. query: of this thread's first row.
+    __device__ DropoutColumns(const AttentionParams& p, uint32_t smem, uint32_t batch_head, int query)
+        : dropout(p.dropout), smem(smem), batch_head(batch_head), key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
         const uint32_t row = query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u);
         const uint32_t high = static_cast<uint32_t>(wide_product(kSecond, batch_head) >> 32) ^ key0();
 #pragma unroll
@@ -195,24 +195,20 @@ struct DropoutColumns {
                            static_cast<uint32_t>(third >> 32) ^ (key1() + 2 * kStep1), static_cast<uint32_t>(third)});
     }
 
-    /// Takes what is dropped out of fragment i of step k of the A operand.
+    /// keep(k)(i)(n, pair): what stays of word n of fragment i of step k of the A operand.
     __device__ __forceinline__ auto keep(int stage, int lane) const {
         const uint32_t own = groups(stage) + lane % 4 * 16;
-        return [this, own](int k, int i, uint32_t (&a)[4]) {
-            const HalvesKept kept(dropout.drop_below);
-            const Philox4x32 bits = group(i, load_shared_16(own + k * 64));
-            a[0] &= kept(bits.word[0]);
-            a[1] &= kept(bits.word[2]);
-            a[2] &= kept(bits.word[1]);
-            a[3] &= kept(bits.word[3]);
+        return [this, own](int k) {
+            const uint4 column = load_shared_16(own + k * 64);
+            return [this, column](int i) {
+                const Philox4x32 bits = group(i, column);
+                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) { return pair & kept(bits.word[2 * (n & 1) + n / 2]); };
+            };
         };
     }
 
 private:
-    __device__ static uint32_t groups(int stage) {
-        __shared__ uint4 made[kStages * kN / 4];
-        return smem_address(made) + stage * (kN * 4);
-    }
+    __device__ uint32_t groups(int stage) const { return smem + stage * kN * 4; }
     __device__ uint64_t key() const { return dropout.seed + dropout.offset * 0x9E3779B97F4A7C15ull; }
     __device__ uint32_t key0() const { return static_cast<uint32_t>(key()); }
     __device__ uint32_t key1() const { return static_cast<uint32_t>(key() >> 32); }

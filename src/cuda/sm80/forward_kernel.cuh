@@ -14,6 +14,10 @@
 
 namespace strobe::sm80 {
 
+/// Rows that keep what dropout's bits take of the columns in shared memory, behind the configuration's.
+constexpr bool shares_columns(const Variant& v) { return v.head_dim == 64 && v.features == Features::dropout; }
+constexpr int column_bytes(const Variant& v) { return shares_columns(v) ? v.stages * v.block_n * 4 : 0; }
+
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCode)).threads,
                                   ForwardConfig(cuda::decode_variant(kVariantCode)).ctas_per_sm)
@@ -31,7 +35,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
     // Rows whose registers allow: the probabilities of a step of k are made under the step before, and loads have no edges to look for.
     constexpr bool kStepwise = kD == 64 && (V.features == Features::dropout || V.features == Features::tiled);
-    constexpr bool kDrops = kStepwise && V.features == Features::dropout;
+    constexpr bool kDrops = shares_columns(V);
     static_assert(!kStepwise || kStages > 1);
     extern __shared__ __align__(256) unsigned char smem[];
 
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                                                k_in.aligned(p.size.head_dim), thread);
     };
     const auto columns = [&] {
-        if constexpr (kDrops) return DropoutColumns<kMAtoms, kN, kStages>(p, static_cast<uint32_t>(index.head), q0 + lane / 4);
+        if constexpr (kDrops) return DropoutColumns<kMAtoms, kN, kStages>(p, q_smem + kConfig.smem_bytes, static_cast<uint32_t>(index.head), q0 + lane / 4);
         else return 0;
     }();
     // And the bias, which is wanted when V is, or a little before.
@@ -233,13 +237,18 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 for_each_row<kMAtoms>([&](int i, int h) { offset[i][h] = softmax.exponent_offset(i, h); });
                 const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
                 // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits of all steps in flight at
-                // once, for which registers are too few. The branch is never taken, and never seen not to be.
+                // once, for which registers are too few. The branches, each on something else, are never taken, and never seen not to be.
                 const auto end_block = [&](int k) {
-                    if (k % 2 == 1 && tile < k - kN) __trap();
+                    if constexpr (kDrops) {  // on parameters, which take no register
+                        const bool never = k == 1 ? p.size.num_heads_k < 0 : k == 3 ? p.size.head_dim_v < 0 : k == 5 && p.mask.window_left < -7;
+                        if (never) asm volatile("trap;");
+                    } else {
+                        if (k % 2 == 1 && tile < k - kN) __trap();
+                    }
                 };
                 const auto keep = [&] {
                     if constexpr (kDrops) return columns.keep(stage, lane);
-                    else return [](int, int, uint32_t(&)[4]) {};
+                    else return [](int) { return [](int) { return [](int, uint32_t pair) { return pair; }; }; };
                 }();
                 multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, softmax.template a_probabilities<V.dtype>(s, offset, keep), v_operand, end_block);
             } else if constexpr (kPair == 1) {

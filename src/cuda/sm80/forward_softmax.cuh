@@ -205,13 +205,15 @@ struct OnlineSoftmax {
         exponentiate(s, sum);
     }
 
-    /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is asked for; keep(k, i, a) then
-    /// takes out what is dropped.
+    /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is asked for; keep(k)(i)(n, pair) is what
+    /// stays of word n of fragment i.
     template <DType kType, int kNAtoms, typename Keep>
     __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4], const float (&offset)[kMAtoms][2], Keep keep) {
         return [this, &s, &offset, keep](int k, uint32_t (&a)[kMAtoms][4]) {
+            const auto keep_step = keep(k);
 #pragma unroll
             for (int i = 0; i < kMAtoms; ++i) {
+                const auto keep_pair = keep_step(i);
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     const int h = n & 1;
@@ -220,9 +222,8 @@ struct OnlineSoftmax {
                     const float y = exp2_fast(fmaf(pair[2 * h + 1], scale_log2, -offset[i][h]));
                     sum[i][h] += x;
                     sum[i][h] += y;
-                    a[i][n] = pack<kType>(x, y);
+                    a[i][n] = keep_pair(n, pack<kType>(x, y));
                 }
-                keep(k, i, a[i]);
             }
         };
     }
