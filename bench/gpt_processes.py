@@ -160,11 +160,13 @@ def describe(r):
         return ", ".join(f"{milliseconds:.2f} for {what}" for what, milliseconds in several[name].items())
 
     alone = " and ".join(f"{x:.0f}" for x in several["tokens_per_second_of_each_alone"])
+    states = ", ".join(f"{gpu['sm_mhz'][1]:.0f} MHz {gpu['celsius'][1]:.0f} C {gpu['watts'][1]:.0f} W"
+                       for gpu in several["gpus_while_timed"] if gpu)
     return (f"{r['model']} {r['seqlen']} x {r['rows']}: {r['tokens_per_second']:.0f} tokens/s by {r['processes']}, "
             f"alone {alone}: {several['speedup']:.3f} times\n"
             f"  a step {1e3 * r['seconds_median']:.1f} ms, of them waiting {waits('waits_milliseconds')} (without a "
             f"backward {waits('waits_milliseconds_without_passes')}); MFU {r['mfu']:.3f}, "
-            f"{r['peak_memory_bytes'] / 2**30:.1f} GiB; "
+            f"{r['peak_memory_bytes'] / 2**30:.1f} GiB; {states}; "
             f"replicas {'the same bits' if several['replicas_identical'] else 'DIFFER'}")
 
 
@@ -180,7 +182,8 @@ def main():
     record = {**measuring.header(), "device": arguments.device, "processes": arguments.processes,
               "losses": {}, "speed": []}
     if arguments.device == "cuda":
-        gpus = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        gpus = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
+                "--format=csv,noheader"]
         record["gpus"] = subprocess.run(gpus, check=True, capture_output=True, text=True).stdout.splitlines()
 
     def keep():

@@ -24,6 +24,7 @@
 #include <vector>
 #include <nlohmann/json.hpp>
 
+#include "gpt/bench/gpu_watch.hpp"
 #include "gpt/bench/step_contest.hpp"
 #include "gpt/bf16.hpp"
 #include "gpt/distributed/data_parallel.hpp"
@@ -196,6 +197,11 @@ bool replicas_agree(ProcessGroup& group, Memory& memory, const Weights& weights)
     return std::all_of(all.begin(), all.end(), [&](const std::string& digest) { return digest == all.front(); });
 }
 
+/// Numbers that are none take less power than numbers: no time is that of training then.
+void expect_finite(double loss) {
+    if (!std::isfinite(loss)) throw std::runtime_error("the loss is not finite, so nothing was measured");
+}
+
 /// What operators wait for, per step.
 nlohmann::ordered_json waits_of(const OpTimes& times, double steps) {
     nlohmann::ordered_json out;
@@ -268,7 +274,7 @@ public:
         a_.graph ? graphs_.run(model_.step_shape(), enqueue) : enqueue();
         prepare();
         optimizer_.gradient_norm();
-        model_.take_loss();
+        expect_finite(model_.take_loss());
         seconds_.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
     void forget() { seconds_.clear(); }
@@ -305,10 +311,13 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
         warm(*variants.back());
         bytes.push_back(before - backend.runtime().free_bytes());
     }
+    GpuWatch watch;
+    watch.begin();
     // Two steps in a turn; every second round in the opposite order.
     for (int64_t round = 0; 2 * round < first.steps; ++round)
         for (size_t i = 0; i < sets.size(); ++i)
             for (int twice = 0; twice < 2; ++twice) variants[round % 2 == 0 ? i : sets.size() - 1 - i]->step();
+    const nlohmann::ordered_json gpu_state = watch.end();
     auto rows = nlohmann::ordered_json::array();
     const double flops = flops_of_step(config, first.seqlen, first.seqlen * first.rows, 1.0);
     for (size_t i = 0; i < sets.size(); ++i) {
@@ -325,6 +334,7 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     }
     const nlohmann::ordered_json out{{"model", first.model},
                                      {"gpu", backend.runtime().name()},
+                                     {"gpu_while_timed", gpu_state},
                                      {"seqlen", first.seqlen},
                                      {"rows", first.rows},
                                      {"steps", first.steps},
@@ -451,6 +461,13 @@ int run_bench(Arguments a) {
         step();
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
+    // A step of all together leaves masters whole on their owners alone; elsewhere a new upper half lies beside an old
+    // lower one, and where the number has become zero the two may be NaN.
+    const auto begin_alone = [&] {
+        parallel->gather_values();
+        backend.runtime().synchronize();
+        together = false;
+    };
     OpTimes* const times = exec.times;
     exec.times = nullptr;
     if (a.contest) {
@@ -464,24 +481,29 @@ int run_bench(Arguments a) {
     if (group) {
         optimizer.emplace(weights.layout, OptimizerOptions{}, backend.memory(), a.moments);
         optimizer_alone = optimizer->first_moments().size_bytes() + optimizer->second_moments().size_bytes();
-        together = false;
+        begin_alone();
         for (int i = 0; i < warm_up; ++i) step();
     }
+    GpuWatch watch;
+    watch.begin();
     for (int64_t i = 0; i < a.steps; ++i) {
         if (group) {
-            together = false;
+            begin_alone();
             seconds_alone.push_back(timed_step());
             group->barrier();
             together = true;
         }
         seconds.push_back(timed_step());
     }
+    const nlohmann::ordered_json gpu_state = watch.end();
     const size_t peak_memory = free_before - backend.runtime().free_bytes() - optimizer_alone;
     exec.times = times;
     const int num_profiled = a.once ? 0 : 3;
     backend.times().clear();
     for (int i = 0; i < num_profiled; ++i) step();
     OpTimes profiled = backend.times();
+
+    expect_finite(loss);
 
     const double median = median_of(seconds), peak = backend.peak(Precision::bf16);
     nlohmann::ordered_json shared;
@@ -492,12 +514,17 @@ int run_bench(Arguments a) {
         std::vector<double> alone(static_cast<size_t>(launch.size));
         alone[static_cast<size_t>(launch.rank)] = static_cast<double>(tokens) / launch.size / median_of(seconds_alone);
         group->sum(alone);
+        auto states = nlohmann::ordered_json::array();
+        for (const std::string& state : group->exchange(gpu_state.dump())) {
+            states.push_back(nlohmann::ordered_json::parse(state));
+        }
         const double of_all = std::accumulate(alone.begin(), alone.end(), 0.0);
         shared = {{"communication", parallel->communicator().name()},
                   {"replicas_identical", replicas_agree(*group, backend.memory(), weights)},
                   {"waits_milliseconds", waits_of(profiled, num_profiled)},
                   {"waits_milliseconds_without_passes", waits_of(backend.times(), num_profiled)},
                   {"tokens_per_second_of_each_alone", alone},
+                  {"gpus_while_timed", states},
                   {"speedup", static_cast<double>(tokens * launch.size) / median / of_all}};
         if (!group->leads()) return 0;
     }
@@ -507,6 +534,7 @@ int run_bench(Arguments a) {
     const nlohmann::ordered_json out{{"model", a.model},
                                      {"commit", commit ? commit : ""},
                                      {"gpu", backend.runtime().name()},
+                                     {"gpu_while_timed", gpu_state},
                                      {"cublaslt", exec.gemm->version()},
                                      {"parameters", config.num_parameters()},
                                      {"seqlen", a.seqlen},

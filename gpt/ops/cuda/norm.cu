@@ -11,11 +11,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+// Of a forward's block, if a row needs no more: the last blocks end together with few rows to each.
+constexpr int kForwardWarps = 2;
 
 /// A sum over the W warps of a row, to all of them. Every thread of the block calls it equally often; `slots` alternates
 /// between two sets of values so that one barrier per call is enough.
-template <int W, int Values>
-__device__ void row_sums(float (&x)[Values], float (*slots)[kWarps][Values], int& turn) {
+template <int W, int Warps, int Values>
+__device__ void row_sums(float (&x)[Values], float (*slots)[Warps][Values], int& turn) {
 #pragma unroll
     for (int i = 0; i < Values; ++i) x[i] = warp_sum(x[i]);
     if constexpr (W > 1) {
@@ -36,11 +38,12 @@ __device__ void row_sums(float (&x)[Values], float (*slots)[kWarps][Values], int
 }
 
 // The row stays in its own precision: converting it three times costs less than the registers of its fp32 numbers.
-template <class T, int N, int K, int W, NormKind kind>
-__global__ void __launch_bounds__(kThreads) forward_kernel(NormForward a, const T* x, const T* branch, T* sum, T* out) {
+template <class T, int N, int K, int W, NormKind kind, int Warps>
+__global__ void __launch_bounds__(32 * Warps)
+    forward_kernel(NormForward a, const T* x, const T* branch, T* sum, T* out) {
     using V = Vector<T, N>;
-    __shared__ float slots[2][kWarps][1];
-    constexpr int kRows = kWarps / W;
+    __shared__ float slots[2][Warps][1];
+    constexpr int kRows = Warps / W;
     const int lane = threadIdx.x % (32 * W);
     const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / (32 * W);
     const bool live = row < a.rows;
@@ -316,8 +319,10 @@ void forward(Exec& e, const NormForward& a) {
     T* sum = as<T>(a.sum);
     T* out = as<T>(a.out);
     const bool done = with_forward_shape<T>(a.hidden, [&](auto k, auto w) {
-        const unsigned grid = blocks_for(a.rows, kWarps / w);
-        forward_kernel<T, kVectorSize<T>, k, w, kind><<<grid, kThreads, 0, stream_of(e)>>>(a, x, branch, sum, out);
+        constexpr int kBlockWarps = std::max<int>(kForwardWarps, w);
+        const unsigned grid = blocks_for(a.rows, kBlockWarps / w);
+        forward_kernel<T, kVectorSize<T>, k, w, kind, kBlockWarps>
+            <<<grid, 32 * kBlockWarps, 0, stream_of(e)>>>(a, x, branch, sum, out);
     });
     if (!done) forward_loop_kernel<T, kind><<<static_cast<unsigned>(a.rows), kThreads, 0, stream_of(e)>>>(a, x, branch, sum, out);
     check_launch("norm_forward");
