@@ -160,4 +160,65 @@ private:
     }
 };
 
+/// DropoutBits of the forward in two parts: what depends on columns alone, two and a half of the seven rounds of Philox, is made once for all
+/// rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
+template <int kMAtoms, int kN, int kStages>
+struct DropoutColumns {
+    static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;  // philox4x32's
+    static constexpr int kRoundsAhead = 3;
+    const Dropout& dropout;
+    uint32_t smem, batch_head, key_place;
+    uint32_t row_mix[kMAtoms], row_low[kMAtoms];
+
+    /// smem: kStages * kN * 4 bytes of shared memory. query: of this thread's first row.
+    __device__ DropoutColumns(const AttentionParams& p, uint32_t smem, uint32_t batch_head, int query)
+        : dropout(p.dropout), smem(smem), batch_head(batch_head), key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
+        const uint32_t row = query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u);
+        const uint32_t high = static_cast<uint32_t>(wide_product(kSecond, batch_head) >> 32) ^ key0();
+#pragma unroll
+        for (int i = 0; i < kMAtoms; ++i) {
+            const uint64_t a = wide_product(kFirst, high ^ (Dropout::row_group(row) + 8 * i));
+            row_mix[i] = static_cast<uint32_t>(a >> 32) ^ (key1() + kStep1);
+            row_low[i] = static_cast<uint32_t>(a);
+        }
+    }
+
+    /// The columns of the tile whose first key is `key`, by the first kN / 4 threads.
+    __device__ __forceinline__ void make(int key, int stage, int thread) const {
+        if (thread >= kN / 4) return;
+        const uint64_t first = wide_product(kFirst, Dropout::col_group(key + key_place) + thread);
+        const uint64_t second = wide_product(kSecond, static_cast<uint32_t>(first >> 32) ^ key1());
+        const uint32_t low = kSecond * batch_head;
+        const uint64_t third = wide_product(kFirst, static_cast<uint32_t>(second >> 32) ^ low ^ (key0() + kStep0));
+        store_shared(groups(stage) + thread * 16,
+                     uint4{static_cast<uint32_t>(first), static_cast<uint32_t>(second) ^ (key0() + 2 * kStep0),
+                           static_cast<uint32_t>(third >> 32) ^ (key1() + 2 * kStep1), static_cast<uint32_t>(third)});
+    }
+
+    /// keep(k)(i)(n, pair): what stays of word n of fragment i of step k of the A operand.
+    __device__ __forceinline__ auto keep(int stage, int lane) const {
+        const uint32_t own = groups(stage) + lane % 4 * 16;
+        return [this, own](int k) {
+            const uint4 column = load_shared_16(own + k * 64);
+            return [this, column](int i) {
+                const Philox4x32 bits = group(i, column);
+                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) { return pair & kept(bits.word[2 * (n & 1) + n / 2]); };
+            };
+        };
+    }
+
+private:
+    __device__ uint32_t groups(int stage) const { return smem + stage * kN * 4; }
+    __device__ uint64_t key() const { return dropout.seed + dropout.offset * 0x9E3779B97F4A7C15ull; }
+    __device__ uint32_t key0() const { return static_cast<uint32_t>(key()); }
+    __device__ uint32_t key1() const { return static_cast<uint32_t>(key() >> 32); }
+
+    __device__ __forceinline__ Philox4x32 group(int i, const uint4& column) const {
+        const uint64_t b = wide_product(kSecond, row_mix[i] ^ column.x);
+        return philox4x32<kPhiloxRounds - kRoundsAhead>(
+            {{static_cast<uint32_t>(b >> 32) ^ column.y, static_cast<uint32_t>(b), column.z ^ row_low[i], column.w}},
+            key0() + kRoundsAhead * kStep0, key1() + kRoundsAhead * kStep1);
+    }
+};
+
 }  // namespace strobe::sm80

@@ -14,6 +14,10 @@
 
 namespace strobe::sm80 {
 
+/// Rows that keep what dropout's bits take of the columns in shared memory, behind the configuration's.
+constexpr bool shares_columns(const Variant& v) { return v.head_dim == 64 && v.features == Features::dropout; }
+constexpr int column_bytes(const Variant& v) { return shares_columns(v) ? v.stages * v.block_n * 4 : 0; }
+
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCode)).threads,
                                   ForwardConfig(cuda::decode_variant(kVariantCode)).ctas_per_sm)
@@ -29,6 +33,10 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
     // no registers for it.)
     constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
+    // Rows whose registers allow: the probabilities of a step of k are made under the step before, and loads have no edges to look for.
+    constexpr bool kStepwise = kD == 64 && (V.features == Features::dropout || V.features == Features::tiled);
+    constexpr bool kDrops = shares_columns(V);
+    static_assert(!kStepwise || kStages > 1);
     extern __shared__ __align__(256) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
@@ -77,11 +85,16 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                                                k_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim,
                                                k_in.aligned(p.size.head_dim), thread);
     };
+    const auto columns = [&] {
+        if constexpr (kDrops) return DropoutColumns<kMAtoms, kN, kStages>(p, q_smem + kConfig.smem_bytes, static_cast<uint32_t>(index.head), q0 + lane / 4);
+        else return 0;
+    }();
     // And the bias, which is wanted when V is, or a little before.
     const auto load_v = [&](int tile, int stage) {
         load_tile<kN, kD, kThreads, !kGeneral>(v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN),
                                                v_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim_v,
                                                v_in.aligned(p.size.head_dim_v), thread);
+        if constexpr (kDrops) columns.make(tile * kN, stage, thread);
         if constexpr (kHasBias) {
             if (!kBiased || score.bias.staged()) {
                 score.bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, q_begin, tile * kN, thread);
@@ -115,6 +128,24 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kPCols = kPair == 1 ? 64 : kN;
     const auto p_store = FragmentAddress<kPCols>::accumulator(p_smem, lane, row0, key0);
     const auto p_operand = FragmentAddress<kPCols>::rows_first(p_smem, lane, row0);
+    // Of the tiles that the loop loads none has fewer keys: only the last one may, which was the first to be loaded.
+    const auto key_stream = [&](const Operand& in) {
+        const int64_t first = static_cast<int64_t>(tile_end - kStages) * kN;
+        if constexpr (kStepwise) return StreamCopy<kN, kD, kThreads, true>(in.row(first), in.row_stride, thread);
+        else return NoStream();
+    };
+    const auto bias_stream = [&] {
+        if constexpr (kStepwise && kHasBias) {
+            const uint16_t* const rows = static_cast<const uint16_t*>(score.bias.data) + q_begin * score.bias.row_stride;
+            return StreamCopy<kM, kN, kThreads, false>(rows + static_cast<int64_t>(tile_end - kStages) * kN, score.bias.row_stride, thread);
+        } else {
+            return NoStream();
+        }
+    };
+    auto k_stream = key_stream(k_in), v_stream = key_stream(v_in);
+    auto b_stream = bias_stream();
+    bool streams = kStepwise && p.size.head_dim == kD && p.size.head_dim_v == kD && k_stream.serves(k_in.row_stride) && v_stream.serves(v_in.row_stride);
+    if constexpr (kStepwise && kHasBias) streams &= seq.seqlen_q - q_begin >= kM && b_stream.serves(score.bias.row_stride);
     int stage = 0;
     for (int tile = tile_end - 1; tile >= tile_begin; --tile) {
         const bool first = tile == tile_end - 1;
@@ -135,7 +166,14 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         }
         __syncthreads();  // what was waited for has landed; everyone is done with the tile before, and its buffers are free
         if constexpr (!kSpreads) {
-            if (wanted) load_next();
+            if (kStepwise && wanted && streams) {
+                k_stream.load(k_smem + free_stage * kConfig.kv_bytes);
+                v_stream.load(v_smem + free_stage * kConfig.kv_bytes);
+                b_stream.load(bias_smem + free_stage * kConfig.bias_bytes);
+                if constexpr (kDrops) columns.make(next * kN, free_stage, thread);
+            } else if (wanted) {
+                load_next();
+            }
             if (kStages > 1 || wanted) cp_async_commit();
         }
 
@@ -193,6 +231,26 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 pack_fragments<V.dtype>(probability, s);
                 multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
                     o, a_registers(probability), b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
+            } else if constexpr (kStepwise) {
+                softmax.settle(s, o);
+                float offset[kMAtoms][2];
+                for_each_row<kMAtoms>([&](int i, int h) { offset[i][h] = softmax.exponent_offset(i, h); });
+                const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
+                // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits of all steps in flight at
+                // once, for which registers are too few. The branches, each on something else, are never taken, and never seen not to be.
+                const auto end_block = [&](int k) {
+                    if constexpr (kDrops) {  // on parameters, which take no register
+                        const bool never = k == 1 ? p.size.num_heads_k < 0 : k == 3 ? p.size.head_dim_v < 0 : k == 5 && p.mask.window_left < -7;
+                        if (never) asm volatile("trap;");
+                    } else {
+                        if (k % 2 == 1 && tile < k - kN) __trap();
+                    }
+                };
+                const auto keep = [&] {
+                    if constexpr (kDrops) return columns.keep(stage, lane);
+                    else return [](int) { return [](int) { return [](int, uint32_t pair) { return pair; }; }; };
+                }();
+                multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, softmax.template a_probabilities<V.dtype>(s, offset, keep), v_operand, end_block);
             } else if constexpr (kPair == 1) {
                 softmax.update(s, o);
                 uint32_t probability[kMAtoms][kNAtoms][2];

@@ -26,12 +26,14 @@ __device__ __forceinline__ void for_row(float (&x)[kNAtoms][4], int h, F f) {
 
 /// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
 /// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a score times
-/// scale_log2 may be beyond all floats, so that the reference is subtracted first, which takes an instruction more.
+/// scale_log2 may be beyond all floats, or so large that its rounding is. The reference of such a row is subtracted from its scores ahead
+/// of the exponentials; the others pay nothing for it.
 template <int kMAtoms, bool kHuge = false>
 struct OnlineSoftmax {
     float reference[kMAtoms][2];
     float sum[kMAtoms][2];
     float scale_log2;  // > 0
+    bool any_far = false;  // kHuge: one of this thread's rows is far
 
     __device__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
 #pragma unroll
@@ -85,15 +87,39 @@ struct OnlineSoftmax {
             }
     }
 
-    /// s becomes exp2(exponent(s, scale_log2 * reference, i, h)), kHuge: exp2(exponent(s, reference, i, h)); total += its row sums.
+    /// kHuge: the reference times scale_log2 is better not subtracted in one rounding with the product. (Far below what the range of exp2
+    /// takes, lest log-sum-exps be off by more than their own rounding.)
+    __device__ static bool is_far(float offset) { return !(fabsf(offset) <= 1024.0f); }
+
+    /// Rows far from zero: their scores relative to their references.
+    template <int kNAtoms>
+    __device__ __forceinline__ void bring_near(float (&s)[kMAtoms][kNAtoms][4]) {
+        any_far = false;
+        for_each_row<kMAtoms>([&](int i, int h) {
+            if (!is_far(reference[i][h] * scale_log2) || reference[i][h] == -INFINITY) return;
+            any_far = true;
+#pragma unroll
+            for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+                for (int e = 2 * h; e < 2 * h + 2; ++e) s[i][j][e] -= reference[i][h];
+        });
+    }
+
+    /// What is subtracted from the scores of a row times scale_log2. A row that has seen nothing yet has reference -inf; its scores are -inf and
+    /// must become 0, not NaN.
+    __device__ float exponent_offset(int i, int h) const {
+        const bool is_near = kHuge ? !is_far(reference[i][h] * scale_log2) : reference[i][h] != -INFINITY;
+        return is_near ? reference[i][h] * scale_log2 : 0.0f;
+    }
+
+    /// s becomes exp2(exponent(s, offset, i, h)), offset = scale_log2 * reference, or 0 for rows that are brought near; total += its row sums.
     template <int kNAtoms, typename Exponent>
     __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2], Exponent exponent) const {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                // A row that has seen nothing yet has reference -inf; its scores are -inf and must become 0, not NaN.
-                const float offset = reference[i][h] == -INFINITY ? 0.0f : kHuge ? reference[i][h] : reference[i][h] * scale_log2;
+                const float offset = exponent_offset(i, h);
 #pragma unroll
                 for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
@@ -107,9 +133,7 @@ struct OnlineSoftmax {
     /// s becomes exp2(scale_log2 * (s - reference)); total += its row sums.
     template <int kNAtoms>
     __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2]) const {
-        exponentiate(s, total, [this](float x, float offset, int, int) {
-            return kHuge ? (x - offset) * scale_log2 : fmaf(x, scale_log2, -offset);
-        });
+        exponentiate(s, total, [this](float x, float offset, int, int) { return fmaf(x, scale_log2, -offset); });
     }
 
     /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; `curve` is what they then take. In bf16, whose
@@ -162,15 +186,46 @@ struct OnlineSoftmax {
         if (__any_sync(0xffffffffu, grows)) grow(row_max, o);
     }
 
-    /// One tile: scores become probabilities; o and the sums follow when a reference moves.
+    /// What comes before the exponentials of a tile: o and the sums follow when a reference moves.
     template <int kNAtoms, int kDAtoms>
-    __device__ __forceinline__ void update(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4]) {
+    __device__ __forceinline__ void settle(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4]) {
         float row_max[kMAtoms][2];
-        if (__any_sync(0xffffffffu, row_maxima(s, row_max))) {
+        const bool grows = row_maxima(s, row_max);
+        if (__any_sync(0xffffffffu, grows || (kHuge && any_far))) {
             quad_maxima(row_max);
             grow(row_max, o);
+            if constexpr (kHuge) bring_near(s);
         }
+    }
+
+    /// One tile: scores become probabilities.
+    template <int kNAtoms, int kDAtoms>
+    __device__ __forceinline__ void update(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4]) {
+        settle(s, o);
         exponentiate(s, sum);
+    }
+
+    /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is asked for; keep(k)(i)(n, pair) is what
+    /// stays of word n of fragment i.
+    template <DType kType, int kNAtoms, typename Keep>
+    __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4], const float (&offset)[kMAtoms][2], Keep keep) {
+        return [this, &s, &offset, keep](int k, uint32_t (&a)[kMAtoms][4]) {
+            const auto keep_step = keep(k);
+#pragma unroll
+            for (int i = 0; i < kMAtoms; ++i) {
+                const auto keep_pair = keep_step(i);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const int h = n & 1;
+                    const float(&pair)[4] = s[i][2 * k + n / 2];
+                    const float x = exp2_fast(fmaf(pair[2 * h], scale_log2, -offset[i][h]));
+                    const float y = exp2_fast(fmaf(pair[2 * h + 1], scale_log2, -offset[i][h]));
+                    sum[i][h] += x;
+                    sum[i][h] += y;
+                    a[i][n] = keep_pair(n, pack<kType>(x, y));
+                }
+            }
+        };
     }
 
     __device__ void finish() {
@@ -182,7 +237,8 @@ struct OnlineSoftmax {
     __device__ float lse(int i, int h) const {
         if (sum[i][h] == 0.0f) return -INFINITY;
         static_assert(kLog2e * kLn2 == 1.0f);  // a huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other
-        const float natural = kHuge ? reference[i][h] * (scale_log2 * kLn2) : (reference[i][h] * scale_log2) * kLn2;
+        const bool far = kHuge && is_far(reference[i][h] * scale_log2);
+        const float natural = far ? reference[i][h] * (scale_log2 * kLn2) : (reference[i][h] * scale_log2) * kLn2;
         return natural + __logf(sum[i][h]);
     }
 

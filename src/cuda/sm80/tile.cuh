@@ -145,6 +145,42 @@ struct SpreadCopy {
     }
 };
 
+/// load_tile of aligned tiles without edges that follow one another: each thread keeps where it reads next. kUpwards: tiles are rows of a matrix,
+/// each the one above the last, else columns, each the one to the left. `to` of load: the tile in shared memory.
+template <int kRows, int kCols, int kThreads, bool kUpwards>
+struct StreamCopy {
+    using Layout = TileLayout<kCols>;
+    static constexpr int kLanes = Layout::kGroupChunks, kRowStep = kThreads / kLanes, kSteps = kRows / kRowStep;
+    static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0 && kCols / 8 == kLanes);
+    uint32_t place;
+    uint32_t step;
+    const char* from;
+
+    /// src: the first row of the first tile.
+    __device__ __forceinline__ StreamCopy(const uint16_t* src, int64_t row_stride, int thread)
+        : place(Layout::offset(thread / kLanes, thread % kLanes)), step(static_cast<uint32_t>(row_stride) * (2 * kRowStep)) {
+        const int64_t row = thread / kLanes + (kUpwards ? kRows - kRowStep : 0);
+        from = reinterpret_cast<const char*>(src + row * row_stride + thread % kLanes * 8);
+    }
+    __device__ static bool serves(int64_t row_stride) { return row_stride >= 0 && row_stride < (1 << 24); }
+    __device__ __forceinline__ void load(uint32_t to) {
+        const char* row = from;
+#pragma unroll
+        for (int n = 0; n < kSteps; ++n) {
+            const int r = kUpwards ? kSteps - 1 - n : n;
+            cp_async_16(to + place + r * kRowStep * Layout::kRowBytes, row);
+            row = kUpwards ? row - step : row + step;
+        }
+        from = kUpwards ? row : from - 2 * kCols;
+    }
+};
+
+/// For kernels that load otherwise.
+struct NoStream {
+    __device__ static bool serves(int64_t) { return false; }
+    __device__ void load(uint32_t) const {}
+};
+
 /// What `multiply` does besides after each step of k: nothing.
 struct NoSideWork {
     __device__ void operator()(int) const {}
