@@ -2,6 +2,7 @@
 on the GPU, by transformers in PyTorch on the GPU, and, for its first steps, by strobe on the CPU. The curves should lie on one another.
 
     python3 bench/gpt_loss_curves.py build/cuda/bin/strobe TEXT --json results/FILE.json --plot docs/img/gpt_loss_curves.svg
+    python3 bench/gpt_loss_curves.py --draw results/FILE.json --plot docs/img/gpt_loss_curves.svg
 
 With --also OPTIONS strobe trains it on the GPU once more with these options too, for what they cost in accuracy.
 PyTorch reads strobe's token shards and draws its rows as gpt/data/sampler.cpp does. Both keep fp32 masters and compute in bf16; the
@@ -165,8 +166,8 @@ def draw(curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("strobe", type=pathlib.Path, help="the program")
-    parser.add_argument("text", type=pathlib.Path)
+    parser.add_argument("strobe", type=pathlib.Path, nargs="?", help="the program")
+    parser.add_argument("text", type=pathlib.Path, nargs="?")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--torch-steps", type=int, default=1000)
     parser.add_argument("--cpu-steps", type=int, default=5)
@@ -180,7 +181,14 @@ def main():
     parser.add_argument("--also", action="append", default=[], metavar="OPTIONS", help="a run by strobe on the GPU with these options more; repeatable")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
+    parser.add_argument("--draw", type=pathlib.Path, metavar="RECORD", help="draw the curves of a record into --plot, and leave")
     options = parser.parse_args()
+    if options.draw:
+        if not options.plot:
+            parser.error("--draw: --plot says where to")
+        return draw(json.loads(options.draw.read_text())["curves"], options.plot)
+    if not (options.strobe and options.text):
+        parser.error("the program and a text are needed")
 
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)

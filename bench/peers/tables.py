@@ -3,7 +3,8 @@
     python bench/peers/tables.py docs/benchmarks.md README.md            writes them anew
     python bench/peers/tables.py --check docs/benchmarks.md README.md    fails where one is not what its record says
 
-A table stands between two comments, the first of which names it and its record, relative to the root of the repository:
+A table stands between two comments, the first of which names it and its record (several: with commas between them), relative to the root
+of the repository:
 
     <!-- table: grid-forward results/<gpu>/peers-<commit>.json -->
     <!-- end of table -->
@@ -27,7 +28,7 @@ _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) (?P<record>\S+) -->\n).*?(<!
 _CLOSE = ("strobe", "FA3", "cuDNN", "FA2")
 
 
-def _table(head: list[str], rows: list[list]) -> str:
+def markdown(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines) + "\n"
 
@@ -61,7 +62,7 @@ def one_direction(record: dict, section: str, direction: str, names=_CLOSE) -> s
          *([_ratio(c, direction)] if with_best else [])]
         for c in _cells(record, section)
     ]  # fmt: skip
-    return _table(["head dim", "mask", "rows", *names, *(["strobe / best"] if with_best else [])], rows)
+    return markdown(["head dim", "mask", "rows", *names, *(["strobe / best"] if with_best else [])], rows)
 
 
 def both_directions(record: dict, section: str) -> str:
@@ -73,7 +74,7 @@ def both_directions(record: dict, section: str) -> str:
          f"{_ratio(c, 'forward')}, {_ratio(c, 'backward')}"]
         for c in _cells(record, section)
     ]  # fmt: skip
-    return _table(["head dim", "mask", "rows", *names, "strobe / best"], rows)
+    return markdown(["head dim", "mask", "rows", *names, "strobe / best"], rows)
 
 
 def deterministic(record: dict) -> str:
@@ -90,7 +91,7 @@ def deterministic(record: dict) -> str:
         [c["case"]["head_dim"], c["case"]["mask"], _length(c["case"]), *(_speed(c, n, "backward") for n in names), part(c)]
         for c in cells
     ]  # fmt: skip
-    return _table(["head dim", "mask", "rows", *names, "strobe's deterministic / plain"], rows)
+    return markdown(["head dim", "mask", "rows", *names, "strobe's deterministic / plain"], rows)
 
 
 def bars(record: dict) -> str:
@@ -104,7 +105,7 @@ def bars(record: dict) -> str:
             continue
         rows.append([what, direction, some[0]["cells"], *(f"{b['mean']:.2f} ({b['least']:.2f})" if b else "-" for b in some),
                      some[0]["least_cell"]])  # fmt: skip
-    return _table(["problems", "direction", "cells", *names, "least of best"], rows)
+    return markdown(["problems", "direction", "cells", *names, "least of best"], rows)
 
 
 _PROBLEMS = {
@@ -123,7 +124,7 @@ def summary(record: dict) -> str:
         [text, found[what, "both"]["cells"], *(f"{b['mean']:.2f} ({b['least']:.2f})" for d in report.DIRECTIONS if (b := found[what, d]))]
         for what, text in _PROBLEMS.items() if (what, "both") in found
     ]  # fmt: skip
-    return _table(["", "cells", "forward", "backward", "forward + backward"], rows)
+    return markdown(["", "cells", "forward", "backward", "forward + backward"], rows)
 
 
 def memory(record: dict) -> str:
@@ -134,7 +135,7 @@ def memory(record: dict) -> str:
     def mib(count: int | None) -> str:
         return "-" if count is None else f"{count / 2**20:.0f}"
 
-    return _table(["rows", "inputs", *names], [[r["seqlen"], mib(r["inputs"]), *(mib(r["peak"].get(n)) for n in names)] for r in rows])
+    return markdown(["rows", "inputs", *names], [[r["seqlen"], mib(r["inputs"]), *(mib(r["peak"].get(n)) for n in names)] for r in rows])
 
 
 def machine(record: dict) -> str:
@@ -161,29 +162,30 @@ TABLES = {
 }
 
 
-def renewed(text: str, root: pathlib.Path = _ROOT) -> str:
-    """The text with each of its tables as its record has it."""
+def renewed(text: str, root: pathlib.Path = _ROOT, makers=TABLES) -> str:
+    """The text with each of its tables as its records have it."""
 
     def table(match):
-        name, path = match["name"], root / match["record"]
-        if name not in TABLES:
-            raise SystemExit(f"table {name}: not one of {', '.join(TABLES)}")
-        if not path.is_file():
-            raise SystemExit(f"table {name}: there is no {path}")
-        return f"{match[1]}\n{TABLES[name](json.loads(path.read_text()))}\n{match[4]}"
+        name, paths = match["name"], [root / record for record in match["record"].split(",")]
+        if name not in makers:
+            raise SystemExit(f"table {name}: not one of {', '.join(makers)}")
+        for path in paths:
+            if not path.is_file():
+                raise SystemExit(f"table {name}: there is no {path}")
+        return f"{match[1]}\n{makers[name](*(json.loads(path.read_text()) for path in paths))}\n{match[4]}"
 
     return _BLOCK.sub(table, text)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(makers=TABLES, description=__doc__):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", type=pathlib.Path, nargs="+")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table differs from its record")
     options = parser.parse_args()
     stale = []
     for path in options.documents:
         before = path.read_text()
-        after = renewed(before)
+        after = renewed(before, makers=makers)
         if after == before:
             continue
         stale.append(str(path))

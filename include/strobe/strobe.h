@@ -147,7 +147,8 @@ static inline void strobe_backward_init(strobe_backward *b) {
     b->struct_size = (uint32_t)sizeof *b;
 }
 
-/* A dense row-major view. */
+/* A dense row-major view of at most STROBE_MAX_DIMS extents. What no memory holds stays visible to the call that refuses it: strides
+ * beyond int64 are INT64_MAX, and of another ndim only the number is kept. */
 static inline strobe_tensor strobe_tensor_dense(void *data, strobe_dtype dtype, strobe_device_type device, int32_t ndim,
                                                 const int64_t *shape) {
     strobe_tensor t;
@@ -157,10 +158,11 @@ static inline strobe_tensor strobe_tensor_dense(void *data, strobe_dtype dtype, 
     t.dtype = (int32_t)dtype;
     t.device_type = (int32_t)device;
     t.ndim = ndim;
+    if (ndim > STROBE_MAX_DIMS) return t;
     for (int32_t i = ndim - 1; i >= 0; --i) {
         t.shape[i] = shape[i];
         t.strides[i] = stride;
-        stride *= shape[i];
+        if (shape[i] > 1) stride = stride <= INT64_MAX / shape[i] ? stride * shape[i] : INT64_MAX;
     }
     return t;
 }

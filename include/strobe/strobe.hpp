@@ -61,17 +61,11 @@ struct Tensor : strobe_tensor {
                                                       std::to_string(steps.size()) + " strides; at most " +
                                                       std::to_string(STROBE_MAX_DIMS) + ", and as many of both");
         }
-        data = pointer;
-        dtype = static_cast<int32_t>(type);
-        device_type = static_cast<int32_t>(device.type);
+        static_cast<strobe_tensor&>(*this) =
+            strobe_tensor_dense(pointer, static_cast<strobe_dtype>(type), static_cast<strobe_device_type>(device.type),
+                                static_cast<int32_t>(extents.size()), extents.data());
         device_index = device.index;
-        ndim = static_cast<int32_t>(extents.size());
-        int64_t dense = 1;
-        for (size_t i = extents.size(); i-- > 0;) {
-            shape[i] = extents[i];
-            strides[i] = steps.empty() ? dense : steps[i];
-            dense *= extents[i];
-        }
+        for (size_t i = 0; i < steps.size(); ++i) strides[i] = steps[i];
     }
 
     Tensor(float* pointer, std::initializer_list<int64_t> extents, Device device = {})

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench" / "peers"))
+_BENCH = pathlib.Path(__file__).resolve().parents[2] / "bench"
+sys.path[:0] = [str(_BENCH), str(_BENCH / "peers")]
 
 import importlib.util  # noqa: E402
 
 import cases  # noqa: E402
 import contenders  # noqa: E402
+import gpt_tables  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
@@ -242,6 +244,27 @@ def test_the_documents_tables_are_what_their_records_say():
     root = pathlib.Path(__file__).resolve().parents[2]
     for path in (root / "README.md", root / "docs" / "benchmarks.md"):
         assert tables.renewed(path.read_text(), root) == path.read_text(), f"run bench/peers/tables.py {path.name}"
+    path = root / "docs" / "gpt.md"
+    assert tables.renewed(path.read_text(), root, gpt_tables.TABLES) == path.read_text(), f"run bench/gpt_tables.py {path.name}"
+
+
+def test_tables_of_the_trainer(tmp_path):
+    def row(case, peer, **more):
+        return {"case": case, "peer": peer, "tflops_per_second": 600.4, "mfu": 0.6071, "tflops_per_second_causal_halved": 560.0,
+                "tokens_per_second": 65432.1, "peak_memory_bytes": 33 << 30} | more  # fmt: skip
+
+    first = {"rows": [row("1.3B:2048x8", "strobe:norms"), {"case": "1.3B:2048x8", "peer": "fa2", "failed": "no time left"}]}
+    second = {"rows": [{"case": "1.3B:2048x8", "peer": "math", "failed": "out of memory"}, row("1.3B:2048x8", "fa2", mfu=0.5),
+                       row("1.3B:2048x8", "strobe:norms", mfu=0.1)]}  # fmt: skip
+    for name, record in (("a", first), ("b", second)):
+        (tmp_path / name).write_text(json.dumps(record))
+    text = tables.renewed("<!-- table: peers a,b -->\n<!-- end of table -->", tmp_path, gpt_tables.TABLES)
+    assert text.splitlines()[4:7] == [
+        "| 1.3B | 2048 x 8 | none (standard attention), eager | out of memory |  |  |  |  | 2 |",
+        "| 1.3B | 2048 x 8 | FlashAttention-2, eager | 600 | 50.0 % | 560 | 65.4k | 33.0 GiB | 2 |",
+        "| 1.3B | 2048 x 8 | strobe, `--recompute norms` | 600 | 60.7 % | 560 | 65.4k | 33.0 GiB | 1 |",
+    ]
+    assert "| record |" not in tables.renewed("<!-- table: peers b -->\n<!-- end of table -->", tmp_path, gpt_tables.TABLES)
 
 
 def test_far_peers_join_the_plot():

@@ -220,6 +220,124 @@ def test_few_rows_and_heads(rows, heads):
         reference.near(a, b)
 
 
+MANY_SEQUENCES = 65536 + 7  # an axis of a grid has 65535
+
+
+def hold_to_eager(leaves, call, **options):
+    """out and gradients of call(q, k, v[, bias]) beside the plain operations in float64 and in the working precision."""
+    dout = torch.randn_like(leaves[0])
+
+    def results(function, dtype):
+        tensors = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = function(*tensors)
+        return out, *torch.autograd.grad(out, tensors, dout.to(dtype))
+
+    def eager(q, k, v, bias=None):
+        return reference.attention(q, k, v, bias=bias, **options)[0]
+
+    dtype = leaves[0].dtype
+    all_results = results(call, dtype), results(eager, torch.float64), results(eager, dtype)
+    for name, ours, exact, naive in zip(("out", "dq", "dk", "dv", "dbias"), *all_results):
+        reference.assert_close(ours, exact, naive, name, factor=2.0 if name == "out" else 3.0)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("implementation", ["sm90", "sm80"])
+def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation):
+    if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=dim, grad=True)
+    hold_to_eager(leaves, lambda q, k, v: strobe.attention(q, k, v, causal=True, implementation=implementation), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal):
+    """Of very different lengths, so that the gradient of q has an accumulator, which is converted behind."""
+    lengths = torch.randint(0, 4, (MANY_SEQUENCES,), generator=torch.Generator().manual_seed(0))
+    lengths[-3] = 700
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to("cuda", torch.int32)
+    q, k, v = (x[0].detach().requires_grad_() for x in qkv(batch=1, rows=int(lengths.sum())))
+    dout = torch.randn_like(q)
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=700, max_seqlen_k=700, causal=causal)
+
+    def results(**more):
+        out = strobe.attention(q, k, v, **options, **more)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    begin = int(cu[-4])
+    last = [x.detach()[None, begin : begin + 700].double().requires_grad_() for x in (q, k, v)]
+    exact, _ = reference.attention(*last, causal=causal)
+    exact = exact, *torch.autograd.grad(exact, last, dout[None, begin : begin + 700].double())
+    for a, b, c in zip(results(), results(implementation="sm80"), exact):
+        reference.near(a, b)
+        reference.near(a[begin : begin + 700], c[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtype):
+    leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=32, dtype=dtype, grad=True)
+    leaves.append(torch.randn(MANY_SEQUENCES, 1, 8, 8, device="cuda", dtype=dtype, requires_grad=True))
+    hold_to_eager(leaves, lambda q, k, v, bias: strobe.attention(q, k, v, bias=bias))
+
+
+def far_views(count, axis, shape, value):
+    """`count` dense tensors of `shape` but that one step along `axis` leads past the same part of all others, so far that the last one
+    lies behind 2^31 elements. Returns the memory, filled with `value`, and the views."""
+    inner = [n for i, n in enumerate(shape) if i != axis]
+    block = count * torch.Size(inner).numel()
+    step = max(block, -(-(2**31) // (shape[axis] - 1)) // 8 * 8 + 8)
+    memory = torch.full(((shape[axis] - 1) * step + block,), value, device="cuda", dtype=torch.bfloat16)
+    strides = list(torch.empty(inner, device="meta").stride())
+    strides.insert(axis, step)
+    return memory, [memory.as_strided(shape, strides, i * block // count) for i in range(count)]
+
+
+def offsets_beyond_32_bits(axis, implementation):
+    shape = (3, 300, 4, 64)
+    inputs, (q, k, v, dout) = far_views(4, axis, shape, torch.nan)
+    outputs, (out, dq, dk, dv) = far_views(4, axis, shape, torch.nan)
+    dense = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3) for i in range(4)]
+    for view, values in zip((q, k, v, dout), dense):
+        view.copy_(values.detach())
+    lse = torch.empty(3, 4, 300, device="cuda")
+    index = strobe.implementations().index(implementation)
+    torch.ops.strobe.attention_into(out, lse, q, k, v, None, True, implementation=index)
+    strobe.attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, causal=True, implementation=implementation)
+    expected, expected_lse = strobe.attention(*dense[:3], causal=True, implementation=implementation, return_lse=True)
+    for a, b in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, dense[:3], dense[3]))):
+        reference.near(a, b)
+    assert torch.equal(lse, expected_lse)
+    assert outputs.isnan().sum().item() == outputs.numel() - 4 * out.numel()
+
+
+def workspace_beyond_32_bits():
+    """Of few columns, which the accumulator of dq pads to 64: 2^31 numbers of it."""
+    batch, rows, heads, dim = 1025, 2048, 16, 8
+    one = [torch.randn(1, rows, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, dout = (x.repeat(batch, 1, 1, 1) for x in one)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ours = torch.autograd.grad(strobe.attention(*leaves, causal=True), leaves, dout)
+
+    def eager(dtype):
+        tensors = [x.to(dtype).requires_grad_() for x in one[:3]]
+        return torch.autograd.grad(reference.attention(*tensors, causal=True)[0], tensors, one[3].to(dtype))
+
+    for name, a, exact, naive in zip(("dq", "dk", "dv"), ours, eager(torch.float64), eager(torch.bfloat16)):
+        for entry in (0, batch // 2, batch - 1):
+            reference.assert_close(a[entry : entry + 1], exact, naive, f"{name} of {entry}", factor=3.0)
+
+
+def test_offsets_beyond_32_bits():
+    """One after the other: they take 9 to 15 GB each."""
+    for implementation in ("sm90", "sm80"):
+        if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+            continue
+        for axis in range(3):
+            offsets_beyond_32_bits(axis, implementation)
+    workspace_beyond_32_bits()
+    torch.cuda.empty_cache()
+
+
 def test_deterministic_gradients_are_the_same_bits():
     q, k, v = qkv(rows=1000, grad=True)
     dout = torch.randn_like(q)

@@ -3,10 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
+#include <span>
+#include <vector>
 
 #include "refusals.hpp"
+#include "strobe/strobe.hpp"
 
 namespace strobe {
 namespace {
@@ -158,6 +162,21 @@ TEST(Validate, Strides) {
             c.attention.q.shape[1] = int64_t{1} << 40;
         },
         {"q: shape (1099511627776, 1099511627776, 4, 8)", "2^63 bytes"});
+    // Dense views of what no memory holds, from both headers' constructors.
+    const std::array<int64_t, 4> huge = {9, 5, int64_t{1} << 60, 7};
+    const auto in_c = [&](DenseCall& c) {
+        c.attention.q = strobe_tensor_dense(c.attention.q.data, STROBE_F32, STROBE_CPU, 4, huge.data());
+    };
+    const auto in_cpp = [&](DenseCall& c) {
+        c.attention.q = Tensor(c.attention.q.data, DType::f32, huge, {});
+    };
+    expect_refused(in_c, {"q: shape (9, 5, 1152921504606846976, 7)", "strides (9223372036854775807, ", "2^63 bytes"});
+    expect_refused(in_cpp, {"q: shape (9, 5, 1152921504606846976, 7)", "strides (9223372036854775807, ", "2^63 bytes"});
+    const std::vector<int64_t> many(STROBE_MAX_DIMS + 1, 2);
+    const auto dims = static_cast<int32_t>(many.size());
+    expect_refused(
+        [&](DenseCall& c) { c.attention.q = strobe_tensor_dense(c.attention.q.data, STROBE_F32, STROBE_CPU, dims, many.data()); },
+        {"q: has 6 dimensions", "must be (B, Sq, H, D)"});
     expect_forward_refused([](DenseCall& c) { c.forward.out.strides[2] = 0; },
                            {"out: shape (2, 5, 4, 6)", "several elements in one place"});
     expect_forward_refused([](DenseCall& c) { c.forward.lse.strides[1] = 4; },

@@ -8,6 +8,7 @@
 #include "cuda/common/kernel_variant.hpp"
 #include "cuda/sm80/backward_rows.cuh"
 #include "cuda/sm80/backward_order.hpp"
+#include "cuda/sm80/product_share.cuh"
 #include "cuda/sm80/score_gradient.cuh"
 
 namespace strobe::sm80 {
@@ -21,7 +22,9 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr BackwardConfig kConfig(V);
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages, kThreads = kConfig.threads;
     constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features);
-    constexpr int kScoreKeys = kN / kConfig.score_warps_n, kScoreQueries = kConfig.step_m / kConfig.score_warps_m;
+    constexpr bool kShares = shares_products(V);
+    constexpr int kScoreKeys = kShares ? 16 : kN / kConfig.score_warps_n;
+    constexpr int kScoreQueries = kShares ? 32 : kConfig.step_m / kConfig.score_warps_m;
     constexpr int kScoreM = kScoreKeys / 16, kScoreN = kScoreQueries / 8;
     constexpr int kOutRows = kN / kConfig.out_warps_n;
     constexpr int kOutM = kOutRows / 16, kOutN = kD / kConfig.out_warps_d / 8;
@@ -34,7 +37,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr bool kPlainDefault = V.features == Features::plain && kStages == 1 && !kInTurns;
     constexpr bool kHalves = kPlainDefault && kD == 256;
     constexpr bool kSplitsDq = kPlainDefault && kD == 128;
-    static_assert(!kHalves || kConfig.score_warps_n == kConfig.out_warps_n);
+    static_assert(!kHalves || (kShares && kOutRows == ProductShare::kKeys));
     extern __shared__ __align__(128) unsigned char smem[];
 
     KeyTile index;
@@ -75,8 +78,9 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         tile_begin + (kSpreadsStarts && !p.mask.is_band() ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles) : 0);
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-    const int score_key = (kHalves ? warp / kConfig.score_warps_m : warp % kConfig.score_warps_n) * kScoreKeys;
-    const int score_query = (kHalves ? warp % kConfig.score_warps_m : warp / kConfig.score_warps_n) * kScoreQueries;
+    const ProductShare share(warp);
+    const int score_key = kShares ? share.first_key + 16 * share.role : warp % kConfig.score_warps_n * kScoreKeys;
+    const int score_query = kShares ? share.first_query : warp / kConfig.score_warps_n * kScoreQueries;
     const int out_row = warp / kOutWarpsD * kOutRows, out_col = warp % kOutWarpsD * 16;
     const int dq_row = warp / kDqWarpsD * kDqRows, dq_col = warp % kDqWarpsD * 16;
 
@@ -91,21 +95,24 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 
     // Each operand's place, from which its tiles (K and V, Q and dO, P and dS, the stages) are constants away.
     constexpr uint32_t kToV = kConfig.kv_bytes, kToDout = kStages * kConfig.q_bytes, kToP = kConfig.score_bytes;
-    const auto key_rows = FragmentAddress<kD>::rows_first(k_smem, lane, score_key);
-    const auto query_rows = FragmentAddress<kD>::chunks_first(q_smem, lane, score_query);
+    const auto key_rows = kShares ? FragmentAddress<kD>::rows_first(k_smem + share.role * kToV, lane, share.first_key)
+                                  : FragmentAddress<kD>::rows_first(k_smem, lane, score_key);
+    const auto query_rows = FragmentAddress<kD>::chunks_first(q_smem + (kShares ? share.role * kToDout : 0), lane, score_query);
     const auto query_cols = FragmentAddress<kD>::rows_first(q_smem, lane, 0, out_col);
     const auto key_cols = FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col);
     const auto score_store = FragmentAddress<kM>::accumulator(ds_smem, lane, score_key, score_query);
     const auto score_rows = FragmentAddress<kM>::rows_first(ds_smem, lane, out_row);
     const auto score_cols = FragmentAddress<kM>::chunks_first(ds_smem, lane, 0, dq_row);
 
-    const int64_t q_row = seq.q_row;
-    const int seqlen_q = static_cast<int>(seq.seqlen_q);
+    // Where turns leave no registers to hold it in, a sequence's place is read again.
+    constexpr bool kReadsAnew = kInTurns && kPInRegisters && !kStoresMatrices;
+    const auto sequence = [&] { return kReadsAnew ? sequence_of(p, made_anew(batch)) : seq; };
     const auto load_queries = [&](int head, int tile, int stage) {
         // Read each time where registers are short: or a thread's places in the tiles would be held over the step.
         const int thread = kPInRegisters ? static_cast<int>(threadIdx.x) : thread_index();
-        const int64_t row = q_row + static_cast<int64_t>(tile) * kM;
-        const int valid = seqlen_q - tile * kM;
+        const Sequence seq = sequence();
+        const int64_t row = seq.q_row + static_cast<int64_t>(tile) * kM;
+        const int valid = static_cast<int>(seq.seqlen_q) - tile * kM;
         const Operand q(p.q, batch, row, head);
         const Operand dout(p.dout, batch, row, head);
         load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid, p.size.head_dim,
@@ -176,7 +183,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const int q0 = tile * kM + query, k0 = k_begin + score_key;
             const auto store = score_store.moved_chunks(part * kConfig.step_m / 8);
             uint32_t ds[kScoreM][kScoreN][2];
-            if (V.mask == MaskClass::band && !band.any_visible(q0, kScoreQueries, k0, kScoreKeys)) {
+            if (V.mask == MaskClass::band && !(kShares ? share.any_visible(band, tile * kM, k_begin)
+                                                       : band.any_visible(q0, kScoreQueries, k0, kScoreKeys))) {
                 clear(ds);
                 packed_to_tile(ds, store);
                 if constexpr (!kPInRegisters) packed_to_tile(ds, store + kToP);
@@ -187,8 +195,14 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const FragmentOrigin<true> origin{q0 + 2 * (lane % 4), k0 + lane / 4};
             const DropoutBits<true> bits(p, batch_head, origin);
             ScoreGradient<V.dtype, true, V.features, kScoreM, kScoreN> gradient;
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b),
-                                                               gradient.template beside_scores<kD / 16>(bits));
+            if constexpr (kShares) {
+                float product[2][kScoreN][4];
+                multiply<V.dtype, true, 2, kScoreN, kD / 16>(product, a_rows<2>(key_rows), b_rows(queries_b));
+                share.swap_halves(product, s[0], dp[0], ds_smem, kToP);
+            } else {
+                multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(s, a_rows<kScoreM>(key_rows), b_rows(queries_b),
+                                                                   gradient.template beside_scores<kD / 16>(bits));
+            }
             const bool masked = !band.all_visible(q0, kScoreQueries, k0, kScoreKeys);
             if constexpr (kHasBias) {
                 const auto bias = FragmentAddress<kN>::chunks_first(bias_smem, lane, score_query, score_key);
@@ -196,8 +210,10 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             } else {
                 gradient.scores(s, score, band, origin, masked, NoBias());
             }
-            multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
-                                                               b_rows(queries_b + kToDout));
+            if constexpr (!kShares) {
+                multiply<V.dtype, true, kScoreM, kScoreN, kD / 16>(dp, a_rows<kScoreM>(key_rows + kToV),
+                                                                   b_rows(queries_b + kToDout));
+            }
             gradient.probabilities(s, p, score.unit_log2(p), bits,
                                    [&](int, int j, int) { return load_shared_pair(my_stats + 4 * (query + 8 * j)); });
             if constexpr (!kPInRegisters) packed_to_tile(gradient.probability, store + kToP);
@@ -214,7 +230,7 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             }
         }
         if constexpr (kHalves) {
-            barrier_sync<kThreads / kConfig.out_warps_n>(1 + warp / kOutWarpsD);  // P and dS of these keys are complete
+            barrier_sync<ProductShare::kThreads>(share.barrier());  // P and dS of these keys are complete
         } else {
             __syncthreads();  // P and dS are complete
         }
@@ -224,10 +240,12 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         constexpr int kDqParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1;
         const auto add_dq = [&](int begin, int end) {
             if (!takes_turns(V) && !ws.dq) return;
+            const Sequence seq = sequence();
             const int64_t query_tile = ws.template first_tile<kM>(p, seq, batch, head) + tile;
             float* const to = ws.dq + query_tile * (kM * kD) + warp * (kDqRows * kDqN * 8) + dq_offset(0, lane, 0);
             int seen = 0, turn = 0;  // asked for ahead of the product
             if constexpr (kInTurns) {
+                const int seqlen_q = static_cast<int>(seq.seqlen_q);
                 const int q_end = tile * kM + kM < seqlen_q ? tile * kM + kM : seqlen_q;
                 turn = index.turn(order.first_adding(band.low, tile * kM, kN),
                                   order.last_adding(band.high, q_end - 1, band.seqlen_k, kN));

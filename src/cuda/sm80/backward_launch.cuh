@@ -61,10 +61,12 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
 
     if constexpr (V.features == Features::biased) {
         if (p.dbias && p.size.seqlen_q > 0 && p.size.seqlen_k > 0) {
-            const BiasGradientGrid grid = BiasGradientGrid::make(p, kBias.kBlockM, kBias.kBlockN);
+            BiasGradientGrid grid = BiasGradientGrid::make(p, kBias.kBlockM, kBias.kBlockN);
             const auto kernel = backward_bias_gradient<kCode>;
             if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kBias.smem_bytes); e != cudaSuccess) return e;
-            kernel<<<grid.size(), kBias.kWarps * kWarpSize, kBias.smem_bytes, stream>>>(p, grid, ws);
+            return grid.launch_all([&](dim3 ctas) {
+                kernel<<<ctas, kBias.kWarps * kWarpSize, kBias.smem_bytes, stream>>>(p, grid, ws);
+            });
         }
     }
     return cudaGetLastError();

@@ -12,6 +12,7 @@ struct BiasGradientGrid {
     int block_m, block_n;
     int sum_batch, sum_heads, sum_q_tiles, sum_k_tiles;
     int batches, heads, q_tiles, k_tiles;
+    int first_batch = 0;  // of a launch
 
     static BiasGradientGrid make(const BackwardParams& p, int block_m, int block_n) {
         const auto tiles = [](int64_t rows, int block) { return static_cast<int>((rows + block - 1) / block); };
@@ -32,13 +33,22 @@ struct BiasGradientGrid {
         return r;
     }
 
-    dim3 size() const {
-        return dim3(static_cast<unsigned>(static_cast<int64_t>(q_tiles) * k_tiles), static_cast<unsigned>(heads),
-                    static_cast<unsigned>(batches));
+    /// launch(grid) for all batches: in several launches where one grid has no room for them. Stops at an error, which it returns.
+    template <class Launch>
+    cudaError_t launch_all(Launch&& launch) {
+        constexpr int kMostInAGrid = 65535;
+        for (first_batch = 0; first_batch < batches; first_batch += kMostInAGrid) {
+            const int here = batches - first_batch < kMostInAGrid ? batches - first_batch : kMostInAGrid;
+            launch(dim3(static_cast<unsigned>(static_cast<int64_t>(q_tiles) * k_tiles), static_cast<unsigned>(heads),
+                        static_cast<unsigned>(here)));
+            if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
+        }
+        return cudaSuccess;
     }
 
     __device__ int my_q_tile() const { return static_cast<int>(blockIdx.x % q_tiles); }
     __device__ int my_k_tile() const { return static_cast<int>(blockIdx.x / q_tiles); }
+    __device__ int my_batch() const { return first_batch + static_cast<int>(blockIdx.z); }
 
     /// f(batch, head, query tile, key tile) of everything that this CTA sums.
     template <class F>
@@ -47,7 +57,7 @@ struct BiasGradientGrid {
             for (int h = 0; h < sum_heads; ++h) {  // a loop for each axis: their product may be beyond 32 bits
                 for (int q = 0; q < sum_q_tiles; ++q) {
                     for (int k = 0; k < sum_k_tiles; ++k) {
-                        f(static_cast<int>(blockIdx.z) + b, static_cast<int>(blockIdx.y) + h, my_q_tile() + q, my_k_tile() + k);
+                        f(my_batch() + b, static_cast<int>(blockIdx.y) + h, my_q_tile() + q, my_k_tile() + k);
                     }
                 }
             }
@@ -69,7 +79,7 @@ struct BiasGradientGrid {
                 for (int c = 0; c < cols_summed; ++c) x += tile[(row + r) * block_n + col + c];
             }
             store_element(out.data, p.dbias_dtype,
-                          blockIdx.z * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride + key * out.col_stride, x);
+                          my_batch() * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride + key * out.col_stride, x);
         }
     }
 };

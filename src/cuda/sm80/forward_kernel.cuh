@@ -32,8 +32,12 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     extern __shared__ __align__(256) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
-    const int batch = index.head / p.size.num_heads;
-    const int head = index.head % p.size.num_heads;
+    // Pairs of warps, whose registers leave room for two CTAs of four warps alone, cannot hide what a tile costs beside its keys: for them
+    // that is done in few instructions.
+    constexpr bool kBrief = kPair > 1;
+    const int batch = kBrief ? static_cast<int>(static_cast<uint32_t>(index.head) / static_cast<uint32_t>(p.size.num_heads))
+                             : index.head / p.size.num_heads;
+    const int head = kBrief ? index.head - batch * p.size.num_heads : index.head % p.size.num_heads;
     const Sequence seq = sequence_of(p, batch);
     const int64_t q_begin = static_cast<int64_t>(index.tile) * kM;
     if (q_begin >= seq.rows_q) return;
@@ -41,9 +45,16 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     if constexpr (V.mask == MaskClass::full) mask_params.window_left = mask_params.window_right = -1;
     const BandMask mask = seq.mask(mask_params);
     const Band band(mask);
-    const IndexRange keys = mask.key_range(q_begin, q_begin + kM);
-    const int tile_begin = keys.empty() ? 0 : static_cast<int>(keys.begin / kN);
-    const int tile_end = keys.empty() ? 0 : static_cast<int>((keys.end + kN - 1) / kN);
+    int tile_begin, tile_end;
+    if constexpr (kBrief) {
+        const int2 keys = band.key_range(static_cast<int>(q_begin), kM, static_cast<int>(seq.seqlen_q));
+        tile_begin = keys.x / kN;
+        tile_end = (keys.y + kN - 1) / kN;
+    } else {
+        const IndexRange keys = mask.key_range(q_begin, q_begin + kM);
+        tile_begin = keys.empty() ? 0 : static_cast<int>(keys.begin / kN);
+        tile_end = keys.empty() ? 0 : static_cast<int>((keys.end + kN - 1) / kN);
+    }
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int row0 = warp / kPair * kRows, side = kPair == 1 ? 0 : warp % kPair;
@@ -56,7 +67,7 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     const uint32_t bias_smem = v_smem + kStages * kConfig.kv_bytes;
     const uint32_t p_smem = v_smem + kStages * kConfig.kv_bytes;  // of warp pairs, which have no bias
     const Operand q_in(p.q, batch, seq.q_row + q_begin, head);
-    const int kv_head = head / (p.size.num_heads / p.size.num_heads_k);
+    const int kv_head = kBrief && p.size.num_heads == p.size.num_heads_k ? head : head / (p.size.num_heads / p.size.num_heads_k);
     const Operand k_in(p.k, batch, seq.k_row, kv_head);
     const Operand v_in(p.v, batch, seq.k_row, kv_head);
     const ScoreFunctionOf<V.features> score(p, seq, batch, head);
@@ -224,11 +235,17 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         for (int h = 0; h < 2; ++h) {
             const int row = q0 + 16 * i + 8 * h + lane / 4;
             const bool live = row < rows.seqlen_q && softmax.sum[i][h] != 0.0f;
-            const float factor = live ? rescale / softmax.sum[i][h] : 0.0f;
+            if constexpr (kBrief) {
+                const float factor = __fdividef(rescale, softmax.sum[i][h]);
+                for_row(o[i], h, [&](float& x) { x *= factor; });
+                if (!__all_sync(0xffffffffu, live)) for_row(o[i], h, [&](float& x) { x = live ? x : 0.0f; });
+            } else {
+                const float factor = live ? rescale / softmax.sum[i][h] : 0.0f;
 #pragma unroll
-            for (int j = 0; j < kDAtoms; ++j)
+                for (int j = 0; j < kDAtoms; ++j)
 #pragma unroll
-                for (int e = 2 * h; e < 2 * h + 2; ++e) o[i][j][e] = live ? o[i][j][e] * factor : 0.0f;
+                    for (int e = 2 * h; e < 2 * h + 2; ++e) o[i][j][e] = live ? o[i][j][e] * factor : 0.0f;
+            }
             if (p.lse && side == 0 && lane % 4 == 0 && row < rows.rows_q) {
                 p.lse.data[batch * p.lse.batch_stride + head * p.lse.head_stride + rows.q_row + row] =
                     live ? softmax.lse(i, h) : -INFINITY;
@@ -244,9 +261,16 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     } else if (out.is_float) {
         store_float<1>(o, out, 0, col0, rows_left, p.size.head_dim_v, false, lane);
     } else {
-        fragments_to_tile<V.dtype, kD, 1>(o, rows_smem, 0, col0, lane);
+        uint32_t packed[kMAtoms][kDAtoms][2];
+        pack_fragments<V.dtype>(packed, o);
+        packed_to_tile(packed, FragmentAddress<kD>::accumulator(rows_smem, lane, 0, col0));
         pair.sync();
-        tile_to_global<kD, kRows, !kGeneral>(rows_smem, out, rows_left, p.size.head_dim_v, side * kWarpSize + lane, pair.kThreads);
+        const int pair_thread = side * kWarpSize + lane;
+        if (rows_left >= kRows && p.size.head_dim_v == kD) {
+            whole_tile_to_global<kD, kRows, pair.kThreads>(rows_smem, out, pair_thread);
+        } else {
+            tile_to_global<kD, kRows, !kGeneral>(rows_smem, out, rows_left, p.size.head_dim_v, pair_thread, pair.kThreads);
+        }
     }
 }
 

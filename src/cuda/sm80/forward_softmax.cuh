@@ -15,6 +15,15 @@ __device__ __forceinline__ void for_each_row(F f) {
         for (int h = 0; h < 2; ++h) f(i, h);
 }
 
+/// f(element) for what a thread holds of one row of an m-atom.
+template <int kNAtoms, typename F>
+__device__ __forceinline__ void for_row(float (&x)[kNAtoms][4], int h, F f) {
+#pragma unroll
+    for (int j = 0; j < kNAtoms; ++j)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) f(x[j][e]);
+}
+
 /// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
 /// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a score times
 /// scale_log2 may be beyond all floats, so that the reference is subtracted first, which takes an instruction more.
@@ -223,13 +232,17 @@ struct WarpPair {
             packed_to_tile(probability, to);
         };
         const bool grows = softmax.row_maxima(s, row_max);
-        if (!first || !__any_sync(0xffffffffu, grows)) store();  // else it is known to be in vain
-        if (barrier_any<kThreads>(barrier(), grows)) {
+        if (!first) store();  // else it would be in vain
+        if (first || barrier_any<kThreads>(barrier(), grows)) {
             float other[kMAtoms][2];
             softmax.quad_maxima(row_max);
             swap(row_max, other);
             for_each_row<kMAtoms>([&](int i, int h) { row_max[i][h] = fmaxf(row_max[i][h], other[i][h]); });
-            softmax.grow(row_max, o);
+            if (first) {  // o is zero
+                for_each_row<kMAtoms>([&](int i, int h) { softmax.reference[i][h] = row_max[i][h]; });
+            } else {
+                softmax.grow(row_max, o);
+            }
             store();
             sync();
         }

@@ -23,6 +23,12 @@ struct Band {
     __device__ static int clamp(int64_t x) {
         return static_cast<int>(x < -kUnbounded ? -kUnbounded : x > kUnbounded ? kUnbounded : x);
     }
+    /// What BandMask::key_range says, in 32 bits; 0 to 0 if there is none.
+    __device__ int2 key_range(int q_begin, int rows, int seqlen_q) const {
+        const int last_q = min(q_begin + rows, seqlen_q) - 1;
+        const int begin = max(q_begin + low, 0), end = min(last_q + high + 1, seqlen_k);
+        return last_q >= q_begin && end > begin ? make_int2(begin, end) : make_int2(0, 0);
+    }
     /// Queries [q0, q0 + rows) see all keys [k0, k0 + cols).
     __device__ bool all_visible(int q0, int rows, int k0, int cols) const {
         return k0 + cols <= seqlen_k && k0 + cols - 1 - q0 <= high && k0 - (q0 + rows - 1) >= low;

@@ -52,6 +52,8 @@ struct BackwardConfig {
     static constexpr int kDoutBarriers = kDoutHalves ? 2 : kStages;
     // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
+    // dK follows dS by sixteen queries; what is left of it when dS is complete keeps the tensor cores busy under that fence.
+    static constexpr bool kDkFollowsDs = kDim == 128 && V.mask == MaskClass::band && !kWholeHeads;
     static constexpr int kKeyWarpgroups = 2;
     static constexpr bool kPipelined = kDim == 64 && kBlockM == 64;  // PipelinedKeyWorker
     static constexpr bool kTransposedDq = kPipelined && !kFewKeys;  // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
@@ -240,6 +242,7 @@ struct BackwardLaunch {
     float4* parts = nullptr;
     bool bulk_add = false;        // dq is added by the copy engine
 
+    int first_position = 0;       // of the sequences that a launch of the kernels around the main one works on
     bool own_statistics = false;  // no kernel in front
     // Row statistics and dq conversion in the main kernel (heads: key heads of all sequences in the order of work).
     bool inner_rows = false;

@@ -65,20 +65,23 @@ struct Fragments {
         }
     }
 
-    /// gradient (64 keys, dim) += weights (64 keys, block_m queries) times a query tile in shared memory. At most 128 columns
-    /// at a time: before registers are reallocated a thread has 128, and an instruction must fit that.
-    __device__ __forceinline__ static void multiply_over_queries(Gradient& gradient, const Weights& weights, uint32_t tile) {
+    /// gradient (64 keys, dim) += weights (64 keys, queries 16 k ... 16 k + 15) times these rows of a query tile in shared memory. At
+    /// most 128 columns at a time: before registers are reallocated a thread has 128, and an instruction must fit that.
+    __device__ __forceinline__ static void multiply_over_sixteen_queries(Gradient& gradient, const uint32_t (&weights)[4], uint32_t tile,
+                                                                         int k) {
         constexpr int kFirst = C::kDim < 128 ? C::kDim : 128;
-#pragma unroll
-        for (int k = 0; k < C::kBlockM / 16; ++k) {
-            const uint64_t rows = mn_major(tile, C::kQueryChunkBytes) + k * (16 * C::kRowBytes >> 4);
-            Wgmma<kFirst>::template rs<V.dtype, 1>(reinterpret_cast<float(&)[kFirst / 2]>(gradient[0]), weights[k], rows, 1);
-            if constexpr (C::kDim > 128) {
-                constexpr int kRest = C::kDim - 128;
-                Wgmma<kRest>::template rs<V.dtype, 1>(reinterpret_cast<float(&)[kRest / 2]>(gradient[64]), weights[k],
-                                                      rows + (2 * C::kQueryChunkBytes >> 4), 1);
-            }
+        const uint64_t rows = mn_major(tile, C::kQueryChunkBytes) + k * (16 * C::kRowBytes >> 4);
+        Wgmma<kFirst>::template rs<V.dtype, 1>(reinterpret_cast<float(&)[kFirst / 2]>(gradient[0]), weights, rows, 1);
+        if constexpr (C::kDim > 128) {
+            constexpr int kRest = C::kDim - 128;
+            Wgmma<kRest>::template rs<V.dtype, 1>(reinterpret_cast<float(&)[kRest / 2]>(gradient[64]), weights,
+                                                  rows + (2 * C::kQueryChunkBytes >> 4), 1);
         }
+    }
+
+    __device__ __forceinline__ static void multiply_over_queries(Gradient& gradient, const Weights& weights, uint32_t tile) {
+#pragma unroll
+        for (int k = 0; k < C::kBlockM / 16; ++k) multiply_over_sixteen_queries(gradient, weights[k], tile, k);
     }
 
     /// Half of multiply_over_queries: the columns of one half of the tile.

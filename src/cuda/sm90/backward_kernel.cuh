@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
             smem.kv_free[s].init(kKeyWarps + 4);
         }
         for (int s = 0; s < C::kStages; ++s) {
-            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 3 : 1);
+            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 1 + 2 * 32 : 1);  // the load warp, two statistics warps
             smem.stage_free[s].init(kKeyWarps);
         }
         for (int s = 0; s < C::kDoutBarriers; ++s) {

@@ -125,10 +125,17 @@ struct KeyWorker : KeyWorkerBase<V> {
                 for (int k = 0; k < C::kBlockM / 16; ++k) {
                     F::score_gradients(ds[k], p[k], dp, minus_delta, k);
                     store_matrices(ds_address.at(ds_stage.index, k), ds[k]);
+                    if (C::kDkFollowsDs && k > 0) {
+                        wgmma_fence();
+                        F::multiply_over_sixteen_queries(dk, ds[k - 1], q, k - 1);
+                    }
                 }
                 if constexpr (!C::kFenceBehindDk) Base::publish(ds_stage.index);
                 wgmma_fence();
-                F::multiply_over_queries(dk, ds, q);
+#pragma unroll
+                for (int k = C::kDkFollowsDs ? C::kBlockM / 16 - 1 : 0; k < C::kBlockM / 16; ++k) {
+                    F::multiply_over_sixteen_queries(dk, ds[k], q, k);
+                }
                 wgmma_commit();
                 if constexpr (C::kFenceBehindDk) Base::publish(ds_stage.index);
                 previous = stage.index;

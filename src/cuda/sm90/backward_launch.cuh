@@ -40,6 +40,21 @@ cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cu
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+/// A kernel around the main one, for `count` sequences from `first` on: in several launches where one grid has no room.
+template <typename Kernel>
+cudaError_t launch_rows(Kernel kernel, const dim3& tiles, int first, int count, bool overlaps_upstream,
+                        cudaStream_t stream, const BackwardParams& p, BackwardLaunch args) {
+    constexpr int kMostInAGrid = 65535;
+    for (int done = 0; done < count; done += kMostInAGrid) {
+        args.first_position = first + done;
+        const int here = count - done < kMostInAGrid ? count - done : kMostInAGrid;
+        const LaunchShape shape{dim3(tiles.x, tiles.y, static_cast<unsigned>(here)), kRowThreads, 0, overlaps_upstream};
+        const cudaError_t status = launch_chained(kernel, shape, stream, p, args);
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+}
+
 }  // namespace detail
 
 template <Variant V>
@@ -111,14 +126,15 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         if (status != cudaSuccess) return status;
     }
 
-    const auto tiles = [&](int rows, int batches) {
+    const auto tiles = [&](int rows) {
         const int64_t count = ceil_div(n.seqlen_q, rows);
-        return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads),
-                    static_cast<unsigned>(batches));
+        return dim3(static_cast<unsigned>(count > 0 ? count : 1), static_cast<unsigned>(n.num_heads));
     };
     const int first_batches = args.inner_rows ? static_cast<int>(ceil_div(ends, n.num_heads_k)) : n.batch;
-    const detail::LaunchShape before{tiles(C::kBlockM, first_batches), kRowThreads, 0, false};
-    if (!args.own_statistics) status = detail::launch_chained(backward_row_stats<kCode>, before, context.stream, p, args);
+    if (!args.own_statistics) {
+        status = detail::launch_rows(backward_row_stats<kCode>, tiles(C::kBlockM), 0, first_batches, false, context.stream,
+                                     p, args);
+    }
     if (status != cudaSuccess) return status;
 
     if (args.schedule.work_tiles > 0) {
@@ -136,9 +152,9 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         if (status != cudaSuccess) return status;
     }
     if (args.schedule.whole_heads) return cudaSuccess;
-    const int last_batches = n.batch - args.inner_conversions / static_cast<int>(n.num_heads_k);
-    const detail::LaunchShape after{tiles(64, last_batches), kRowThreads, 0, true};
-    return detail::launch_chained(backward_convert_dq<kCode>, after, context.stream, p, args);
+    const int first_last = args.inner_conversions / static_cast<int>(n.num_heads_k);
+    return detail::launch_rows(backward_convert_dq<kCode>, tiles(64), first_last, n.batch - first_last, true,
+                               context.stream, p, args);
 }
 
 }  // namespace strobe::sm90

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
     // The heads that the main kernel begins with come last: they are in L2 then.
-    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = gridDim.z - 1 - blockIdx.z;
+    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = launch.first_position + gridDim.z - 1 - blockIdx.z;
     if (m == 0 && head == 0 && position == 0 && threadIdx.x == 0) {
         launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
     }
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
     // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = p.size.batch - 1 - blockIdx.z;
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = launch.first_position + gridDim.z - 1 - blockIdx.z;
     wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);

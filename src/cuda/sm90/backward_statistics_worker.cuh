@@ -56,8 +56,7 @@ struct OwnStatisticsWorker {
                 smem.stats[stage.index][0][row] = lse[i] == -INFINITY ? -INFINITY : -lse[i] * kLog2E;
                 smem.stats[stage.index][1][row] = minus_delta;
             }
-            __syncwarp();
-            if (lane == 0) smem.q_full[stage.index].arrive();
+            smem.q_full[stage.index].arrive();  // every lane for what it wrote itself
         }
     }
 

@@ -301,10 +301,12 @@ cudaError_t launch_backward(const BackwardParams& p, const cuda::LaunchContext& 
         kernel<<<static_cast<unsigned>(order.size()), kThreads, kConfig.smem_bytes, stream>>>(p, order, delta);
     }
     if (p.dbias && p.size.seqlen_q > 0 && p.size.seqlen_k > 0) {
-        const BiasGradientGrid grid = BiasGradientGrid::make(p, kRows, kConfig.cols);
+        BiasGradientGrid grid = BiasGradientGrid::make(p, kRows, kConfig.cols);
         const auto kernel = bias_gradient<kCode>;
         if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
-        kernel<<<grid.size(), kThreads, kConfig.smem_bytes, stream>>>(p, grid, delta);
+        return grid.launch_all([&](dim3 ctas) {
+            kernel<<<ctas, kThreads, kConfig.smem_bytes, stream>>>(p, grid, delta);
+        });
     }
     return cudaGetLastError();
 }
