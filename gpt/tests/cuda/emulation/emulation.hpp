@@ -21,6 +21,8 @@ namespace emulation {
 
 /// Until every living thread of the block is here.
 void barrier();
+/// Until as many threads are at this barrier of the block, 1 to 15.
+void barrier(unsigned number, unsigned threads);
 /// The value that lane `lane ^ mask` of the warp brings.
 uint64_t shuffle_xor(uint64_t value, int mask);
 void* dynamic_shared();
