@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// The same for dq^T, stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
+/// A unit of dq^T is stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
 /// 16 w + l / 4 and 8 further.
 template <uint64_t kVariantCode>
 __device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
@@ -192,36 +192,16 @@ __device__ __forceinline__ void convert_transposed(const BackwardParams& p, cons
     }
 }
 
-/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
-/// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
+/// A unit that is stored as (dim / 8, 128 threads, 4): thread t holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8
+/// below. Or, a warp's part in one piece, as (4 warps, dim / 8, 32 lanes, 4).
 template <uint64_t kVariantCode>
-__global__ void __launch_bounds__(kRowThreads)
-    backward_convert_dq(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
+__device__ __forceinline__ void convert_straight(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
+                                                 int64_t dq0) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     using C = BackwardConfig<V>;
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
-    // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = p.size.batch - 1 - blockIdx.z;
-    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
-    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
-    const Sequence seq = sequence_of(p, batch);
-    const int64_t row0 = static_cast<int64_t>(unit) * 64;
-    if (row0 >= seq.rows_q) return;
-    if (launch.inner_rows) {
-        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
-        if (key_head < launch.inner_conversions) return;
-    }
-    const int64_t padded_unit =
-        (head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM)) * C::kQueryUnits + unit;
-    const float4* const acc = reinterpret_cast<const float4*>(launch.dq + padded_unit * (64 * C::kDim));
-    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
-    const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
     const float scale = p.score.softmax_scale;
-    if constexpr (C::kTransposedDq) {
-        convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
-        return;
-    }
 #pragma unroll
     for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
         const int j = item % kColumns;
@@ -239,6 +219,35 @@ __global__ void __launch_bounds__(kRowThreads)
         const int64_t first = row0 + row / 8 * 16 + row % 8;
         if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
         if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
+    }
+}
+
+/// dq = softmax_scale * accumulator, for one 64-row unit and head.
+template <uint64_t kVariantCode>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_convert_dq(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
+    constexpr Variant V = cuda::decode_variant(kVariantCode);
+    using C = BackwardConfig<V>;
+    // The heads that the main kernel ended with come first, out of L2.
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = p.size.batch - 1 - blockIdx.z;
+    wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
+    const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
+    const Sequence seq = sequence_of(p, batch);
+    const int64_t row0 = static_cast<int64_t>(unit) * 64;
+    if (row0 >= seq.rows_q) return;
+    if (launch.inner_rows) {
+        const int key_head = position * p.size.num_heads_k + head / (p.size.num_heads / p.size.num_heads_k);
+        if (key_head < launch.inner_conversions) return;
+    }
+    const int64_t padded_unit =
+        (head * launch.tiles + first_padded_tile(p, seq, batch, C::kBlockM)) * C::kQueryUnits + unit;
+    const float4* const acc = reinterpret_cast<const float4*>(launch.dq + padded_unit * (64 * C::kDim));
+    const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
+    const int64_t dq0 = batch_q * p.dq.batch_stride + head * p.dq.head_stride + seq.q_row * p.dq.row_stride;
+    if constexpr (C::kTransposedDq) {
+        convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
+    } else {
+        convert_straight<kVariantCode>(p, acc, row0, seq, dq0);
     }
 }
 
