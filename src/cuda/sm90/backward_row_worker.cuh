@@ -237,9 +237,7 @@ private:
                 }
                 store_transposed(row0, piece * 32, any);
             }
-            return;
-        }
-        if constexpr (C::kWarpMajor) {
+        } else if constexpr (C::kWarpMajor) {
 #pragma unroll 1
             for (int piece = 0; piece < 2; ++piece) {
                 const int row0 = (Base::fresh(job.first) + i) * 64 + piece * 32;
@@ -251,17 +249,17 @@ private:
 #pragma unroll 1
                 for (int column = 0; column < C::kDim; column += 64) store(row0, column, any);
             }
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (int column = 0; column < C::kDim; column += kPieceColumns) {
-            const int row0 = (Base::fresh(job.first) + i) * 64;
-            const bool any = row0 < Base::fresh(job.seqlen_q);
-            if (any) {
-                const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
-                load(launch.dq + padded * (64 * C::kDim) + column * 64, min(C::kDim - column, kPieceColumns) * 256);
+            for (int column = 0; column < C::kDim; column += kPieceColumns) {
+                const int row0 = (Base::fresh(job.first) + i) * 64;
+                const bool any = row0 < Base::fresh(job.seqlen_q);
+                if (any) {
+                    const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
+                    load(launch.dq + padded * (64 * C::kDim) + column * 64, min(C::kDim - column, kPieceColumns) * 256);
+                }
+                store(row0, column, any);
             }
-            store(row0, column, any);
         }
     }
 

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// The same for dq^T, stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
+/// A unit of dq^T is stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
 /// 16 w + l / 4 and 8 further.
 template <uint64_t kVariantCode>
 __device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
@@ -220,25 +220,26 @@ __global__ void __launch_bounds__(kRowThreads)
     const float scale = p.score.softmax_scale;
     if constexpr (C::kTransposedDq) {
         convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
-        const int j = item % kColumns;
-        const int row = item / kColumns;  // warp * 8 + row of eight
-        float upper[8] = {}, lower[8] = {};
-        if (row0 < seq.seqlen_q) {
+        for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
+            const int j = item % kColumns;
+            const int row = item / kColumns;  // warp * 8 + row of eight
+            float upper[8] = {}, lower[8] = {};
+            if (row0 < seq.seqlen_q) {
 #pragma unroll
-            for (int quad = 0; quad < 4; ++quad) {
-                const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad : j * 128 + row * 4 + quad];
-                upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
-                lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
+                for (int quad = 0; quad < 4; ++quad) {
+                    const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad
+                                                       : j * 128 + row * 4 + quad];
+                    upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
+                    lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
+                }
             }
+            if (j * 8 >= p.size.head_dim) continue;
+            const int64_t first = row0 + row / 8 * 16 + row % 8;
+            if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
+            if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
         }
-        if (j * 8 >= p.size.head_dim) continue;
-        const int64_t first = row0 + row / 8 * 16 + row % 8;
-        if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
-        if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
     }
 }
 
