@@ -19,7 +19,8 @@ struct MergeArguments {
     PartialResult parts[kParts];
 };
 
-/// One warp a row: it reads every part's lse before it writes its own, and each column of every part before that column.
+/// One warp a row: it reads every part's lse before it writes
+/// its own, and each column of every part before that column.
 template <int kParts>
 __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ MergeArguments<kParts> a) {
     const int lane = threadIdx.x % kWarpSize;

@@ -1,5 +1,5 @@
-// CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table and
-// launches it on the caller's stream; nothing is allocated and nothing waits.
+// CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table
+// and launches it on the caller's stream; nothing is allocated and nothing waits.
 #include <fmt/core.h>
 
 #include <array>

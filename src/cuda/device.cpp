@@ -80,8 +80,8 @@ DeviceInfo device_info(int device) {
 
 DeviceGuard::DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward) has no
-    // context, which the driver's encoder of tensor maps fails without.
+    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward)
+    // has no context, which the driver's encoder of tensor maps fails without.
     check(cudaSetDevice(device), "cudaSetDevice");
     switched_ = previous_ != device;
 }

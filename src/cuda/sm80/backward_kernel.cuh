@@ -1,7 +1,7 @@
 // FlashAttention-2 backward on mma.sync. One CTA per (key tile, key head, batch): K and V stay in shared memory, dK and
-// dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE, scores
-// are held transposed (keys x queries). dQ is reduced into the fp32 workspace: as CTAs come by, or in turns (backward_order.hpp), or
-// left to a deterministic pass of its own.
+// dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE,
+// scores are held transposed (keys x queries). dQ is reduced into the fp32 workspace: as CTAs come by, or in turns
+// (backward_order.hpp), or left to a deterministic pass of its own.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         tiles = tiles < most ? tiles : most < 0 ? 0 : most;
     }
     const int steps = tiles * group;
-    // CTAs of one head run side by side. Where all of them see all queries each starts at another query tile, lest they all add
-    // to the same dQ at once. (Where loads and products alternate, with one stage, they drift apart by themselves.)
+    // CTAs of one head run side by side. Where all of them see all queries each
+    // starts at another query tile, lest they all add to the same dQ at once. (Where
+    // loads and products alternate, with one stage, they drift apart by themselves.)
     constexpr bool kSpreadsStarts = kStages > 1 && !kPInRegisters && !kInTurns;
     const bool down = kInTurns && p.mask.is_band() && !index.falling;
     const int last_tile = down ? tile_begin : tile_begin + tiles - 1;
@@ -227,8 +228,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         }
         __syncthreads();  // P and dS are complete
 
-        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
-        // behind the others; with one stage it comes last, behind the next step's loads.
+        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions
+        // drain behind the others; with one stage it comes last, behind the next step's loads.
         constexpr int kDqParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1;
         const auto add_dq = [&](int begin, int end) {
             if (!takes_turns(V) && !ws.dq) return;
@@ -244,7 +245,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 added_to = query_tile;
                 seen = cuda::load_relaxed(ws.turns + query_tile);
             }
-            // In halves where all of it beside dK and dV would not fit in registers; the first half's reductions drain behind the second.
+            // In halves where all of it beside dK and dV would not fit in
+            // registers; the first half's reductions drain behind the second.
             constexpr int kPartN = kDqN / kDqParts;
 #pragma unroll 1
             for (int part = begin; part < end; ++part) {

@@ -1,5 +1,5 @@
-// dQ by its own pass over the keys, one CTA per query tile: dQ = softmax_scale * sum over keys of dS K, summed in a fixed
-// order by one CTA, hence bitwise repeatable for every head dim and feature, without an accumulator in memory.
+// dQ by its own pass over the keys, one CTA per query tile: dQ = softmax_scale * sum over keys of dS K, summed in a
+// fixed order by one CTA, hence bitwise repeatable for every head dim and feature, without an accumulator in memory.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"

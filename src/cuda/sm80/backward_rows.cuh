@@ -11,8 +11,8 @@ namespace strobe::sm80 {
 
 constexpr int kRowThreads = 256;
 
-/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
-/// Clears the tile's dQ accumulator and its turns.
+/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf,
+/// hence P = 0. Clears the tile's dQ accumulator and its turns.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
@@ -95,8 +95,8 @@ constexpr bool kVectorReductions = true;
 constexpr bool kVectorReductions = false;
 #endif
 
-/// Fragment order of the dQ accumulator: atom f of a warp's tile, as its accumulator registers lie. One vector reduction per lane where
-/// the device has it (sm_90), else four coalesced scalar ones.
+/// Fragment order of the dQ accumulator: atom f of a warp's tile, as its accumulator registers lie. One vector
+/// reduction per lane where the device has it (sm_90), else four coalesced scalar ones.
 __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
     return kVectorReductions ? (f * 32 + lane) * 4 + e : (f * 4 + e) * 32 + lane;
 }

@@ -1,5 +1,6 @@
-// The additive bias on the accumulator fragments of one warp. Where its layout allows, a tile of it comes through shared memory with
-// the operands: 16-byte copies and ldmatrix take a quarter of the accesses that words read straight from global memory take.
+// The additive bias on the accumulator fragments of one warp. Where its layout allows, a
+// tile of it comes through shared memory with the operands: 16-byte copies and ldmatrix
+// take a quarter of the accesses that words read straight from global memory take.
 #pragma once
 
 #include "cuda/sm80/tile.cuh"
@@ -61,8 +62,8 @@ struct Bias {
                                                             min(seqlen_k - k_begin, kCols), true, thread);
     }
 
-    /// s = unit * s + bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first for transposed
-    /// fragments), if that is where it is. Without a bias s stays as it is.
+    /// s = unit * s + bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first
+    /// for transposed fragments), if that is where it is. Without a bias s stays as it is.
     template <bool kTransposed, int kMAtoms, int kNAtoms, int kCols>
     __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float unit,
                                         const FragmentAddress<kCols>& staged_at) const {
@@ -128,8 +129,8 @@ private:
     };
 
     /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
-    /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is addressed
-    /// and checked by itself.
+    /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is
+    /// addressed and checked by itself.
     template <typename Elements, bool kTransposed, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void add_direct(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
                                                float unit) const {

@@ -1,5 +1,6 @@
-// How the gradient of the additive bias is divided among CTAs: each owns a tile of it as the caller stored it, and sums over every
-// (batch, head, query tile, key tile) that broadcasts into it, in a fixed order: no atomics, no workspace, repeatable.
+// How the gradient of the additive bias is divided among CTAs: each owns a tile of it
+// as the caller stored it, and sums over every (batch, head, query tile, key tile)
+// that broadcasts into it, in a fixed order: no atomics, no workspace, repeatable.
 #pragma once
 
 #include "core/numeric.hpp"
@@ -33,7 +34,8 @@ struct BiasGradientGrid {
         return r;
     }
 
-    /// launch(grid) for all batches: in several launches where one grid has no room for them. Stops at an error, which it returns.
+    /// launch(grid) for all batches: in several launches where one
+    /// grid has no room for them. Stops at an error, which it returns.
     template <class Launch>
     cudaError_t launch_all(Launch&& launch) {
         constexpr int kMostInAGrid = 65535;
@@ -64,8 +66,8 @@ struct BiasGradientGrid {
         }
     }
 
-    /// Stores this CTA's tile of sums, block_m x block_n floats in shared memory; a broadcast row or column is summed by one
-    /// thread.
+    /// Stores this CTA's tile of sums, block_m x block_n floats in
+    /// shared memory; a broadcast row or column is summed by one thread.
     __device__ __forceinline__ void store(const BackwardParams& p, const float* tile, int threads) const {
         const BiasRef& out = p.dbias;
         const int rows_summed = out.row_stride == 0 ? block_m : 1, cols_summed = out.col_stride == 0 ? block_n : 1;

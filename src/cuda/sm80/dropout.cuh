@@ -1,5 +1,6 @@
-// Dropout on the accumulator fragments of one warp: a mask of 16 bits an element, arranged as the packed probabilities are, so that
-// one AND drops two elements. The masks depend on positions alone and are made under the matrix product that makes the scores.
+// Dropout on the accumulator fragments of one warp: a mask of 16 bits an element,
+// arranged as the packed probabilities are, so that one AND drops two elements. The masks
+// depend on positions alone and are made under the matrix product that makes the scores.
 #pragma once
 
 #include "core/variant.hpp"
@@ -56,8 +57,8 @@ struct DropoutMask {
     }
 };
 
-/// Makes the masks of a warp's tiles. Bits are addressed by position: on one axis with other blocks when the caller placed them
-/// (MaskParams::has_positions), else from the sequence's start.
+/// Makes the masks of a warp's tiles. Bits are addressed by position: on one axis with other blocks when the caller
+/// placed them (MaskParams::has_positions), else from the sequence's start.
 template <bool kTransposed>
 struct DropoutBits {
     using Origin = FragmentOrigin<kTransposed>;
@@ -71,9 +72,10 @@ struct DropoutBits {
           query0(origin.query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u)),
           key0(origin.key + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u)) {}
 
-    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask make_anywhere).
-    /// One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight of a group. In a transposed
-    /// tile two threads, four lanes apart, hold half of the same two groups: each makes one of them and sends the other's half.
+    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask
+    /// make_anywhere). One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight
+    /// of a group. In a transposed tile two threads, four lanes apart, hold half of the same two groups: each makes one
+    /// of them and sends the other's half.
     template <typename Kept, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
         const Kept kept(dropout.drop_below);
@@ -100,8 +102,8 @@ struct DropoutBits {
         }
     }
 
-    /// What stays of packed probabilities as the A operand of their product with V (a_registers). The bits of a step of k are made while
-    /// the step before is multiplied, and no mask is held.
+    /// What stays of packed probabilities as the A operand of their product with V (a_registers). The bits of a step of
+    /// k are made while the step before is multiplied, and no mask is held.
     template <int kMAtoms, int kNAtoms>
     __device__ __forceinline__ auto a_kept(const uint32_t (&packed)[kMAtoms][kNAtoms][2]) const {
         static_assert(!kTransposed);
@@ -160,8 +162,8 @@ private:
     }
 };
 
-/// DropoutBits of the forward in two parts: what depends on columns alone, two and a half of the seven rounds of Philox, is made once for all
-/// rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
+/// DropoutBits of the forward in two parts: what depends on columns alone, two and a half of the seven rounds of
+/// Philox, is made once for all rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
 template <int kMAtoms, int kN, int kStages>
 struct DropoutColumns {
     static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;  // philox4x32's

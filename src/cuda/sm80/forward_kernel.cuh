@@ -1,6 +1,6 @@
 // FlashAttention-2 forward on mma.sync (Dao, "FlashAttention-2: faster attention with better parallelism and work
-// partitioning", 2023). One CTA per (query tile, head, batch); warps, or pairs of warps, split the query rows. O stays unnormalised in
-// registers until the end.
+// partitioning", 2023). One CTA per (query tile, head, batch); warps, or pairs of warps, split the query rows. O stays
+// unnormalised in registers until the end.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
@@ -30,18 +30,19 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features), kBiased = V.features == Features::biased;
     constexpr bool kCapped = V.features == Features::capped;
     static_assert(!kCapped || (V.dtype == DType::bf16 && kPair == 1));
-    // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
-    // no registers for it.)
+    // V's copies are spread over the product before: in one burst they would
+    // hold up its operands. (The other head dims have no registers for it.)
     constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
-    // Rows whose registers allow: the probabilities of a step of k are made under the step before, and loads have no edges to look for.
+    // Rows whose registers allow: the probabilities of a step of k are
+    // made under the step before, and loads have no edges to look for.
     constexpr bool kStepwise = kD == 64 && (V.features == Features::dropout || V.features == Features::tiled);
     constexpr bool kDrops = shares_columns(V);
     static_assert(!kStepwise || kStages > 1);
     extern __shared__ __align__(256) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
-    // Pairs of warps, whose registers leave room for two CTAs of four warps alone, cannot hide what a tile costs beside its keys: for them
-    // that is done in few instructions.
+    // Pairs of warps, whose registers leave room for two CTAs of four warps alone, cannot hide what a tile costs beside
+    // its keys: for them that is done in few instructions.
     constexpr bool kBrief = kPair > 1;
     const int batch = kBrief ? static_cast<int>(static_cast<uint32_t>(index.head) / static_cast<uint32_t>(p.size.num_heads))
                              : index.head / p.size.num_heads;
@@ -236,8 +237,9 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 float offset[kMAtoms][2];
                 for_each_row<kMAtoms>([&](int i, int h) { offset[i][h] = softmax.exponent_offset(i, h); });
                 const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
-                // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits of all steps in flight at
-                // once, for which registers are too few. The branches, each on something else, are never taken, and never seen not to be.
+                // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits
+                // of all steps in flight at once, for which registers are too few. The branches, each on something
+                // else, are never taken, and never seen not to be.
                 const auto end_block = [&](int k) {
                     if constexpr (kDrops) {  // on parameters, which take no register
                         const bool never = k == 1 ? p.size.num_heads_k < 0 : k == 3 ? p.size.head_dim_v < 0 : k == 5 && p.mask.window_left < -7;

@@ -117,7 +117,8 @@ __device__ __forceinline__ void whole_tile_to_global(uint32_t tile, const Result
     }
 }
 
-/// A warp's accumulators of kRows x kCols to its tensor rows. `tile` is kRows of shared memory that belong to this warp.
+/// A warp's accumulators of kRows x kCols to its tensor rows.
+/// `tile` is kRows of shared memory that belong to this warp.
 template <DType kType, int kCols, int kRows, bool kAligned, int kMAtoms, int kNAtoms>
 __device__ __forceinline__ void store_rows(const float (&acc)[kMAtoms][kNAtoms][4], uint32_t tile, const Result& out,
                                            int rows_valid, int cols_valid, bool accumulate, int lane) {

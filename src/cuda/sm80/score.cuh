@@ -1,5 +1,6 @@
-// What happens to a tile of scores between the two matrix products, on the accumulator fragments of one warp: the mask, and in the
-// general kernels softcap, bias and ALiBi. Each is a pass over the fragments behind a branch that is the same for the whole grid.
+// What happens to a tile of scores between the two matrix products, on the accumulator
+// fragments of one warp: the mask, and in the general kernels softcap, bias and ALiBi.
+// Each is a pass over the fragments behind a branch that is the same for the whole grid.
 #pragma once
 
 #include "core/variant.hpp"
@@ -75,8 +76,8 @@ struct TiledBias {
     __device__ float unit_log2(const AttentionParams&) const { return kLog2e; }
 };
 
-/// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the exponentials keep
-/// busy. The powers of 1 / cap are in the coefficients.
+/// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the
+/// exponentials keep busy. The powers of 1 / cap are in the coefficients.
 struct SmallSoftcap {
     float c1, c2, c3;
 
@@ -128,8 +129,8 @@ struct SoftcapCurve {
     float c1, c2;
 };
 
-/// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is in the coefficients,
-/// so that it takes three multiply-adds more than scores without a softcap.
+/// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is
+/// in the coefficients, so that it takes three multiply-adds more than scores without a softcap.
 struct TightSoftcap {
     static constexpr float kSlope = 0.99997744f;
     static constexpr float kHidden = -1e18f;  // its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight
@@ -139,8 +140,8 @@ struct TightSoftcap {
     float inverse;
 
     __device__ TightSoftcap(const Softcap& softcap, float scale_log2) : inverse(1.0f / scale_log2) {
-        // exp2 of any capped score minus any other one is far from the smallest float, so that a bound of a row's scores serves as well
-        // as the largest of them.
+        // exp2 of any capped score minus any other one is far from the smallest float, so that a bound of a row's
+        // scores serves as well as the largest of them.
         constexpr float kWidest = 40.0f;
         const float half = 0.5f * softcap.cap;
         largest = is_moderate_softcap(softcap.cap) && half * scale_log2 < kWidest ? half : -1.0f;
@@ -163,9 +164,10 @@ struct CappedScore {
     __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
 };
 
-/// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
-/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway. With a bias
-/// they are held as they are: of a bias that is the least finite number of its type, as masks are made of, no multiple is finite.
+/// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of
+/// softmax_scale, q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it
+/// does anyway. With a bias they are held as they are: of a bias that is the least finite number of its type, as masks
+/// are made of, no multiple is finite.
 template <bool kBias>
 struct ScoreFunction {
     float product_unit;  // before bias and ALiBi: score = product_unit * what the fragments hold

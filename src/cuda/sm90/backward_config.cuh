@@ -1,22 +1,24 @@
 // The shape of the backward kernel: tiles, shared memory, barriers, registers.
 //
-// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
-// registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes dq = dS K from
-// the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from its registers. One warp
-// of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores are fed by one warpgroup while
-// another works on exponentials.
+// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are
+// then in registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes
+// dq = dS K from the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from
+// its registers. One warp of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores
+// are fed by one warpgroup while another works on exponentials.
 //
 // head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
-// head_dim > 128: a CTA has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
-// P and dV, the other dS and dK, and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
+// head_dim > 128: a CTA has 64 keys, for which dK and dV together exceed one
+// warpgroup's registers: one warpgroup computes P and dV, the other dS and dK,
+// and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
 //
-// There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's columns for
-// the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A dS buffer is free
-// when the dq warpgroups of both CTAs have said so.
+// There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's
+// columns for the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A
+// dS buffer is free when the dq warpgroups of both CTAs have said so.
 //
-// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then leaves without an
-// accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers for keys; there, and at 96, two
-// warps of the fourth warpgroup make the row statistics of a head with a single key tile (backward_statistics_worker.cuh).
+// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then
+// leaves without an accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers
+// for keys; there, and at 96, two warps of the fourth warpgroup make the row statistics of a head with a single key
+// tile (backward_statistics_worker.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -45,14 +47,16 @@ struct BackwardConfig {
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
     static constexpr int kBlockN = V.block_n / kCtas;
     static constexpr int kDsStages = 2;
-    // At head dim 256 there is room for one tile of dout. Its halves by columns come and go by themselves: dP reads the first one while
-    // the second is on its way, and dV gives the first one back while it reads the second.
+    // At head dim 256 there is room for one tile of dout. Its halves by columns come and go by themselves: dP reads the
+    // first one while the second is on its way, and dV gives the first one back while it reads the second.
     static constexpr bool kDoutHalves = kDim == 256;
     static constexpr int kDoutStages = kDoutHalves ? 1 : kStages;
     static constexpr int kDoutBarriers = kDoutHalves ? 2 : kStages;
-    // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
+    // The fence that publishes dS waits for its stores. Where nothing
+    // else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
-    // dK follows dS by sixteen queries; what is left of it when dS is complete keeps the tensor cores busy under that fence.
+    // dK follows dS by sixteen queries; what is left of it when dS
+    // is complete keeps the tensor cores busy under that fence.
     static constexpr bool kDkFollowsDs = kDim == 128 && V.mask == MaskClass::band && !kWholeHeads;
     static constexpr int kKeyWarpgroups = 2;
     static constexpr bool kPipelined = kDim == 64 && kBlockM == 64;  // PipelinedKeyWorker
@@ -62,7 +66,8 @@ struct BackwardConfig {
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
+    // Row statistics and the conversion of dq in the main kernel,
+    // but for the first and last heads (backward_row_worker.cuh).
     static constexpr bool kInnerRows = (kDim == 64 || kDim == 128) && !kFewKeys;
     // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
     static constexpr bool kOwnStatistics = kWholeHeads && kDim <= 96;
@@ -70,7 +75,8 @@ struct BackwardConfig {
     static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kWholeHeads ? 72 : kDim <= 128 ? 64 : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows || kOwnStatistics ? 32 : 24;
     static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
-    // For each of the two row workers, and for each of the two that make a CTA's own statistics: its half of a tile of out.
+    // For each of the two row workers, and for each of the two
+    // that make a CTA's own statistics: its half of a tile of out.
     static constexpr int kRowBufferBytes = kInnerRows ? kRowBufferRows * 2 * kChunks * 128 : kBlockM / 2 * kChunks * 128;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
@@ -253,8 +259,8 @@ struct BackwardLaunch {
     int32_t* done = nullptr;      // per key head: work tiles whose dq has been added, times four
 };
 
-// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major, where
-// the leading offset leads to the next chunk and the stride offset to the next 8 rows.
+// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major,
+// where the leading offset leads to the next chunk and the stride offset to the next 8 rows.
 __device__ __forceinline__ uint64_t k_major(uint32_t address) { return smem_descriptor<128>(address, 16, 1024); }
 __device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) {
     return smem_descriptor<128>(address, chunk_bytes, 1024);

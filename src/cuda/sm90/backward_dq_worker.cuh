@@ -1,7 +1,7 @@
-// The dq warpgroup: dq = dS K, or at head dim 64 its transpose, for which K stays in registers: that halves what the product reads
-// of shared memory, which is busier than the tensor cores. It is added to the fp32 accumulator in L2. Where a CTA has whole heads
-// nobody else adds: dq of the keys so far waits in memory that only this thread touches, and goes out in its own type with the last
-// of them.
+// The dq warpgroup: dq = dS K, or at head dim 64 its transpose, for which K stays in registers: that halves what the
+// product reads of shared memory, which is busier than the tensor cores. It is added to the fp32 accumulator in L2.
+// Where a CTA has whole heads nobody else adds: dq of the keys so far waits in memory that only this thread touches,
+// and goes out in its own type with the last of them.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -52,8 +52,8 @@ struct DqWorker {
     }
 
 private:
-    /// The i-th query tile of a work tile, in the order of the load warp. Kept in shared memory, for each warp, because registers are
-    /// few.
+    /// The i-th query tile of a work tile, in the order of the load warp.
+    /// Kept in shared memory, for each warp, because registers are few.
     __device__ __forceinline__ void describe_target(const BackwardTile& tile, int i) {
         const int group = params.size.num_heads / params.size.num_heads_k;
         const int m = tile.m_begin + i / group;
@@ -86,8 +86,8 @@ private:
         return *static_cast<const volatile T*>(&x);
     }
 
-    /// Tells the row workers that the work tile before has been added to dq: the copy engine is done with all groups but the last
-    /// kGroups, which belong to this tile.
+    /// Tells the row workers that the work tile before has been added to dq: the copy engine is done with all groups
+    /// but the last kGroups, which belong to this tile.
     template <int kGroups>
     __device__ __forceinline__ void report() {
         if (thread % 32 != 0 || unreported < 0) return;
@@ -234,8 +234,8 @@ private:
         }
     }
 
-    /// Reductions from registers keep the load and store unit, and with it the key warpgroups, waiting for L2; the copy engine
-    /// waits by itself.
+    /// Reductions from registers keep the load and store unit, and with it
+    /// the key warpgroups, waiting for L2; the copy engine waits by itself.
     template <int N>
     __device__ __forceinline__ void add_in_bulk(const float (&acc)[N / 2], float* out) {
         const int lane = thread % 32;

@@ -5,7 +5,8 @@
 
 namespace strobe::sm90 {
 
-/// The rows of one head of a sequence in a gradient, and which two of them (row, row + 8) a thread's accumulators belong to.
+/// The rows of one head of a sequence in a gradient, and which
+/// two of them (row, row + 8) a thread's accumulators belong to.
 struct GradRows {
     int64_t first;       // of the sequence, in elements
     int64_t row_stride;
@@ -35,8 +36,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int quad) {
     exchange(w[1], w[3], quad & 2, 2);
 }
 
-/// Of a shared tile: leaves this part of dK and dV for whoever finishes last. If that is this warp, it ends up with the sums of all
-/// parts. `unit`: of 64 keys; `thread`: in its warpgroup. Warps have nothing to do with each other here.
+/// Of a shared tile: leaves this part of dK and dV for whoever finishes last. If that is this warp, it ends up with the
+/// sums of all parts. `unit`: of 64 keys; `thread`: in its warpgroup. Warps have nothing to do with each other here.
 template <Variant V, int kCount>
 __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const BackwardTile& tile, int unit, int thread,
                                           float (&dk)[kCount], float (&dv)[kCount]) {

@@ -1,6 +1,6 @@
-// Arithmetic on a (64 keys, block_m queries) tile of S^T or dP^T as one warpgroup's registers hold it: a thread has key rows
-// r and r + 8 and, in every group of 8 queries, the columns 2 (t % 4), + 1. Packed to 16 bits, four words at a time form the
-// left operand of a wgmma that contracts over 16 queries.
+// Arithmetic on a (64 keys, block_m queries) tile of S^T or dP^T as one warpgroup's registers hold it: a thread has key
+// rows r and r + 8 and, in every group of 8 queries, the columns 2 (t % 4), + 1. Packed to 16 bits, four words at a
+// time form the left operand of a wgmma that contracts over 16 queries.
 #pragma once
 
 #include "cuda/sm90/backward_config.cuh"
@@ -65,8 +65,9 @@ struct Fragments {
         }
     }
 
-    /// gradient (64 keys, dim) += weights (64 keys, queries 16 k ... 16 k + 15) times these rows of a query tile in shared memory. At
-    /// most 128 columns at a time: before registers are reallocated a thread has 128, and an instruction must fit that.
+    /// gradient (64 keys, dim) += weights (64 keys, queries 16 k ... 16 k + 15) times
+    /// these rows of a query tile in shared memory. At most 128 columns at a time: before
+    /// registers are reallocated a thread has 128, and an instruction must fit that.
     __device__ __forceinline__ static void multiply_over_sixteen_queries(Gradient& gradient, const uint32_t (&weights)[4], uint32_t tile,
                                                                          int k) {
         constexpr int kFirst = C::kDim < 128 ? C::kDim : 128;
@@ -116,8 +117,9 @@ struct Fragments {
     }
 };
 
-/// Where a lane stores or loads its share of a (keys, queries) tile by 8 x 8 matrices: lane l serves row l % 8 of matrix
-/// l / 8, and matrices go down the keys first. The swizzle exchanges 16-byte columns by the row's last three bits.
+/// Where a lane stores or loads its share of a (keys, queries) tile by 8 x 8
+/// matrices: lane l serves row l % 8 of matrix l / 8, and matrices go down the
+/// keys first. The swizzle exchanges 16-byte columns by the row's last three bits.
 template <Variant V>
 struct DsAddress {
     using C = BackwardConfig<V>;

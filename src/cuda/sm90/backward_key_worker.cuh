@@ -54,9 +54,10 @@ struct KeyWorkerBase {
     }
 };
 
-/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
-/// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
-/// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
+/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the
+/// accumulators of S, dP, dK and dV would leave no registers. For the same reason dV is finished
+/// before dS is made; S of the next query tile queues behind dK, so that the tensor cores have
+/// work of this warpgroup except while it makes P and dS - when the other one's products run.
 template <Variant V>
 struct KeyWorker : KeyWorkerBase<V> {
     using Base = KeyWorkerBase<V>;

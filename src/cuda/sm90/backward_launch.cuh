@@ -1,4 +1,5 @@
-// Host side of the Hopper backward pass: row statistics, main kernel, conversion of dq, in one chain of dependent launches.
+// Host side of the Hopper backward pass: row statistics, main
+// kernel, conversion of dq, in one chain of dependent launches.
 #pragma once
 
 #include "cuda/common/launch.hpp"

@@ -1,8 +1,8 @@
-// A key warpgroup that always has products of its own in flight, for head dims whose accumulators leave room: dK of the query
-// tile before and dP while it makes P, dV and the next tile's S while it makes dS.
+// A key warpgroup that always has products of its own in flight, for head dims whose accumulators leave room: dK of the
+// query tile before and dP while it makes P, dV and the next tile's S while it makes dS.
 //
-// What is in flight at the end of the loop's body may only be dK. The compiler serialises all products when an accumulator that
-// other instructions read is one of those.
+// What is in flight at the end of the loop's body may only be dK. The compiler serialises all products when an
+// accumulator that other instructions read is one of those.
 #pragma once
 
 #include "cuda/sm90/backward_key_worker.cuh"

@@ -1,12 +1,13 @@
-// The two memory-bound parts of the backward pass inside the main kernel, by warps that otherwise have nothing to do: row
-// statistics (with the clearing of dq's accumulator) of the heads that come next, conversion of dq of the heads that are
-// done. The kernels in front of and behind the main kernel are left with the first and the last heads.
+// The two memory-bound parts of the backward pass inside the main kernel, by warps that otherwise have nothing to do:
+// row statistics (with the clearing of dq's accumulator) of the heads that come next, conversion of dq of the heads
+// that are done. The kernels in front of and behind the main kernel are left with the first and the last heads.
 //
-// Both take 64-row units off a list by tickets, in the order in which heads are worked on, whichever CTA has time. Statistics wait
-// for nothing, load warps for statistics, conversion for finished heads: no circle, and no CTA waits for one that is not running.
+// Both take 64-row units off a list by tickets, in the order in which heads are worked
+// on, whichever CTA has time. Statistics wait for nothing, load warps for statistics,
+// conversion for finished heads: no circle, and no CTA waits for one that is not running.
 //
-// A warp's 32 registers cannot hide the memory's latency; copies into shared memory do. Each of the two needs some 16 us for a
-// unit, so that this pays when a unit has many key tiles (backward_launch.cuh).
+// A warp's 32 registers cannot hide the memory's latency; copies into shared memory do. Each of the two needs some 16
+// us for a unit, so that this pays when a unit has many key tiles (backward_launch.cuh).
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -63,7 +64,8 @@ struct RowWorkerBase {
 private:
     __device__ __forceinline__ void describe(int key_head, int batch, int head, int first) {
         Sequence seq = sequence_of(params, batch);
-        // Of a sequence longer than it was said to be nothing more is done, and nobody waits for more (LoadWorker neither).
+        // Of a sequence longer than it was said to be nothing more
+        // is done, and nobody waits for more (LoadWorker neither).
         seq.seqlen_q = min(seq.seqlen_q, params.size.seqlen_q);
         const bool ragged = params.seqlens.cu_seqlens_q != nullptr;
         const int64_t batch_q = ragged ? 0 : batch;
@@ -274,8 +276,8 @@ private:
         Base::phase ^= 1;
     }
 
-    /// See backward_convert_dq for the order of the accumulator. A lane has eight columns of two rows at a time; the order in
-    /// which it reads their quads keeps lanes out of each other's banks.
+    /// See backward_convert_dq for the order of the accumulator. A lane has eight columns of two rows at a time; the
+    /// order in which it reads their quads keeps lanes out of each other's banks.
     __device__ __forceinline__ void store(int row0, int column, bool any) const {
         const int j = lane / 2 % kPieceVectors;
         const int swap = j % 4;
@@ -307,7 +309,8 @@ private:
         }
     }
 
-    /// 32 columns of 64 rows of dq^T (convert_transposed in backward_rows.cuh). A lane has eight columns of two rows at a time.
+    /// 32 columns of 64 rows of dq^T (convert_transposed in
+    /// backward_rows.cuh). A lane has eight columns of two rows at a time.
     __device__ __forceinline__ void store_transposed(int row0, int column, bool any) const {
         const bool odd = lane / 4 % 2;  // reads in another order, so that lanes keep out of each other's banks
         const int row = row0 + lane / 4 * 8 + lane % 4 * 2;

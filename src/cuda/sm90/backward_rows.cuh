@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
-/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter, or with
-/// whole heads dq itself where no key tile will come by.
+/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence
+/// and rows that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work
+/// counter, or with whole heads dq itself where no key tile will come by.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// A unit of dq^T is stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
-/// 16 w + l / 4 and 8 further.
+/// A unit of dq^T is stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of
+/// columns 16 w + l / 4 and 8 further.
 template <uint64_t kVariantCode>
 __device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
                                                    int64_t dq0) {
@@ -192,8 +192,8 @@ __device__ __forceinline__ void convert_transposed(const BackwardParams& p, cons
     }
 }
 
-/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
-/// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
+/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4):
+/// thread t holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_convert_dq(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {

@@ -1,6 +1,6 @@
-// The two key warpgroups for head_dim > 128: the same 64 keys, one for P and dV, the other for dS and dK. Thread t of both
-// owns the same elements, so that P travels through the dS buffer without bank conflicts and each warp waits for one warp's
-// worth of data only.
+// The two key warpgroups for head_dim > 128: the same 64 keys, one for P and dV, the other
+// for dS and dK. Thread t of both owns the same elements, so that P travels through the dS
+// buffer without bank conflicts and each warp waits for one warp's worth of data only.
 #pragma once
 
 #include "cuda/sm90/backward_epilogue.cuh"

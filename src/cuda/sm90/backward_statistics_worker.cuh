@@ -1,6 +1,7 @@
-// Row statistics inside the main kernel where a CTA has whole heads of a single key tile: two warps that otherwise have nothing to
-// do make them for each query tile that the load warp has begun to fetch, from its dout and from out. Each needs some 3 us for half
-// a tile; the copies in and out of such a short head take longer. A third warp sets dq = 0 where no key is seen.
+// Row statistics inside the main kernel where a CTA has whole heads of a single key tile: two
+// warps that otherwise have nothing to do make them for each query tile that the load warp has
+// begun to fetch, from its dout and from out. Each needs some 3 us for half a tile; the copies
+// in and out of such a short head take longer. A third warp sets dq = 0 where no key is seen.
 #pragma once
 
 #include "cuda/sm90/backward_config.cuh"

@@ -1,7 +1,7 @@
 // Exact attention, forward, for Hopper: one producer warpgroup feeds two to four consumer warpgroups through TMA.
 //
-// A CTA is persistent. The work of a consumer is 64 query rows of each tile; score accumulators become the A operand of P V
-// in registers. Algorithm: Dao, "FlashAttention-2" (2023).
+// A CTA is persistent. The work of a consumer is 64 query rows of each tile; score accumulators become the A operand of
+// P V in registers. Algorithm: Dao, "FlashAttention-2" (2023).
 #pragma once
 
 #include <type_traits>

@@ -51,8 +51,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     args.scale_log2 = p.score.softmax_scale * 1.4426950408889634f;
     args.clean_tails = varlen_k || p.seqlens.seqused_k;
 
-    // Keys and values of a group of heads should stay in the L2 cache: 50 MB, each half of which holds its own copy of what
-    // its SMs read.
+    // Keys and values of a group of heads should stay in the L2 cache:
+    // 50 MB, each half of which holds its own copy of what its SMs read.
     constexpr int64_t kL2Budget = int64_t{16} << 20;
     const int64_t head_bytes = std::max<int64_t>(size.seqlen_k, 1) * (size.head_dim + size.head_dim_v) * 2;
     const int64_t pairs = int64_t{size.batch} * size.num_heads;

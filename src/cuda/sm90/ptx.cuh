@@ -95,7 +95,8 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 /// Waits until this thread's bulk groups have read their shared memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-/// Four 8 x 8 matrices of 16-bit elements, fragments as mma accumulators hold them; lane 8 i + j gives row j of matrix i.
+/// Four 8 x 8 matrices of 16-bit elements, fragments as mma
+/// accumulators hold them; lane 8 i + j gives row j of matrix i.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
                  "r"(x[2]), "r"(x[3])

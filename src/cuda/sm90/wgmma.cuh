@@ -1,8 +1,8 @@
 // wgmma: the 64 x N x 16 matrix multiply of one warpgroup, and the shared memory descriptors of its operands.
 //
 // A tile in shared memory is cut into chunks of one swizzle span of columns; a chunk holds its rows behind one another,
-// as one TMA box does. The same layout serves as K-major operand (contraction along the columns: Q and K of Q K^T) and as
-// MN-major operand (contraction along the rows: V of P V).
+// as one TMA box does. The same layout serves as K-major operand (contraction along the columns: Q and K of Q K^T) and
+// as MN-major operand (contraction along the rows: V of P V).
 #pragma once
 
 #include <cstdint>
