@@ -41,7 +41,8 @@ struct KeyWorkerBase {
     }
 
     /// Frees the key tile and writes its gradients.
-    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk, typename F::Gradient& dv) {
+    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk,
+                                           typename F::Gradient& dv) {
         const BackwardTile last = tile;
         __syncwarp();
         if (lane() == 0) smem.kv_free[key_stage].arrive();
@@ -50,7 +51,8 @@ struct KeyWorkerBase {
             return GradRows::of_keys(params, grad, dim, last, first_key(last), lane() % 4);
         };
         store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
-        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
+        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk,
+                                params.score.softmax_scale);
     }
 };
 

@@ -21,7 +21,8 @@ struct LoadWorker {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
         // The row workers wait for work tiles; only a CTA that runs may own one.
-        int claimed = (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
+        int claimed =
+            (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
         for (int t = 0;; ++t) {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
@@ -117,7 +118,8 @@ private:
     __device__ __forceinline__ void load_keys(const BackwardTile& tile, int s) {
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
-                                   static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
+                                   static_cast<int>(seq.k_row + seq.seqlen_k),
+                                   params.seqlens.cu_seqlens_k ? 0 : tile.batch};
         const int row = C::first_key(tile);
         if (tile.m_begin >= tile.m_end) {
             if (lane == 0) {
@@ -156,8 +158,8 @@ private:
             smem.v_full[0].arrive();
         }
         for (int c = 0; other_bytes > 0 && c < other_chunks; ++c) {
-            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0], (C::pair_chunk() + c) * 64,
-                        other_row, at);
+            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0],
+                        (C::pair_chunk() + c) * 64, other_row, at);
         }
     }
 
@@ -195,8 +197,8 @@ private:
         }
     }
 
-    __device__ __forceinline__ void load_query_tile(const QuerySlot& slot, const RaggedCoordinates& at, RingPosition& stage,
-                                                    int slot_index) {
+    __device__ __forceinline__ void load_query_tile(const QuerySlot& slot, const RaggedCoordinates& at,
+                                                    RingPosition& stage, int slot_index) {
         const int s = stage.index;
         smem.stage_free[s].wait(stage.phase ^ 1);
         Barrier& q_full = smem.q_full[s];
@@ -204,13 +206,15 @@ private:
             smem.slot[slot_index] = slot;
             if (slots_are_watched()) smem.slot_full[slot_index].arrive();
             const bool own = C::kOwnStatistics && launch.own_statistics;
-            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes, slot.query0, at);
+            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes,
+                      slot.query0, at);
             if (!own) {
                 bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
                           launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
             }
             if constexpr (!C::kDoutHalves) {
-                load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, smem.dout_full[s], 0, slot.query0, at);
+                load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, smem.dout_full[s], 0,
+                          slot.query0, at);
             }
         }
         __syncwarp();
@@ -229,7 +233,8 @@ private:
 #pragma unroll
                 for (int c = half * kHalf; c < (half + 1) * kHalf; ++c) {
                     if (c < chunks) {
-                        ragged_load(smem_address(smem.dout) + c * C::kQueryChunkBytes, launch.dout, smem.dout_full[half], c * 64, row, at);
+                        ragged_load(smem_address(smem.dout) + c * C::kQueryChunkBytes, launch.dout,
+                                    smem.dout_full[half], c * 64, row, at);
                     }
                 }
             }
@@ -254,8 +259,9 @@ private:
     }
 
     /// The chunks of a tile that the tensor has; the others stay as clear_missing_chunks left them.
-    __device__ __forceinline__ static void load_tile(const uint8_t* tile, uint32_t chunk_bytes, const CUtensorMap& map, int dim,
-                                                     Barrier& full, uint32_t other_bytes, int row, const RaggedCoordinates& at) {
+    __device__ __forceinline__ static void load_tile(const uint8_t* tile, uint32_t chunk_bytes, const CUtensorMap& map,
+                                                     int dim, Barrier& full, uint32_t other_bytes, int row,
+                                                     const RaggedCoordinates& at) {
         const int chunks = C::chunks_of(dim);
         full.arrive_expect(static_cast<uint32_t>(chunks) * chunk_bytes + other_bytes);
 #pragma unroll

@@ -52,7 +52,8 @@ struct RowWorkerBase {
     }
 
     __device__ __forceinline__ int units_of_key_head() const {
-        return params.size.num_heads / params.size.num_heads_k * static_cast<int>(ceil_div(fresh(job.seqlen_q), C::kBlockM)) * C::kQueryUnits;
+        return params.size.num_heads / params.size.num_heads_k *
+               static_cast<int>(ceil_div(fresh(job.seqlen_q), C::kBlockM)) * C::kQueryUnits;
     }
 
     /// Reads from shared memory now: what the compiler would keep of a job would not fit into this warp's registers.
@@ -74,8 +75,8 @@ private:
         job.rows_q = static_cast<int>(seq.rows_q);
         job.seqlen_q = static_cast<int>(seq.seqlen_q);
         job.work_tiles = min(static_cast<int>(ceil_div(seq.rows_k, V.block_n)), launch.schedule.key_tiles);
-        job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head, static_cast<int>(seq.q_row + seq.seqlen_q),
-                  ragged ? 0 : batch};
+        job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head,
+                  static_cast<int>(seq.q_row + seq.seqlen_q), ragged ? 0 : batch};
         job.padded = (head * launch.tiles + first_padded_tile(params, seq, batch, C::kBlockM)) * C::kQueryUnits;
         job.lse = batch_q * params.lse.batch_stride + head * params.lse.head_stride + seq.q_row;
         job.dlse = batch_q * params.dlse.batch_stride + head * params.dlse.head_stride + seq.q_row;
@@ -94,7 +95,8 @@ struct StatisticsWorker : RowWorkerBase<V> {
         while (Base::take(launch.counter + kStatisticsTickets, launch.first_inner_head, launch.schedule.heads)) {
             int units = 0;
             // To the end of a query tile, also behind the sequence.
-            while (units < Base::kUnits && (Base::fresh(job.first) + units) / C::kQueryUnits * C::kBlockM < Base::fresh(job.seqlen_q)) {
+            while (units < Base::kUnits &&
+                   (Base::fresh(job.first) + units) / C::kQueryUnits * C::kBlockM < Base::fresh(job.seqlen_q)) {
                 unit(units++);
             }
             if (units > 0) {
@@ -137,7 +139,8 @@ private:
                 }
             }
             const int64_t at = Base::fresh(job.padded) + row0 / 64;
-            float* const stats = launch.stats + at / C::kQueryUnits * (2 * C::kBlockM) + at % C::kQueryUnits * 64 + half * 32 + lane;
+            float* const stats =
+                launch.stats + at / C::kQueryUnits * (2 * C::kBlockM) + at % C::kQueryUnits * 64 + half * 32 + lane;
             stats[0] = minus_lse;
             stats[C::kBlockM] = minus_delta;
         }
@@ -285,10 +288,14 @@ private:
         const bool inside = column + j * 8 < params.size.head_dim;
 #pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
-            const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2 : i * 16 + lane % 2 + lane / 8 * 2;
+            const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2
+                                                  : i * 16 + lane % 2 + lane / 8 * 2;
             uint32_t upper[4] = {}, lower[4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + (C::kWarpMajor ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4 : j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
+                const int vector = C::kWarpMajor
+                                       ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4
+                                       : j * 128 + within / 16 * 32 + within % 8 * 4;
+                const uint32_t at = smem_address(smem.rows[1]) + vector * 16;
 #pragma unroll
                 for (int quad = 0; quad < 4; ++quad) {
                     const uint4 a = load_shared_vector(at + (quad ^ swap) * 16);
@@ -301,10 +308,12 @@ private:
             }
             const int row = row0 + within;
             if (inside && row < Base::fresh(job.rows_q)) {
-                store_global_vector(data + row * params.dq.row_stride, make_uint4(upper[0], upper[1], upper[2], upper[3]));
+                store_global_vector(data + row * params.dq.row_stride,
+                                    make_uint4(upper[0], upper[1], upper[2], upper[3]));
             }
             if (inside && row + 8 < Base::fresh(job.rows_q)) {
-                store_global_vector(data + (row + 8) * params.dq.row_stride, make_uint4(lower[0], lower[1], lower[2], lower[3]));
+                store_global_vector(data + (row + 8) * params.dq.row_stride,
+                                    make_uint4(lower[0], lower[1], lower[2], lower[3]));
             }
         }
     }
@@ -318,7 +327,8 @@ private:
         for (int i = 0; i < 4; ++i) {
             uint32_t words[2][4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
+                const uint32_t at =
+                    smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
                 const float scale = params.score.softmax_scale;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {

@@ -14,7 +14,8 @@
 namespace strobe::sm90 {
 
 template <uint64_t kVariantCode>
-__global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32, ForwardConfig<cuda::decode_variant(kVariantCode)>::kCtasPerSm)
+__global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
+                                  ForwardConfig<cuda::decode_variant(kVariantCode)>::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardArgs args) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     using Config = ForwardConfig<V>;

@@ -88,7 +88,9 @@ protected:
         return smem_address(smem_.q) + ring_slot<Config::kQStages>(count) * static_cast<uint32_t>(sizeof(smem_.q[0])) +
                group_ * static_cast<uint32_t>(sizeof(smem_.q[0][0]));
     }
-    __device__ __forceinline__ const ForwardTile& tile(uint32_t count) const { return smem_.tiles[ring_slot<kTileSlots>(count)]; }
+    __device__ __forceinline__ const ForwardTile& tile(uint32_t count) const {
+        return smem_.tiles[ring_slot<kTileSlots>(count)];
+    }
     __device__ __forceinline__ const ForwardTile& tile() const { return tile(tile_); }
 
     __device__ int group_row() const { return tile().row + 64 * group_; }
@@ -167,7 +169,8 @@ protected:
             store_output_f32<Config>(args_.params, done, rows, o);
         } else {
             const int warp_row = threadIdx.x % 128 / 32 * 16;
-            store_output_staged<Config, V.dtype>(args_, done, first_row + warp_row, rows, o, staging + warp_row * kSpan);
+            store_output_staged<Config, V.dtype>(args_, done, first_row + warp_row, rows, o,
+                                                 staging + warp_row * kSpan);
         }
         // Last: the fence in the staged store waits for every store before it.
         store_lse(args_.params, done, rows, softmax_);

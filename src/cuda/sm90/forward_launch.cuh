@@ -36,10 +36,12 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     ForwardArgs args{};
     cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, 64);
     if (status == cudaSuccess) {
-        status = map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
+        status =
+            map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
     }
     if (status == cudaSuccess) {
-        status = map(args.v_map, p.v, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim_v, V.block_n);
+        status =
+            map(args.v_map, p.v, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim_v, V.block_n);
     }
     if (status == cudaSuccess && p.out_dtype == V.dtype) {
         status = map(args.out_map, p.out, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim_v, 16);

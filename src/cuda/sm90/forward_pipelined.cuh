@@ -97,7 +97,8 @@ private:
 
     /// Issues the scores of key block n and the output of the block
     /// before, whose weights are p; p becomes the weights of n.
-    __device__ __forceinline__ void next_block(Scores& s, Output& o, Weights& p, const Mask& mask, int n, bool accumulate) {
+    __device__ __forceinline__ void next_block(Scores& s, Output& o, Weights& p, const Mask& mask, int n,
+                                               bool accumulate) {
         wait_full(smem_.k_full, key_, keys_ready_);
         wait_turn();
         Base::issue_scores(s);

@@ -61,7 +61,8 @@ public:
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
             const int heads = params_.size.num_heads;
             const auto blocks_of = [&](int b) { return (cu[b + 1] - cu[b] + kBlockM - 1) / kBlockM; };
-            if (!cursor_.seek(index, params_.size.batch, [&](int b) { return int64_t{blocks_of(b)} * heads; })) return end();
+            const auto tiles_of = [&](int b) { return int64_t{blocks_of(b)} * heads; };
+            if (!cursor_.seek(index, params_.size.batch, tiles_of)) return end();
             at = schedule_.order.tile(static_cast<int>(index - cursor_.first), blocks_of(cursor_.batch), heads);
             at.batch = cursor_.batch;
         } else {

@@ -23,8 +23,8 @@ struct RaggedExtents {
     int64_t batch = 0;  // 1 with cu_seqlens
 };
 
-inline cudaError_t make_ragged_tensor_map(CUtensorMap& map, const TensorRef& tensor, DType dtype, const RaggedExtents& e,
-                                          int box_rows) {
+inline cudaError_t make_ragged_tensor_map(CUtensorMap& map, const TensorRef& tensor, DType dtype,
+                                          const RaggedExtents& e, int box_rows) {
     const detail::EncodeTiled encode = detail::encode_tiled();
     if (!encode) return cudaErrorSymbolNotFound;
     constexpr int64_t kElement = 2;
