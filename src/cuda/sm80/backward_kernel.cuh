@@ -71,8 +71,10 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const bool down = kInTurns && p.mask.is_band() && !index.falling;
     const int last_tile = down ? tile_begin : tile_begin + tiles - 1;
     const int first_tile =
-        down ? tile_begin + tiles - 1 :
-        tile_begin + (kSpreadsStarts && !p.mask.is_band() ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles) : 0);
+        down ? tile_begin + tiles - 1
+             : tile_begin + (kSpreadsStarts && !p.mask.is_band()
+                                 ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles)
+                                 : 0);
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
     const ProductShare share(warp);
@@ -86,7 +88,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const uint32_t q_smem = v_smem + kConfig.kv_bytes;
     const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
     const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;  // then P, unless it stays in registers
-    constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
+    constexpr int kStatOffset =
+        2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
     const uint32_t bias_smem = stat_smem + 2 * kStages * kConfig.stat_bytes;
 
@@ -94,7 +97,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr uint32_t kToV = kConfig.kv_bytes, kToDout = kStages * kConfig.q_bytes, kToP = kConfig.score_bytes;
     const auto key_rows = kShares ? FragmentAddress<kD>::rows_first(k_smem + share.role * kToV, lane, share.first_key)
                                   : FragmentAddress<kD>::rows_first(k_smem, lane, score_key);
-    const auto query_rows = FragmentAddress<kD>::chunks_first(q_smem + (kShares ? share.role * kToDout : 0), lane, score_query);
+    const auto query_rows =
+        FragmentAddress<kD>::chunks_first(q_smem + (kShares ? share.role * kToDout : 0), lane, score_query);
     const auto query_cols = FragmentAddress<kD>::rows_first(q_smem, lane, 0, out_col);
     const auto key_cols = FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col);
     const auto score_store = FragmentAddress<kM>::accumulator(ds_smem, lane, score_key, score_query);
@@ -112,8 +116,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         const int valid = static_cast<int>(seq.seqlen_q) - tile * kM;
         const Operand q(p.q, batch, row, head);
         const Operand dout(p.dout, batch, row, head);
-        load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid, p.size.head_dim,
-                                               q.aligned(p.size.head_dim), thread);
+        load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid,
+                                               p.size.head_dim, q.aligned(p.size.head_dim), thread);
         load_tile<kM, kD, kThreads, !kGeneral>(do_smem + stage * kConfig.q_bytes, dout.data, dout.row_stride, valid,
                                                p.size.head_dim_v, dout.aligned(p.size.head_dim_v), thread);
         if (thread < kM / 2) {
@@ -124,7 +128,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         if constexpr (kHasBias) {
             const Bias bias(p, seq, batch, head);
             if (V.features == Features::tiled || bias.staged()) {
-                bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, static_cast<int64_t>(tile) * kM, k_begin, thread);
+                bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes,
+                                                          static_cast<int64_t>(tile) * kM, k_begin, thread);
             }
         }
         cp_async_commit();
@@ -203,7 +208,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const bool masked = !band.all_visible(q0, kScoreQueries, k0, kScoreKeys);
             if constexpr (kHasBias) {
                 const auto bias = FragmentAddress<kN>::chunks_first(bias_smem, lane, score_query, score_key);
-                gradient.scores(s, score, band, origin, masked, bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
+                gradient.scores(s, score, band, origin, masked,
+                                bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
             } else {
                 gradient.scores(s, score, band, origin, masked, NoBias());
             }
@@ -223,7 +229,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 const auto queries_k = query_cols.moved(to_stage + part * (kConfig.step_m * kD * 2));
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dv, a_registers(gradient.probability),
                                                                             b_columns<1>(queries_k + kToDout));
-                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds),
+                                                                            b_columns<1>(queries_k));
             }
         }
         __syncthreads();  // P and dS are complete
@@ -298,7 +305,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 
     // Read again rather than kept in registers over the loop.
     const Sequence keys = sequence_of(p, batch);
-    const float dv_scale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f, dk_scale = p.score.softmax_scale * dv_scale;
+    const float dv_scale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
+    const float dk_scale = p.score.softmax_scale * dv_scale;
 #pragma unroll
     for (int i = 0; i < kOutM; ++i)
 #pragma unroll

@@ -74,14 +74,17 @@ struct BiasGradientGrid {
         const int rows = block_m / rows_summed, cols = block_n / cols_summed;
         for (int index = threadIdx.x; index < rows * cols; index += threads) {
             const int row = index / cols, col = index % cols;
-            const int64_t query = static_cast<int64_t>(my_q_tile()) * rows + row, key = static_cast<int64_t>(my_k_tile()) * cols + col;
+            const int64_t query = static_cast<int64_t>(my_q_tile()) * rows + row;
+            const int64_t key = static_cast<int64_t>(my_k_tile()) * cols + col;
             if (query >= p.size.seqlen_q || key >= p.size.seqlen_k) continue;
             float x = 0.0f;
             for (int r = 0; r < rows_summed; ++r) {
                 for (int c = 0; c < cols_summed; ++c) x += tile[(row + r) * block_n + col + c];
             }
             store_element(out.data, p.dbias_dtype,
-                          my_batch() * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride + key * out.col_stride, x);
+                          my_batch() * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride +
+                              key * out.col_stride,
+                          x);
         }
     }
 };

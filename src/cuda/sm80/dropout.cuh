@@ -87,10 +87,11 @@ struct DropoutBits {
             }
         } else {
             const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
-            const Philox4x32 made =
-                dropout.group_at(batch_head, Dropout::row_group(query0 + odd) + 4 * j, Dropout::col_group(key0) + 4 * i);
+            const Philox4x32 made = dropout.group_at(batch_head, Dropout::row_group(query0 + odd) + 4 * j,
+                                                     Dropout::col_group(key0) + 4 * i);
             const uint32_t own = odd ? 0x7632u : 0x5410u, others = odd ? 0x5410u : 0x7632u;
-            const uint32_t first = odd ? 0x1054u : 0x5410u, second = odd ? 0x3276u : 0x7632u;  // the even query's bits low
+            // The even query's bits low.
+            const uint32_t first = odd ? 0x1054u : 0x5410u, second = odd ? 0x3276u : 0x7632u;
 #pragma unroll
             for (int col_high = 0; col_high < 2; ++col_high) {
                 const uint32_t low = made.word[2 * col_high], high = made.word[2 * col_high + 1];
@@ -145,7 +146,8 @@ struct DropoutBits {
                 uint32_t kept = 0;
 #pragma unroll 1
                 for (int e = 0; e < 4; ++e) {
-                    const bool keep = dropout.keep(batch_head, query0 + Origin::query_step(i, j, e), key0 + Origin::key_step(i, j, e));
+                    const bool keep = dropout.keep(batch_head, query0 + Origin::query_step(i, j, e),
+                                                   key0 + Origin::key_step(i, j, e));
                     kept |= static_cast<uint32_t>(keep) << e;
                 }
 #pragma unroll
@@ -166,7 +168,8 @@ private:
 /// Philox, is made once for all rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
 template <int kMAtoms, int kN, int kStages>
 struct DropoutColumns {
-    static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;  // philox4x32's
+    // philox4x32's.
+    static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
     static constexpr int kRoundsAhead = 3;
     const Dropout& dropout;
     uint32_t smem, batch_head, key_place;
@@ -174,7 +177,10 @@ struct DropoutColumns {
 
     /// smem: kStages * kN * 4 bytes of shared memory. query: of this thread's first row.
     __device__ DropoutColumns(const AttentionParams& p, uint32_t smem, uint32_t batch_head, int query)
-        : dropout(p.dropout), smem(smem), batch_head(batch_head), key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
+        : dropout(p.dropout),
+          smem(smem),
+          batch_head(batch_head),
+          key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
         const uint32_t row = query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u);
         const uint32_t high = static_cast<uint32_t>(wide_product(kSecond, batch_head) >> 32) ^ key0();
 #pragma unroll
@@ -204,7 +210,9 @@ struct DropoutColumns {
             const uint4 column = load_shared_16(own + k * 64);
             return [this, column](int i) {
                 const Philox4x32 bits = group(i, column);
-                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) { return pair & kept(bits.word[2 * (n & 1) + n / 2]); };
+                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) {
+                    return pair & kept(bits.word[2 * (n & 1) + n / 2]);
+                };
             };
         };
     }

@@ -48,7 +48,8 @@ struct OnlineSoftmax {
     /// The maxima of what this thread has of a tile's rows; true if one outgrows its reference. If a row does, one of
     /// the four threads that share it sees so: only then are their maxima brought together (quad_maxima).
     template <int kNAtoms>
-    __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4], float (&row_max)[kMAtoms][2]) const {
+    __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4],
+                                               float (&row_max)[kMAtoms][2]) const {
         bool grows = false;
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
@@ -115,7 +116,8 @@ struct OnlineSoftmax {
     /// s becomes exp2(exponent(s, offset, i, h)), offset = scale_log2 * reference,
     /// or 0 for rows that are brought near; total += its row sums.
     template <int kNAtoms, typename Exponent>
-    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2], Exponent exponent) const {
+    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2],
+                                                 Exponent exponent) const {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -142,8 +144,9 @@ struct OnlineSoftmax {
     /// `tight` does not serve are bent here, each for itself, so that no result depends on a neighbour, and get a
     /// straight curve. Hidden elements are NaN until all maxima are known.
     template <int kNAtoms, int kDAtoms>
-    __device__ __forceinline__ void prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4], const TightSoftcap& tight,
-                                            const Softcap& softcap, SoftcapCurve (&curve)[kMAtoms][2]) {
+    __device__ __forceinline__ void prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4],
+                                            const TightSoftcap& tight, const Softcap& softcap,
+                                            SoftcapCurve (&curve)[kMAtoms][2]) {
         float row_max[kMAtoms][2];
         bool rare = tight.largest < 0.0f;
         for_each_row<kMAtoms>([&](int i, int h) {
@@ -210,7 +213,8 @@ struct OnlineSoftmax {
     /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is
     /// asked for; keep(k)(i)(n, pair) is what stays of word n of fragment i.
     template <DType kType, int kNAtoms, typename Keep>
-    __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4], const float (&offset)[kMAtoms][2], Keep keep) {
+    __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4],
+                                                    const float (&offset)[kMAtoms][2], Keep keep) {
         return [this, &s, &offset, keep](int k, uint32_t (&a)[kMAtoms][4]) {
             const auto keep_step = keep(k);
 #pragma unroll
@@ -238,14 +242,16 @@ struct OnlineSoftmax {
     }
     __device__ float lse(int i, int h) const {
         if (sum[i][h] == 0.0f) return -INFINITY;
-        static_assert(kLog2e * kLn2 == 1.0f);  // a huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other
+        // A huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other.
+        static_assert(kLog2e * kLn2 == 1.0f);
         const bool far = kHuge && is_far(reference[i][h] * scale_log2);
         const float natural = far ? reference[i][h] * (scale_log2 * kLn2) : (reference[i][h] * scale_log2) * kLn2;
         return natural + __logf(sum[i][h]);
     }
 
 private:
-    __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }  // -inf - -inf: no
+    /// Not where both are -inf.
+    __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }
 };
 
 /// Two warps that share query rows: each has the scores of half the keys of a tile and half the columns of O. Their
@@ -255,7 +261,8 @@ struct WarpPair {
     static constexpr int kThreads = 64;
     static constexpr int kCtaThreads = 128;
     static constexpr int kRowBytes = kMAtoms * 16 * 4;
-    uint32_t rows;  // in shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row
+    /// In shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row.
+    uint32_t rows;
 
     /// `all_rows`: of the first pair, on a multiple of 2 * kRowBytes.
     __device__ WarpPair(uint32_t all_rows, int thread)
@@ -282,7 +289,8 @@ struct WarpPair {
             if (writes) store_shared(rows + 4 * (16 * i + 8 * h), x[i][h]);
         });
         sync();
-        for_each_row<kMAtoms>([&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
+        for_each_row<kMAtoms>(
+            [&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
     }
 
     /// One tile: the pair's probabilities, in the tile that `to` points into. They
@@ -290,7 +298,8 @@ struct WarpPair {
     /// that a row has outgrown its own: so most tiles cost the pair one barrier.
     template <DType kType, int kNAtoms, int kDAtoms, int kCols>
     __device__ __forceinline__ void update(OnlineSoftmax<kMAtoms>& softmax, const float (&s)[kMAtoms][kNAtoms][4],
-                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to, bool first) const {
+                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to,
+                                           bool first) const {
         float row_max[kMAtoms][2], total[kMAtoms][2];
         const auto store = [&] {
             float x[kMAtoms][kNAtoms][4];

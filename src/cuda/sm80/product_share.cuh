@@ -23,10 +23,11 @@ struct ProductShare {
 
     /// By way of those parts of the dS tile, and of the P tile `to_p` behind it, that the receiving warp itself writes
     /// afterwards: one barrier is enough.
-    __device__ __forceinline__ void swap_halves(const float (&product)[2][4][4], float (&s)[4][4], float (&dp)[4][4], uint32_t ds_smem,
-                                                uint32_t to_p) const {
+    __device__ __forceinline__ void swap_halves(const float (&product)[2][4][4], float (&s)[4][4], float (&dp)[4][4],
+                                                uint32_t ds_smem, uint32_t to_p) const {
         const int lane = thread_index() % kWarpSize;
-        const int row = (lane >> 3) + (lane & 4), chunk = lane & 3;  // eight lanes: two rows, whose chunks lie in different banks
+        // Eight lanes: two rows, whose chunks lie in different banks.
+        const int row = (lane >> 3) + (lane & 4), chunk = lane & 3;
         const uint32_t first = ds_smem + Layout::offset(first_key + row, first_query / 8 + chunk);
         const auto place = [&](int receiver, int n) {
             return first + (receiver * 16 + n % 2 * 8) * Layout::kRowBytes + n / 2 * to_p;

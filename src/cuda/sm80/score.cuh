@@ -133,7 +133,8 @@ struct SoftcapCurve {
 /// in the coefficients, so that it takes three multiply-adds more than scores without a softcap.
 struct TightSoftcap {
     static constexpr float kSlope = 0.99997744f;
-    static constexpr float kHidden = -1e18f;  // its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight
+    // Its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight.
+    static constexpr float kHidden = -1e18f;
     float largest;  // that it serves; negative: nothing
     float slope;
     SoftcapCurve curve;
@@ -160,7 +161,8 @@ struct TightSoftcap {
 struct CappedScore {
     Softcap softcap;  // in units of softmax_scale, as the scores
 
-    __device__ CappedScore(const AttentionParams& p, const Sequence&, int, int) : softcap{p.score.softcap / p.score.softmax_scale} {}
+    __device__ CappedScore(const AttentionParams& p, const Sequence&, int, int)
+        : softcap{p.score.softcap / p.score.softmax_scale} {}
     __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
 };
 
@@ -185,7 +187,8 @@ struct ScoreFunction {
           unit(kBias && p.score.bias ? 1.0f : product_unit),
           prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
           softcap{p.score.softcap * (1.0f / product_unit)},
-          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit) : 0.0f),
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit)
+                                     : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(p, seq, batch, head) {}
 
@@ -205,7 +208,8 @@ struct ScoreFunction {
     template <DType kType, bool kTransposed, int kMAtoms, int kNAtoms, typename Staged>
     __device__ __forceinline__ void apply_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
                                                         uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
-                                                        const FragmentOrigin<kTransposed>& origin, const Staged& staged) const {
+                                                        const FragmentOrigin<kTransposed>& origin,
+                                                        const Staged& staged) const {
         scale(s);
         if (softcap.cap > 0.0f) {
             const float inner = 1.0f / softcap.cap;
@@ -239,7 +243,8 @@ private:
     }
 
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add_slope(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
+    __device__ __forceinline__ void add_slope(float (&s)[kMAtoms][kNAtoms][4],
+                                              const FragmentOrigin<kTransposed>& origin) const {
         using Origin = FragmentOrigin<kTransposed>;
         if (slope == 0.0f) return;
         const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);

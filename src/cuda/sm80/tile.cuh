@@ -46,8 +46,8 @@ struct FragmentAddress {
     }
     __device__ uint32_t at(int row, int col) const {
         const int chunk = col >> 3;
-        return (base ^ ((chunk & Layout::kXorMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) +
-               beyond;
+        return (base ^ ((chunk & Layout::kXorMask) << 4)) +
+               (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) + beyond;
     }
     /// Two columns of an accumulator fragment: `at` for odd chunks too.
     __device__ uint32_t at_chunk(int row, int chunk) const {
@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     const int chunk0 = thread % kLanes;
     const uint32_t dst = tile + Layout::offset(row0, chunk0);
     const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
-    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+    // A tile without edges needs no predicates.
+    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {
 #pragma unroll
         for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
             if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
@@ -160,7 +161,8 @@ struct StreamCopy {
 
     /// src: the first row of the first tile.
     __device__ __forceinline__ StreamCopy(const uint16_t* src, int64_t row_stride, int thread)
-        : place(Layout::offset(thread / kLanes, thread % kLanes)), step(static_cast<uint32_t>(row_stride) * (2 * kRowStep)) {
+        : place(Layout::offset(thread / kLanes, thread % kLanes)),
+          step(static_cast<uint32_t>(row_stride) * (2 * kRowStep)) {
         const int64_t row = thread / kLanes + (kUpwards ? kRows - kRowStep : 0);
         from = reinterpret_cast<const char*>(src + row * row_stride + thread % kLanes * 8);
     }
@@ -303,7 +305,8 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAto
 /// Packed accumulators into a tile of shared memory, whence other
 /// warps read them as operands; `to`: FragmentAddress::accumulator.
 template <int kCols, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
+__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2],
+                                               FragmentAddress<kCols> to) {
     static_assert(kNAtoms % 2 == 0);
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
