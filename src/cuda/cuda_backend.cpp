@@ -129,8 +129,9 @@ void backward(const BackwardParams& p, const Execution& e) {
 
 void merge(const MergeParams& p, const Execution& e) {
     if (p.num_parts > kMaxMergeParts) {
-        unsupported(fmt::format("num_parts: is {}; on CUDA one call merges at most {}, and the first part of the next call may be "
-                                "its result", p.num_parts, kMaxMergeParts));
+        unsupported(fmt::format("num_parts: is {}; on CUDA one call merges at most {}, "
+                                "and the first part of the next call may be its result",
+                                p.num_parts, kMaxMergeParts));
     }
     const DeviceGuard guard(e.device_index);
     check(launch_merge(p, context_of(e)), "merge launch");

@@ -35,7 +35,8 @@ inline EncodeTiled encode_tiled() {
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
         const cudaError_t status =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-        return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
+        return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
+                                                                             : nullptr;
     }();
     return function;
 }
