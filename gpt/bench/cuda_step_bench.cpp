@@ -1,14 +1,13 @@
-// Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine
-// allows; writes JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for
-// steps of a minute. SEQLEN "longest": the largest multiple of 1024 for which the plan of the run's memory fits what
-// is free.
-//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
-// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed
-// again), bf16-masters, processes=N, contest (the products' algorithms are chosen anew by whole steps, and kept if these
-// are shorter). Sets of
-// options with "vs" between them take turns in one process, from the same weights on: what a chip's temperature does to one
-// it does to all. ROWS are those of one process. Of several, which a launcher may have started too, rank 0 prints; there
-// turns of steps of all together and of each by itself follow one another.
+// Times whole training steps of GPT-3's shapes, and of a Llama of that size, on a GPU, and the operators of one step
+// against what the machine allows; writes JSON. With "once" the first STEPS steps are timed as they are and none is
+// looked at by operator: for steps of a minute. SEQLEN "longest": the largest multiple of 1024 for which the plan of
+// the run's memory fits what is free.
+//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B|llama-1.3B SEQLEN ROWS STEPS [OPTION...]
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again),
+// bf16-masters, processes=N, contest (the products' algorithms are chosen anew by whole steps, and kept if these are
+// shorter). Sets of options with "vs" between them take turns in one process, from the same weights on: what a chip's
+// temperature does to one it does to all. ROWS are those of one process. Of several, which a launcher may have started
+// too, rank 0 prints; there turns of steps of all together and of each by itself follow one another.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -46,14 +45,16 @@ constexpr double kCopyBytesPerSecond = 3.02e12;
 
 struct Shape {
     int64_t layers, hidden, heads;
+    bool llama = false;
 };
 
 Shape shape_of(const std::string& name) {
     const std::map<std::string, Shape> shapes{
-        {"124M", {12, 768, 12}}, {"350M", {24, 1024, 16}}, {"1.3B", {24, 2048, 16}}, {"2.7B", {32, 2560, 32}}};
+        {"124M", {12, 768, 12}}, {"350M", {24, 1024, 16}}, {"1.3B", {24, 2048, 16}}, {"2.7B", {32, 2560, 32}},
+        {"llama-1.3B", {24, 2048, 16, true}}};
     const auto found = shapes.find(name);
     if (found == shapes.end())
-        throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B or 2.7B");
+        throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B, 2.7B or llama-1.3B");
     return found->second;
 }
 
@@ -248,6 +249,7 @@ ModelOptions model_options_of(const Arguments& a, int processes) {
 
 ModelConfig config_of(const Arguments& a) {
     const Shape shape = shape_of(a.model);
+    if (shape.llama) return llama_config(shape.layers, shape.hidden, shape.heads, shape.heads, a.seqlen, kVocab);
     return gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
 }
 
@@ -343,8 +345,8 @@ int run_variants(const std::vector<Arguments>& sets, const std::vector<std::stri
     return 0;
 }
 
-/// The products' algorithms by whole steps; what is found is kept if steps with it are shorter than with the usual ones. Returns what
-/// there was to be chosen, and by how much.
+/// The products' algorithms by whole steps; what is found is kept if steps with it are shorter than with the usual
+/// ones. Returns what there was to be chosen, and by how much.
 template <class Step>
 nlohmann::ordered_json hold_contest(cuda::Gemm& gemm, Step&& timed_step) {
     constexpr int kRounds = 2, kSteps = 72, kTurns = 4;
@@ -579,9 +581,9 @@ int run_bench(Arguments a) {
 int main(int argc, char** argv) {
     if (argc < 5) {
         std::fprintf(stderr,
-                     "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] "
-                     "[fp32-gradients] [bf16-masters] [once] [norms|pointwise|block] [processes=N] [contest] "
-                     "[vs OPTION...]...\n"
+                     "usage: %s 124M|350M|1.3B|2.7B|llama-1.3B SEQLEN ROWS STEPS [deterministic] [no-graph] "
+                     "[fp32-moments] [fp32-gradients] [bf16-masters] [once] [norms|pointwise|block] [processes=N] "
+                     "[contest] [vs OPTION...]...\n"
                      "       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }
