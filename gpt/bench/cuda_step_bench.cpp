@@ -1,13 +1,13 @@
-// Times whole training steps of GPT-3's shapes on a GPU, and the operators of one step against what the machine
-// allows; writes JSON. With "once" the first STEPS steps are timed as they are and none is looked at by operator: for
-// steps of a minute. SEQLEN "longest": the largest multiple of 1024 for which the plan of the run's memory fits what
-// is free.
-//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [OPTION...]
-// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed
-// again), bf16-masters, processes=N, contest (the products' algorithms are chosen anew by whole steps, and kept if
-// these are shorter). Sets of options with "vs" between them take turns in one process, from the same weights on: what
-// a chip's temperature does to one it does to all. ROWS are those of one process. Of several, which a launcher may have
-// started too, rank 0 prints; there turns of steps of all together and of each by itself follow one another.
+// Times whole training steps of GPT-3's shapes, and of a Llama of that size, on a GPU, and the operators of one step
+// against what the machine allows; writes JSON. With "once" the first STEPS steps are timed as they are and none is
+// looked at by operator: for steps of a minute. SEQLEN "longest": the largest multiple of 1024 for which the plan of
+// the run's memory fits what is free.
+//   gpt_cuda_step_bench 124M|350M|1.3B|2.7B|llama-1.3B SEQLEN ROWS STEPS [OPTION...]
+// Options: deterministic, no-graph, fp32-moments, fp32-gradients, once, norms|pointwise|block (what is computed again),
+// bf16-masters, processes=N, contest (the products' algorithms are chosen anew by whole steps, and kept if these are
+// shorter). Sets of options with "vs" between them take turns in one process, from the same weights on: what a chip's
+// temperature does to one it does to all. ROWS are those of one process. Of several, which a launcher may have started
+// too, rank 0 prints; there turns of steps of all together and of each by itself follow one another.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -245,9 +245,9 @@ int main(int argc, char** argv) {
     using namespace strobe::gpt::step_bench;
     if (argc < 5) {
         std::fprintf(stderr,
-                     "usage: %s 124M|350M|1.3B|2.7B SEQLEN ROWS STEPS [deterministic] [no-graph] [fp32-moments] "
-                     "[fp32-gradients] [bf16-masters] [once] [norms|pointwise|block] [processes=N] [contest] "
-                     "[vs OPTION...]...\n"
+                     "usage: %s 124M|350M|1.3B|2.7B|llama-1.3B SEQLEN ROWS STEPS [deterministic] [no-graph] "
+                     "[fp32-moments] [fp32-gradients] [bf16-masters] [once] [norms|pointwise|block] [processes=N] "
+                     "[contest] [vs OPTION...]...\n"
                      "       SEQLEN may be \"longest\"\n", argv[0]);
         return 2;
     }

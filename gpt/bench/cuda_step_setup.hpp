@@ -51,14 +51,16 @@ inline Arguments parse(char** argv, const std::vector<std::string>& options) {
 
 struct Shape {
     int64_t layers, hidden, heads;
+    bool llama = false;
 };
 
 inline Shape shape_of(const std::string& name) {
     const std::map<std::string, Shape> shapes{
-        {"124M", {12, 768, 12}}, {"350M", {24, 1024, 16}}, {"1.3B", {24, 2048, 16}}, {"2.7B", {32, 2560, 32}}};
+        {"124M", {12, 768, 12}}, {"350M", {24, 1024, 16}}, {"1.3B", {24, 2048, 16}}, {"2.7B", {32, 2560, 32}},
+        {"llama-1.3B", {24, 2048, 16, true}}};
     const auto found = shapes.find(name);
     if (found == shapes.end())
-        throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B or 2.7B");
+        throw std::invalid_argument("model '" + name + "' is unknown; choose 124M, 350M, 1.3B, 2.7B or llama-1.3B");
     return found->second;
 }
 
@@ -70,6 +72,7 @@ inline ModelOptions model_options_of(const Arguments& a, int processes) {
 
 inline ModelConfig config_of(const Arguments& a) {
     const Shape shape = shape_of(a.model);
+    if (shape.llama) return llama_config(shape.layers, shape.hidden, shape.heads, shape.heads, a.seqlen, kVocab);
     return gpt2_config(shape.layers, shape.hidden, shape.heads, a.seqlen, kVocab);
 }
 
