@@ -24,7 +24,9 @@ inline void check_launch(const char* kernel) {
 
 inline cudaStream_t stream_of(const Exec& e) { return static_cast<cudaStream_t>(e.stream); }
 
-inline unsigned blocks_for(int64_t count, int64_t per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+    return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
 
 /// Calls fn with a null pointer of the element type.
 template <class Fn>
@@ -38,7 +40,8 @@ void by_precision(Precision precision, Fn&& fn) {
 template <class T>
 T* as(Buffer b) {
     constexpr Precision kExpected = std::is_same_v<std::remove_const_t<T>, float> ? Precision::fp32 : Precision::bf16;
-    if (b.data && b.precision != kExpected) throw std::invalid_argument("operator: buffers of one call differ in precision");
+    if (b.data && b.precision != kExpected)
+        throw std::invalid_argument("operator: buffers of one call differ in precision");
     return static_cast<T*>(b.data);
 }
 
@@ -93,8 +96,8 @@ struct alignas(N * sizeof(T)) Vector {
     }
 };
 
-/// N numbers of fp32 from an address that is a multiple of theirs, four at a time: one at a time a warp whose lanes read N numbers
-/// each would touch every line N times.
+/// N numbers of fp32 from an address that is a multiple of theirs, four at a time: one at a time a warp whose lanes
+/// read N numbers each would touch every line N times.
 template <int N>
 __device__ void load_floats(const float* p, float (&x)[N]) {
     static_assert(N % 4 == 0);

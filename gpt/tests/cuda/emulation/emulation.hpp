@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU, thread by thread, for tests on machines without a GPU: what kernels compute, not how fast. A block's
-// threads are fibers of one host thread that give way at barriers and shuffles, so shared memory is static memory, and a barrier or
-// shuffle that not all of a block's or warp's threads reach is an error instead of undefined. Blocks run one after the other.
+// Runs CUDA kernels on the CPU, thread by thread, for tests on machines without a GPU: what kernels compute, not how
+// fast. A block's threads are fibers of one host thread that give way at barriers and shuffles, so shared memory is
+// static memory, and a barrier or shuffle that not all of a block's or warp's threads reach is an error instead of
+// undefined. Blocks run one after the other.
 #pragma once
 
 #include <cstddef>
