@@ -9,6 +9,7 @@ steps: a row for each record of gpt_cuda_step_bench.
 parts: where a step's time goes, two columns and a bound for each of these records.
 peers: the rows of records of bench/gpt_step_cuda.py by model and context, those without a kernel of attention first. A row that several
 records have is that of the first.
+norms: a record of bench/dev/norm_bandwidth, a pair of columns for each width.
 processes: a record of bench/gpt_processes.py: steps of several GPUs together beside those of each by itself.
 """
 
@@ -103,6 +104,17 @@ def peers(*records: dict) -> str:
     return tables.markdown([*head, *(["record"] if numbered else [])], rows)
 
 
+def norms(record: dict) -> str:
+    widths = list(dict.fromkeys(row["hidden"] for row in record["rows"]))
+    found = {(row["what"], row["hidden"]): row for row in record["rows"]}
+    rows = []
+    for what in dict.fromkeys(row["what"] for row in record["rows"]):
+        cells = [found[what, width] for width in widths]
+        rows.append([what, *(x for r in cells for x in (f"{r['microseconds']:.1f} us", f"{r['of_the_copy']:.2f}"))])
+    head = [column for width in widths for column in (f"{record['rows'][0]['rows']} x {width}", "of the copy")]
+    return tables.markdown(["operator", *head], rows)
+
+
 def processes(record: dict) -> str:
     rows = []
     for r in record["speed"]:
@@ -118,7 +130,7 @@ def processes(record: dict) -> str:
     )  # fmt: skip
 
 
-TABLES = {"steps": steps, "parts": parts, "peers": peers, "processes": processes}
+TABLES = {"steps": steps, "parts": parts, "peers": peers, "norms": norms, "processes": processes}
 
 if __name__ == "__main__":
     tables.main(TABLES, __doc__)

@@ -60,11 +60,11 @@ void info(const CommonOptions& options) {
         record["cuda"] = reason;
     }
     for (int d = 0; d < devices; ++d) {
-        const auto device = device_json({DeviceType::cuda, d});
-        std::printf("cuda:%-12d %s, compute capability %s, %.0f GiB, driver %s\n", d, device["name"].get<std::string>().c_str(),
-                    device["compute_capability"].get<std::string>().c_str(), device["memory_bytes"].get<double>() / (1 << 30),
-                    device["driver"].get<std::string>().c_str());
-        record["cuda"].push_back(device);
+        const auto found = device_json({DeviceType::cuda, d});
+        std::printf("cuda:%-12d %s, compute capability %s, %.0f GiB, driver %s\n", d,
+                    found["name"].get<std::string>().c_str(), found["compute_capability"].get<std::string>().c_str(),
+                    found["memory_bytes"].get<double>() / (1 << 30), found["driver"].get<std::string>().c_str());
+        record["cuda"].push_back(found);
     }
     std::printf("\nimplementations, in the order in which a call is offered to them\n");
     for (const Implementation& i : implementations()) {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: builds strobe with its kernels and runs every check of theirs (the case list against the specification,
-# races, determinism, graphs, streams and threads, 64k tokens, compute-sanitizer), holds the trainer's GPU side against its CPU side, and
-# runs the benchmark grid. Records go to results/<gpu>/check-<commit>.json and bench-<commit>.json.
+# races, determinism, graphs, streams and threads, 64k tokens, compute-sanitizer), holds them to PyTorch through the Python package and the
+# trainer's GPU side to its CPU side, and runs the benchmark grid. Records go to results/<gpu>/check-<commit>.json, check-sm80-<commit>.json,
+# python-tests-<commit>.json and bench-<commit>.json.
 #   scripts/gpu_check.sh [--filter TERMS] [--no-bench] [--output DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +32,15 @@ if pkg-config --exists openblas libpcre2-8 2>/dev/null; then
 else
     echo "gpu_check: no OpenBLAS and PCRE2 here: the trainer is left out"
 fi
-cmake --preset cuda -DSTROBE_BUILD_GPT=$gpt -DSTROBE_BUILD_TESTS=ON -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
+# So does the comparison with PyTorch.
+python=OFF
+if python3 -c 'import sys, torch, pytest, hypothesis; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    python=ON
+    targets+=(strobe_torch)
+else
+    echo "gpu_check: no PyTorch with CUDA, pytest and hypothesis here: the comparison with it is left out"
+fi
+cmake --preset cuda -DSTROBE_BUILD_PYTHON=$python -DSTROBE_BUILD_GPT=$gpt -DSTROBE_BUILD_TESTS=ON -DSTROBE_SM80_ARCHS="${STROBE_SM80_ARCHS:-90}" >/dev/null
 cmake --build --preset cuda --target "${targets[@]}" -- --quiet
 bin=build/cuda/bin
 "$bin/strobe" info
@@ -41,6 +50,9 @@ status=0
 # Where another family comes first, the one that serves every other GPU is held to the same.
 "$bin/gpu_check" "${filter[@]}" --implementation sm80 --parts cases,races,determinism --commit "$commit" \
     --json "$output/$gpu/check-sm80-$commit.json" || status=$?
+if [ "$python" = ON ]; then
+    STROBE_BUILD_DIR=$PWD/build/cuda python3 -m pytest -q python/tests -k cuda --record "$output/$gpu/python-tests-$commit.json" || status=$?
+fi
 if [ "$gpt" = ON ]; then
     scripts/gpu_check_gpt.sh "$bin" || status=$?
 fi

@@ -143,9 +143,10 @@ def machine(record: dict) -> str:
     clocks = [c["clocks"][d]["sm_mhz"] for c in record["cells"] for d in ("forward", "backward") if c["clocks"].get(d)]
     clocks = [c for c in clocks if c]
     under_load = f", SM clock under load {min(clocks)} to {max(clocks)} MHz" if clocks else ""
+    commands = ", then ".join(f"`{shlex.join(command)}`" for command in [m["command"], *m.get("more_commands", [])])
     return (f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, PyTorch {m['torch']}, cuDNN {m['cudnn']}, "
             f"FlashAttention-3 {m.get('flash_attn_3') or 'absent'}; strobe {m['commit']}, {m['date'][:10]}{under_load}.\n"
-            f"`{shlex.join(m['command'])}`\n")  # fmt: skip
+            f"{commands}\n")  # fmt: skip
 
 
 TABLES = {

@@ -3,6 +3,7 @@
 With --record FILE a run leaves its counts as JSON, and what tests measured (`record_property`), beside versions and the device.
 """
 
+import fcntl
 import json
 import os
 import pathlib
@@ -20,9 +21,24 @@ if "STROBE_LIBRARY_DIR" in os.environ:
 
 import torch  # noqa: E402
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ and torch.cuda.is_available():
-    # What one worker's allocator keeps, another cannot have.
-    torch.cuda.set_per_process_memory_fraction(0.8 / int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+# What one worker's allocator keeps, another cannot have; a rest is left for the tests that need more than a share.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+_SHARE, _LARGE_SHARE = (0.55 / _WORKERS, 0.35) if _WORKERS > 1 else (1.0, 1.0)
+if torch.cuda.is_available():
+    torch.cuda.set_per_process_memory_fraction(_SHARE)
+
+
+@pytest.fixture
+def large_memory(tmp_path_factory):
+    """A third of the GPU's memory instead of a worker's share, for one test at a time."""
+    folder = tmp_path_factory.getbasetemp()
+    with open((folder.parent if _WORKERS > 1 else folder) / "large_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(_LARGE_SHARE)
+        yield
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(_SHARE)
 
 
 def pytest_addoption(parser):

@@ -243,7 +243,7 @@ def hold_to_eager(leaves, call, **options):
 
 @pytest.mark.parametrize("dim", [64, 128, 192])
 @pytest.mark.parametrize("implementation", ["sm90", "sm80"])
-def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation):
+def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation, large_memory):
     if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=dim, grad=True)
@@ -251,7 +251,7 @@ def test_more_sequences_than_a_grid_has_along_an_axis(dim, implementation):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal):
+def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal, large_memory):
     """Of very different lengths, so that the gradient of q has an accumulator, which is converted behind."""
     lengths = torch.randint(0, 4, (MANY_SEQUENCES,), generator=torch.Generator().manual_seed(0))
     lengths[-3] = 700
@@ -274,7 +274,7 @@ def test_more_packed_sequences_than_a_grid_has_along_an_axis(causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtype):
+def test_a_bias_of_its_own_for_more_sequences_than_a_grid_has_along_an_axis(dtype, large_memory):
     leaves = qkv(batch=MANY_SEQUENCES, rows=8, heads=2, heads_k=1, dim=32, dtype=dtype, grad=True)
     leaves.append(torch.randn(MANY_SEQUENCES, 1, 8, 8, device="cuda", dtype=dtype, requires_grad=True))
     hold_to_eager(leaves, lambda q, k, v, bias: strobe.attention(q, k, v, bias=bias))
@@ -307,7 +307,8 @@ def offsets_beyond_32_bits(axis, implementation):
     for a, b in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, dense[:3], dense[3]))):
         reference.near(a, b)
     assert torch.equal(lse, expected_lse)
-    assert outputs.isnan().sum().item() == outputs.numel() - 4 * out.numel()
+    untouched = sum(part.isnan().sum().item() for part in outputs.split(2**28))  # of one piece, the sum would widen 2^31 values
+    assert untouched == outputs.numel() - 4 * out.numel()
 
 
 def workspace_beyond_32_bits():
@@ -327,7 +328,7 @@ def workspace_beyond_32_bits():
             reference.assert_close(a[entry : entry + 1], exact, naive, f"{name} of {entry}", factor=3.0)
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(large_memory):
     """One after the other: they take 9 to 15 GB each."""
     for implementation in ("sm90", "sm80"):
         if implementation == "sm90" and torch.cuda.get_device_capability() != (9, 0):
@@ -335,7 +336,6 @@ def test_offsets_beyond_32_bits():
         for axis in range(3):
             offsets_beyond_32_bits(axis, implementation)
     workspace_beyond_32_bits()
-    torch.cuda.empty_cache()
 
 
 def test_deterministic_gradients_are_the_same_bits():

@@ -19,12 +19,14 @@ struct MergeArguments {
     PartialResult parts[kParts];
 };
 
-/// One warp a row: it reads every part's lse before it writes its own, and each column of every part before that column.
+/// One warp a row: it reads every part's lse before it writes
+/// its own, and each column of every part before that column.
 template <int kParts>
 __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ MergeArguments<kParts> a) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerCta;
-    for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerCta + threadIdx.x / kWarpSize; n < a.total_rows; n += warps) {
+    for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerCta + threadIdx.x / kWarpSize; n < a.total_rows;
+         n += warps) {
         const int64_t row = n % a.rows, head = n / a.rows % a.num_heads, batch = n / a.rows / a.num_heads;
         const auto lse_of = [&](int part) {
             const RowRef& r = a.parts[part].lse;
@@ -62,7 +64,8 @@ __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ 
 
 template <int kParts>
 cudaError_t launch_merge_of(const MergeParams& p, const LaunchContext& context) {
-    MergeArguments<kParts> a{p.rows, p.num_heads, p.head_dim_v, p.batch * p.num_heads * p.rows, p.num_parts, p.result, {}};
+    const int64_t total_rows = p.batch * p.num_heads * p.rows;
+    MergeArguments<kParts> a{p.rows, p.num_heads, p.head_dim_v, total_rows, p.num_parts, p.result, {}};
     std::copy_n(p.parts, p.num_parts, a.parts);
     const int64_t ctas = std::min((a.total_rows + kRowsPerCta - 1) / kRowsPerCta, kMaxCtas);
     if (ctas > 0) merge_parts<kParts><<<static_cast<unsigned>(ctas), kThreads, 0, context.stream>>>(a);

@@ -1,5 +1,5 @@
-// CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table and
-// launches it on the caller's stream; nothing is allocated and nothing waits.
+// CUDA in the registry: one implementation per kernel generation, newest first. Each finds its row of the variant table
+// and launches it on the caller's stream; nothing is allocated and nothing waits.
 #include <fmt/core.h>
 
 #include <array>
@@ -129,8 +129,9 @@ void backward(const BackwardParams& p, const Execution& e) {
 
 void merge(const MergeParams& p, const Execution& e) {
     if (p.num_parts > kMaxMergeParts) {
-        unsupported(fmt::format("num_parts: is {}; on CUDA one call merges at most {}, and the first part of the next call may be "
-                                "its result", p.num_parts, kMaxMergeParts));
+        unsupported(fmt::format("num_parts: is {}; on CUDA one call merges at most {}, "
+                                "and the first part of the next call may be its result",
+                                p.num_parts, kMaxMergeParts));
     }
     const DeviceGuard guard(e.device_index);
     check(launch_merge(p, context_of(e)), "merge launch");

@@ -11,7 +11,8 @@ namespace strobe::cuda {
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();
-    throw CallError(STROBE_DEVICE_ERROR, fmt::format("{}: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status)));
+    throw CallError(STROBE_DEVICE_ERROR,
+                    fmt::format("{}: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status)));
 }
 
 namespace {
@@ -22,8 +23,8 @@ std::string why_none(cudaError_t status) {
     cudaDriverGetVersion(&driver);
     if (status == cudaErrorInsufficientDriver && driver == 0) return "no CUDA driver on this machine";
     if (status == cudaErrorInsufficientDriver) {
-        return fmt::format("the driver of this machine serves CUDA {}.{}, this build of strobe needs {}.{}", driver / 1000,
-                           driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+        return fmt::format("the driver of this machine serves CUDA {}.{}, this build of strobe needs {}.{}",
+                           driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     }
     return cudaGetErrorString(status);
 }
@@ -57,8 +58,9 @@ DeviceLimits device_limits(int device) {
         return limits;
     }();
     if (device < 0 || static_cast<size_t>(device) >= all.size()) {
-        throw CallError(STROBE_DEVICE_ERROR, all.empty() ? fmt::format("cuda:{}: {}", device, reason)
-                                                         : fmt::format("cuda:{}: this machine has {} CUDA devices", device, all.size()));
+        throw CallError(STROBE_DEVICE_ERROR,
+                        all.empty() ? fmt::format("cuda:{}: {}", device, reason)
+                                    : fmt::format("cuda:{}: this machine has {} CUDA devices", device, all.size()));
     }
     return all[static_cast<size_t>(device)];
 }
@@ -80,8 +82,8 @@ DeviceInfo device_info(int device) {
 
 DeviceGuard::DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward) has no
-    // context, which the driver's encoder of tensor maps fails without.
+    // Even where the number is the same: a thread that has not called the runtime yet (the one of PyTorch's backward)
+    // has no context, which the driver's encoder of tensor maps fails without.
     check(cudaSetDevice(device), "cudaSetDevice");
     switched_ = previous_ != device;
 }

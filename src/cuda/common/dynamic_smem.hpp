@@ -8,7 +8,8 @@
 
 namespace strobe::cuda {
 
-/// allow_dynamic_smem for a kernel whose limit never changes. It lasts until cudaDeviceReset, which ends every context of CUDA's runtime.
+/// allow_dynamic_smem for a kernel whose limit never changes. It lasts
+/// until cudaDeviceReset, which ends every context of CUDA's runtime.
 template <auto* kKernel>
 cudaError_t allow_dynamic_smem_once(int bytes, int device) {
     static std::atomic<uint64_t> raised{0};  // one bit per device

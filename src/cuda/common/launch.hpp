@@ -14,7 +14,8 @@ struct LaunchContext {
 /// Raises a kernel's dynamic shared memory limit. Idempotent and cheap; legal while a stream is being captured.
 template <typename Kernel>
 cudaError_t allow_dynamic_smem(Kernel* kernel, int bytes) {
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                bytes);
 }
 
 }  // namespace strobe::cuda

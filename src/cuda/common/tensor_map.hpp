@@ -1,6 +1,6 @@
-// TMA tensor maps of (batch, rows, heads, dim) tensors. A map is encoded on the host for every launch and travels to the
-// kernel by value as a __grid_constant__ parameter. The encoder comes from the driver at run time, so that nothing links
-// against libcuda and a binary still starts on a machine without a driver.
+// TMA tensor maps of (batch, rows, heads, dim) tensors. A map is encoded on the host for every launch and travels to
+// the kernel by value as a __grid_constant__ parameter. The encoder comes from the driver at run time, so that nothing
+// links against libcuda and a binary still starts on a machine without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -35,7 +35,8 @@ inline EncodeTiled encode_tiled() {
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
         const cudaError_t status =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-        return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
+        return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
+                                                                             : nullptr;
     }();
     return function;
 }

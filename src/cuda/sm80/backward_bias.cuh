@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
         const Operand do_in(p.dout, batch, seq.q_row + q_begin, head);
         const Operand k_in(p.k, batch, seq.k_row + k_begin, kv_head);
         const Operand v_in(p.v, batch, seq.k_row + k_begin, kv_head);
-        const int q_valid = static_cast<int>(seq.seqlen_q - q_begin), k_valid = static_cast<int>(seq.seqlen_k - k_begin);
+        const int q_valid = static_cast<int>(seq.seqlen_q - q_begin);
+        const int k_valid = static_cast<int>(seq.seqlen_k - k_begin);
         load_tile<kM, kD, kThreads, false>(q_smem, q_in.data, q_in.row_stride, q_valid, p.size.head_dim,
                                            q_in.aligned(p.size.head_dim), thread);
         load_tile<kM, kD, kThreads, false>(do_smem, do_in.data, do_in.row_stride, q_valid, p.size.head_dim_v,
@@ -63,10 +64,12 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
             delta[h] = row < seq.seqlen_q ? ws.delta[stat0 + row] : 0.0f;
         }
         float s[1][kNAtoms][4], dp[1][kNAtoms][4];
-        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
-                                               b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
-        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
-                                               b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
+        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(
+            s, a_rows<1>(FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows)),
+            b_rows(FragmentAddress<kD>::chunks_first(k_smem, lane)));
+        multiply<V.dtype, true, 1, kNAtoms, kD / 16>(
+            dp, a_rows<1>(FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows)),
+            b_rows(FragmentAddress<kD>::chunks_first(v_smem, lane)));
         const ScoreFunctionOf<V.features> score(p, seq, batch, head);
         const FragmentOrigin<false> origin{q0 + lane / 4, k0 + 2 * (lane % 4)};
         const DropoutBits<false> bits(p, static_cast<uint32_t>(batch * p.size.num_heads + head), origin);
@@ -89,7 +92,8 @@ __global__ void __launch_bounds__(BiasGradientConfig::kWarps* kWarpSize)
     for (int j = 0; j < kNAtoms; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            tile[(warp * kRows + lane / 4 + 8 * (e >> 1)) * kN + 8 * j + 2 * (lane % 4) + (e & 1)] = sum[0][j][e] * rescale;
+            tile[(warp * kRows + lane / 4 + 8 * (e >> 1)) * kN + 8 * j + 2 * (lane % 4) + (e & 1)] =
+                sum[0][j][e] * rescale;
         }
     __syncthreads();
     grid.store(p, tile, kThreads);

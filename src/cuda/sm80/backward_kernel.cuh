@@ -1,7 +1,7 @@
 // FlashAttention-2 backward on mma.sync. One CTA per (key tile, key head, batch): K and V stay in shared memory, dK and
-// dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE, scores
-// are held transposed (keys x queries). dQ is reduced into the fp32 workspace: as CTAs come by, or in turns (backward_order.hpp), or
-// left to a deterministic pass of its own.
+// dV in registers, over all query tiles of all query heads that share the key head. P is recomputed from the LSE,
+// scores are held transposed (keys x queries). dQ is reduced into the fp32 workspace: as CTAs come by, or in turns
+// (backward_order.hpp), or left to a deterministic pass of its own.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -64,14 +64,17 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         tiles = tiles < most ? tiles : most < 0 ? 0 : most;
     }
     const int steps = tiles * group;
-    // CTAs of one head run side by side. Where all of them see all queries each starts at another query tile, lest they all add
-    // to the same dQ at once. (Where loads and products alternate, with one stage, they drift apart by themselves.)
+    // CTAs of one head run side by side. Where all of them see all queries each
+    // starts at another query tile, lest they all add to the same dQ at once. (Where
+    // loads and products alternate, with one stage, they drift apart by themselves.)
     constexpr bool kSpreadsStarts = kStages > 1 && !kPInRegisters && !kInTurns;
     const bool down = kInTurns && p.mask.is_band() && !index.falling;
     const int last_tile = down ? tile_begin : tile_begin + tiles - 1;
     const int first_tile =
-        down ? tile_begin + tiles - 1 :
-        tile_begin + (kSpreadsStarts && !p.mask.is_band() ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles) : 0);
+        down ? tile_begin + tiles - 1
+             : tile_begin + (kSpreadsStarts && !p.mask.is_band()
+                                 ? static_cast<int>(static_cast<int64_t>(index.tile) * tiles / order.tiles)
+                                 : 0);
 
     const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
     const ProductShare share(warp);
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     const uint32_t q_smem = v_smem + kConfig.kv_bytes;
     const uint32_t do_smem = q_smem + kStages * kConfig.q_bytes;
     const uint32_t ds_smem = do_smem + kStages * kConfig.q_bytes;  // then P, unless it stays in registers
-    constexpr int kStatOffset = 2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
+    constexpr int kStatOffset =
+        2 * kConfig.kv_bytes + 2 * kStages * kConfig.q_bytes + (kPInRegisters ? 1 : 2) * kConfig.score_bytes;
     const uint32_t stat_smem = k_smem + kStatOffset;  // per stage: lse, then delta
     const uint32_t bias_smem = stat_smem + 2 * kStages * kConfig.stat_bytes;
 
@@ -93,7 +97,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     constexpr uint32_t kToV = kConfig.kv_bytes, kToDout = kStages * kConfig.q_bytes, kToP = kConfig.score_bytes;
     const auto key_rows = kShares ? FragmentAddress<kD>::rows_first(k_smem + share.role * kToV, lane, share.first_key)
                                   : FragmentAddress<kD>::rows_first(k_smem, lane, score_key);
-    const auto query_rows = FragmentAddress<kD>::chunks_first(q_smem + (kShares ? share.role * kToDout : 0), lane, score_query);
+    const auto query_rows =
+        FragmentAddress<kD>::chunks_first(q_smem + (kShares ? share.role * kToDout : 0), lane, score_query);
     const auto query_cols = FragmentAddress<kD>::rows_first(q_smem, lane, 0, out_col);
     const auto key_cols = FragmentAddress<kD>::rows_first(k_smem, lane, 0, dq_col);
     const auto score_store = FragmentAddress<kM>::accumulator(ds_smem, lane, score_key, score_query);
@@ -111,8 +116,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         const int valid = static_cast<int>(seq.seqlen_q) - tile * kM;
         const Operand q(p.q, batch, row, head);
         const Operand dout(p.dout, batch, row, head);
-        load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid, p.size.head_dim,
-                                               q.aligned(p.size.head_dim), thread);
+        load_tile<kM, kD, kThreads, !kGeneral>(q_smem + stage * kConfig.q_bytes, q.data, q.row_stride, valid,
+                                               p.size.head_dim, q.aligned(p.size.head_dim), thread);
         load_tile<kM, kD, kThreads, !kGeneral>(do_smem + stage * kConfig.q_bytes, dout.data, dout.row_stride, valid,
                                                p.size.head_dim_v, dout.aligned(p.size.head_dim_v), thread);
         if (thread < kM / 2) {
@@ -123,7 +128,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         if constexpr (kHasBias) {
             const Bias bias(p, seq, batch, head);
             if (V.features == Features::tiled || bias.staged()) {
-                bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, static_cast<int64_t>(tile) * kM, k_begin, thread);
+                bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes,
+                                                          static_cast<int64_t>(tile) * kM, k_begin, thread);
             }
         }
         cp_async_commit();
@@ -202,7 +208,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
             const bool masked = !band.all_visible(q0, kScoreQueries, k0, kScoreKeys);
             if constexpr (kHasBias) {
                 const auto bias = FragmentAddress<kN>::chunks_first(bias_smem, lane, score_query, score_key);
-                gradient.scores(s, score, band, origin, masked, bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
+                gradient.scores(s, score, band, origin, masked,
+                                bias.moved(stage * kConfig.bias_bytes + part * (kConfig.step_m * kN * 2)));
             } else {
                 gradient.scores(s, score, band, origin, masked, NoBias());
             }
@@ -222,13 +229,14 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 const auto queries_k = query_cols.moved(to_stage + part * (kConfig.step_m * kD * 2));
                 multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dv, a_registers(gradient.probability),
                                                                             b_columns<1>(queries_k + kToDout));
-                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds), b_columns<1>(queries_k));
+                multiply<V.dtype, false, kOutM, kOutN, kConfig.step_m / 16>(dk, a_registers(ds),
+                                                                            b_columns<1>(queries_k));
             }
         }
         __syncthreads();  // P and dS are complete
 
-        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions drain
-        // behind the others; with one stage it comes last, behind the next step's loads.
+        // The products whose operands are other warps' P and dS. dQ comes first where it can, so that its reductions
+        // drain behind the others; with one stage it comes last, behind the next step's loads.
         constexpr int kDqParts = (kD == 128 || kD == 256) && kDqN % 4 == 0 ? 2 : 1;
         const auto add_dq = [&](int begin, int end) {
             if (!takes_turns(V) && !ws.dq) return;
@@ -244,7 +252,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
                 added_to = query_tile;
                 seen = cuda::load_relaxed(ws.turns + query_tile);
             }
-            // In halves where all of it beside dK and dV would not fit in registers; the first half's reductions drain behind the second.
+            // In halves where all of it beside dK and dV would not fit in
+            // registers; the first half's reductions drain behind the second.
             constexpr int kPartN = kDqN / kDqParts;
 #pragma unroll 1
             for (int part = begin; part < end; ++part) {
@@ -296,7 +305,8 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
 
     // Read again rather than kept in registers over the loop.
     const Sequence keys = sequence_of(p, batch);
-    const float dv_scale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f, dk_scale = p.score.softmax_scale * dv_scale;
+    const float dv_scale = may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f;
+    const float dk_scale = p.score.softmax_scale * dv_scale;
 #pragma unroll
     for (int i = 0; i < kOutM; ++i)
 #pragma unroll

@@ -19,7 +19,8 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     constexpr BiasGradientConfig kBias(V);
     const cudaStream_t stream = context.stream;
     const BackwardWorkspace ws = BackwardWorkspace::make(p, V);
-    constexpr bool kHasQueryPass = !takes_turns(V) && V.features != Features::tiled;  // tiled rows have no deterministic mode
+    // Tiled rows have no deterministic mode.
+    constexpr bool kHasQueryPass = !takes_turns(V) && V.features != Features::tiled;
     if (!ws.dq && !kHasQueryPass) return cudaErrorInvalidValue;
     const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads;
     const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
@@ -33,10 +34,12 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
     }
 
     const int64_t stream_bytes = p.size.seqlen_q * V.head_dim * (2 + 2 + 4) * p.size.num_heads / p.size.num_heads_k;
-    const int64_t key_heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k, key_tiles = blocks(p.size.seqlen_k, V.block_n);
+    const int64_t key_heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k;
+    const int64_t key_tiles = blocks(p.size.seqlen_k, V.block_n);
     const bool in_turns = ws.turns && has_queries, band = p.mask.is_band();
+    const int64_t resident_ctas = int64_t{context.num_sms} * kConfig.ctas_per_sm;
     const KeyTileOrder key_order =
-        in_turns ? KeyTileOrder::in_turns(key_heads, key_tiles, stream_bytes, band, int64_t{context.num_sms} * kConfig.ctas_per_sm)
+        in_turns ? KeyTileOrder::in_turns(key_heads, key_tiles, stream_bytes, band, resident_ctas)
                  : KeyTileOrder{TileOrder::make(key_heads, key_tiles, stream_bytes, band, false)};
     if (key_order.size() > 0) {
         auto kernel = backward_kernel<kCode, false>;
@@ -44,7 +47,8 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
             if (in_turns) kernel = backward_kernel<kCode, true>;
         }
         if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
-        kernel<<<static_cast<unsigned>(key_order.size()), kConfig.threads, kConfig.smem_bytes, stream>>>(p, key_order, ws);
+        const auto ctas = static_cast<unsigned>(key_order.size());
+        kernel<<<ctas, kConfig.threads, kConfig.smem_bytes, stream>>>(p, key_order, ws);
     }
 
     if (has_queries && ws.dq) {
@@ -53,10 +57,12 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
         if constexpr (kHasQueryPass) {
             constexpr QueryGradientConfig kDq(V);
             const int64_t head_bytes = 2 * p.size.seqlen_k * V.head_dim * 2 * p.size.num_heads_k / p.size.num_heads;
-            const TileOrder order = TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, band, true);
+            const TileOrder order =
+                TileOrder::make(heads, blocks(p.size.seqlen_q, kDq.block_m), head_bytes, band, true);
             const auto kernel = backward_query_gradient<kCode>;
             if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kDq.smem_bytes); e != cudaSuccess) return e;
-            kernel<<<static_cast<unsigned>(order.size()), kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
+            const auto ctas = static_cast<unsigned>(order.size());
+            kernel<<<ctas, kDq.kWarps * kWarpSize, kDq.smem_bytes, stream>>>(p, order, ws);
         }
     }
 

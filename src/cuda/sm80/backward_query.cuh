@@ -1,5 +1,5 @@
-// dQ by its own pass over the keys, one CTA per query tile: dQ = softmax_scale * sum over keys of dS K, summed in a fixed
-// order by one CTA, hence bitwise repeatable for every head dim and feature, without an accumulator in memory.
+// dQ by its own pass over the keys, one CTA per query tile: dQ = softmax_scale * sum over keys of dS K, summed in a
+// fixed order by one CTA, hence bitwise repeatable for every head dim and feature, without an accumulator in memory.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
     }
 
     const ScoreFunctionOf<V.features> score(p, seq, batch, head);
-    const float scale = p.score.softmax_scale * (may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f);
+    const float scale =
+        p.score.softmax_scale * (may_drop(V.features) && p.dropout.enabled() ? p.dropout.rescale : 1.0f);
     const uint32_t batch_head = static_cast<uint32_t>(index.head);
     const auto q_operand = FragmentAddress<kD>::rows_first(q_smem, lane, warp * kRows);
     const auto do_operand = FragmentAddress<kD>::rows_first(do_smem, lane, warp * kRows);
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(QueryGradientConfig::kWarps* kWarpSize,
             for (int j = 0; j < kDAtoms; ++j) dq[i][j][e] = live ? dq[i][j][e] * scale : 0.0f;
         }
     const Result out(p.dq, p.grad_dtype, batch, seq.q_row + q0, head);
-    store_rows<V.dtype, kD, kRows, !kGeneral>(dq, q_smem + warp * kRows * kD * 2, out, static_cast<int>(seq.rows_q) - q0,
-                                              p.size.head_dim, p.accumulate, lane);
+    store_rows<V.dtype, kD, kRows, !kGeneral>(dq, q_smem + warp * kRows * kD * 2, out,
+                                              static_cast<int>(seq.rows_q) - q0, p.size.head_dim, p.accumulate, lane);
 }
 
 }  // namespace strobe::sm80

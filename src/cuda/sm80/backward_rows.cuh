@@ -11,8 +11,8 @@ namespace strobe::sm80 {
 
 constexpr int kRowThreads = 256;
 
-/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf, hence P = 0.
-/// Clears the tile's dQ accumulator and its turns.
+/// lse as lse_factor says and delta = rowsum(dout * out) - dlse of one query tile; rows that take no part get lse +inf,
+/// hence P = 0. Clears the tile's dQ accumulator and its turns.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_statistics(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardWorkspace ws) {
@@ -95,8 +95,8 @@ constexpr bool kVectorReductions = true;
 constexpr bool kVectorReductions = false;
 #endif
 
-/// Fragment order of the dQ accumulator: atom f of a warp's tile, as its accumulator registers lie. One vector reduction per lane where
-/// the device has it (sm_90), else four coalesced scalar ones.
+/// Fragment order of the dQ accumulator: atom f of a warp's tile, as its accumulator registers lie. One vector
+/// reduction per lane where the device has it (sm_90), else four coalesced scalar ones.
 __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
     return kVectorReductions ? (f * 32 + lane) * 4 + e : (f * 4 + e) * 32 + lane;
 }
@@ -104,7 +104,8 @@ __device__ __forceinline__ int64_t dq_offset(int f, int lane, int e) {
 /// Adds a lane's part of an atom; `to` is its first element.
 __device__ __forceinline__ void add_dq_atom(float* to, const float (&x)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
 #else
     for (int e = 0; e < 4; ++e) atomicAdd(to + 32 * e, x[e]);
 #endif
@@ -114,7 +115,8 @@ __device__ __forceinline__ float4 read_dq_atom(const float* tile, int f, int lan
     if constexpr (kVectorReductions) {
         return *reinterpret_cast<const float4*>(tile + dq_offset(f, lane, 0));
     } else {
-        return {tile[dq_offset(f, lane, 0)], tile[dq_offset(f, lane, 1)], tile[dq_offset(f, lane, 2)], tile[dq_offset(f, lane, 3)]};
+        return {tile[dq_offset(f, lane, 0)], tile[dq_offset(f, lane, 1)], tile[dq_offset(f, lane, 2)],
+                tile[dq_offset(f, lane, 3)]};
     }
 }
 
@@ -135,8 +137,9 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
     if (row0 >= seq.rows_q) return;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int warp_row = warp / kConfig.dq_warps_d * kRows, warp_block = warp % kConfig.dq_warps_d;
-    const float* from = ws.dq + (ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
-                        warp * (kRows * kNAtoms * 8);
+    const float* from =
+        ws.dq + (ws.template first_tile<V.block_m>(p, seq, batch, head) + blockIdx.x) * (V.block_m * V.head_dim) +
+        warp * (kRows * kNAtoms * 8);
     const Result dq(p.dq, p.grad_dtype, batch, seq.q_row + row0, head);
     constexpr int kMAtoms = kRows / 16;
     const bool drops = may_drop(V.features) && p.dropout.enabled();
@@ -154,11 +157,13 @@ __global__ void __launch_bounds__(BackwardConfig(cuda::decode_variant(kVariantCo
         }
     const int rows_left = static_cast<int>(seq.rows_q - row0);
     if (dq.is_float) {
-        store_float<kConfig.dq_warps_d>(acc, dq, warp_row, warp_block * 16, rows_left, p.size.head_dim, p.accumulate, lane);
+        store_float<kConfig.dq_warps_d>(acc, dq, warp_row, warp_block * 16, rows_left, p.size.head_dim, p.accumulate,
+                                        lane);
         return;
     }
     __shared__ __align__(128) unsigned char smem[V.block_m * V.head_dim * 2];
-    fragments_to_tile<V.dtype, V.head_dim, kConfig.dq_warps_d>(acc, smem_address(smem), warp_row, warp_block * 16, lane);
+    fragments_to_tile<V.dtype, V.head_dim, kConfig.dq_warps_d>(acc, smem_address(smem), warp_row, warp_block * 16,
+                                                               lane);
     __syncthreads();
     tile_to_global<V.head_dim, V.block_m, !is_general(V.features)>(smem_address(smem), dq, rows_left, p.size.head_dim,
                                                                         threadIdx.x, kConfig.threads);

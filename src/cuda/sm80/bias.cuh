@@ -1,5 +1,6 @@
-// The additive bias on the accumulator fragments of one warp. Where its layout allows, a tile of it comes through shared memory with
-// the operands: 16-byte copies and ldmatrix take a quarter of the accesses that words read straight from global memory take.
+// The additive bias on the accumulator fragments of one warp. Where its layout allows, a
+// tile of it comes through shared memory with the operands: 16-byte copies and ldmatrix
+// take a quarter of the accesses that words read straight from global memory take.
 #pragma once
 
 #include "cuda/sm80/tile.cuh"
@@ -15,8 +16,12 @@ struct FragmentOrigin {
 
     __device__ static constexpr int row_step(int i, int e) { return 16 * i + 8 * (e >> 1); }
     __device__ static constexpr int col_step(int j, int e) { return 8 * j + (e & 1); }
-    __device__ static constexpr int query_step(int i, int j, int e) { return kTransposed ? col_step(j, e) : row_step(i, e); }
-    __device__ static constexpr int key_step(int i, int j, int e) { return kTransposed ? row_step(i, e) : col_step(j, e); }
+    __device__ static constexpr int query_step(int i, int j, int e) {
+        return kTransposed ? col_step(j, e) : row_step(i, e);
+    }
+    __device__ static constexpr int key_step(int i, int j, int e) {
+        return kTransposed ? row_step(i, e) : col_step(j, e);
+    }
 };
 
 /// For kernels without bias, and in place of a staged tile for passes that have none.
@@ -51,7 +56,8 @@ struct Bias {
 
     /// Its tiles go through shared memory: 16-bit elements side by side, rows that start on 16 bytes.
     __device__ bool staged() const {
-        return data && dtype != DType::f32 && col_stride == 1 && row_stride % 8 == 0 && (reinterpret_cast<uintptr_t>(data) & 15) == 0;
+        return data && dtype != DType::f32 && col_stride == 1 && row_stride % 8 == 0 &&
+               (reinterpret_cast<uintptr_t>(data) & 15) == 0;
     }
 
     template <int kRows, int kCols, int kThreads>
@@ -61,11 +67,11 @@ struct Bias {
                                                             min(seqlen_k - k_begin, kCols), true, thread);
     }
 
-    /// s = unit * s + bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first for transposed
-    /// fragments), if that is where it is. Without a bias s stays as it is.
+    /// s = unit * s + bias, from `staged_at`, the warp's part of the tile in shared memory (rows_first, or chunks_first
+    /// for transposed fragments), if that is where it is. Without a bias s stays as it is.
     template <bool kTransposed, int kMAtoms, int kNAtoms, int kCols>
-    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float unit,
-                                        const FragmentAddress<kCols>& staged_at) const {
+    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
+                                        float unit, const FragmentAddress<kCols>& staged_at) const {
         if (!staged()) {
             add(s, origin, unit, NoBias());
         } else if (dtype == DType::bf16) {
@@ -75,8 +81,8 @@ struct Bias {
         }
     }
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin, float unit,
-                                        const NoBias&) const {
+    __device__ __forceinline__ void add(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
+                                        float unit, const NoBias&) const {
         if (!data) return;
         if (dtype == DType::f32) {
             add_direct<FloatElements>(s, origin, unit);
@@ -128,11 +134,11 @@ private:
     };
 
     /// A tile inside the sequence whose bias has unit column stride is read with one pointer per query row and constant
-    /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is addressed
-    /// and checked by itself.
+    /// offsets, two keys at a time where they lie side by side in the thread and in memory; else every element is
+    /// addressed and checked by itself.
     template <typename Elements, bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add_direct(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin,
-                                               float unit) const {
+    __device__ __forceinline__ void add_direct(float (&s)[kMAtoms][kNAtoms][4],
+                                               const FragmentOrigin<kTransposed>& origin, float unit) const {
         using Origin = FragmentOrigin<kTransposed>;
         using T = typename Elements::One;
         using T2 = typename Elements::Two;
@@ -158,7 +164,8 @@ private:
                 }
         } else if (__all_sync(0xffffffffu, whole)) {
             for_each(s, [&](float& x, int i, int j, int e) {
-                x = fmaf(x, unit, Elements::one(__ldg(from + Origin::query_step(i, j, e) * row_stride + Origin::key_step(i, j, e))));
+                const auto* const at = from + Origin::query_step(i, j, e) * row_stride + Origin::key_step(i, j, e);
+                x = fmaf(x, unit, Elements::one(__ldg(at)));
             });
         } else {
             for_each(s, [&](float& x, int i, int j, int e) {

@@ -1,5 +1,6 @@
-// How the gradient of the additive bias is divided among CTAs: each owns a tile of it as the caller stored it, and sums over every
-// (batch, head, query tile, key tile) that broadcasts into it, in a fixed order: no atomics, no workspace, repeatable.
+// How the gradient of the additive bias is divided among CTAs: each owns a tile of it
+// as the caller stored it, and sums over every (batch, head, query tile, key tile)
+// that broadcasts into it, in a fixed order: no atomics, no workspace, repeatable.
 #pragma once
 
 #include "core/numeric.hpp"
@@ -33,7 +34,8 @@ struct BiasGradientGrid {
         return r;
     }
 
-    /// launch(grid) for all batches: in several launches where one grid has no room for them. Stops at an error, which it returns.
+    /// launch(grid) for all batches: in several launches where one
+    /// grid has no room for them. Stops at an error, which it returns.
     template <class Launch>
     cudaError_t launch_all(Launch&& launch) {
         constexpr int kMostInAGrid = 65535;
@@ -64,22 +66,25 @@ struct BiasGradientGrid {
         }
     }
 
-    /// Stores this CTA's tile of sums, block_m x block_n floats in shared memory; a broadcast row or column is summed by one
-    /// thread.
+    /// Stores this CTA's tile of sums, block_m x block_n floats in
+    /// shared memory; a broadcast row or column is summed by one thread.
     __device__ __forceinline__ void store(const BackwardParams& p, const float* tile, int threads) const {
         const BiasRef& out = p.dbias;
         const int rows_summed = out.row_stride == 0 ? block_m : 1, cols_summed = out.col_stride == 0 ? block_n : 1;
         const int rows = block_m / rows_summed, cols = block_n / cols_summed;
         for (int index = threadIdx.x; index < rows * cols; index += threads) {
             const int row = index / cols, col = index % cols;
-            const int64_t query = static_cast<int64_t>(my_q_tile()) * rows + row, key = static_cast<int64_t>(my_k_tile()) * cols + col;
+            const int64_t query = static_cast<int64_t>(my_q_tile()) * rows + row;
+            const int64_t key = static_cast<int64_t>(my_k_tile()) * cols + col;
             if (query >= p.size.seqlen_q || key >= p.size.seqlen_k) continue;
             float x = 0.0f;
             for (int r = 0; r < rows_summed; ++r) {
                 for (int c = 0; c < cols_summed; ++c) x += tile[(row + r) * block_n + col + c];
             }
             store_element(out.data, p.dbias_dtype,
-                          my_batch() * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride + key * out.col_stride, x);
+                          my_batch() * out.batch_stride + blockIdx.y * out.head_stride + query * out.row_stride +
+                              key * out.col_stride,
+                          x);
         }
     }
 };

@@ -1,5 +1,6 @@
-// Dropout on the accumulator fragments of one warp: a mask of 16 bits an element, arranged as the packed probabilities are, so that
-// one AND drops two elements. The masks depend on positions alone and are made under the matrix product that makes the scores.
+// Dropout on the accumulator fragments of one warp: a mask of 16 bits an element,
+// arranged as the packed probabilities are, so that one AND drops two elements. The masks
+// depend on positions alone and are made under the matrix product that makes the scores.
 #pragma once
 
 #include "core/variant.hpp"
@@ -56,8 +57,8 @@ struct DropoutMask {
     }
 };
 
-/// Makes the masks of a warp's tiles. Bits are addressed by position: on one axis with other blocks when the caller placed them
-/// (MaskParams::has_positions), else from the sequence's start.
+/// Makes the masks of a warp's tiles. Bits are addressed by position: on one axis with other blocks when the caller
+/// placed them (MaskParams::has_positions), else from the sequence's start.
 template <bool kTransposed>
 struct DropoutBits {
     using Origin = FragmentOrigin<kTransposed>;
@@ -71,9 +72,10 @@ struct DropoutBits {
           query0(origin.query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u)),
           key0(origin.key + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u)) {}
 
-    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask make_anywhere).
-    /// One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight of a group. In a transposed
-    /// tile two threads, four lanes apart, hold half of the same two groups: each makes one of them and sends the other's half.
+    /// Atoms (i, j) and (i, j + 1), j even, of a tile on multiples of 16 (select.cpp sends others to rows that ask
+    /// make_anywhere). One Philox call gives eight neighbours' bits. A thread of an untransposed tile holds all eight
+    /// of a group. In a transposed tile two threads, four lanes apart, hold half of the same two groups: each makes one
+    /// of them and sends the other's half.
     template <typename Kept, int kMAtoms, int kNAtoms>
     __device__ __forceinline__ void make(DropoutMask<kMAtoms, kNAtoms>& mask, int i, int j) const {
         const Kept kept(dropout.drop_below);
@@ -85,10 +87,11 @@ struct DropoutBits {
             }
         } else {
             const uint32_t odd = key0 & 1u;  // also the half of every word that is this thread's
-            const Philox4x32 made =
-                dropout.group_at(batch_head, Dropout::row_group(query0 + odd) + 4 * j, Dropout::col_group(key0) + 4 * i);
+            const Philox4x32 made = dropout.group_at(batch_head, Dropout::row_group(query0 + odd) + 4 * j,
+                                                     Dropout::col_group(key0) + 4 * i);
             const uint32_t own = odd ? 0x7632u : 0x5410u, others = odd ? 0x5410u : 0x7632u;
-            const uint32_t first = odd ? 0x1054u : 0x5410u, second = odd ? 0x3276u : 0x7632u;  // the even query's bits low
+            // The even query's bits low.
+            const uint32_t first = odd ? 0x1054u : 0x5410u, second = odd ? 0x3276u : 0x7632u;
 #pragma unroll
             for (int col_high = 0; col_high < 2; ++col_high) {
                 const uint32_t low = made.word[2 * col_high], high = made.word[2 * col_high + 1];
@@ -100,8 +103,8 @@ struct DropoutBits {
         }
     }
 
-    /// What stays of packed probabilities as the A operand of their product with V (a_registers). The bits of a step of k are made while
-    /// the step before is multiplied, and no mask is held.
+    /// What stays of packed probabilities as the A operand of their product with V (a_registers). The bits of a step of
+    /// k are made while the step before is multiplied, and no mask is held.
     template <int kMAtoms, int kNAtoms>
     __device__ __forceinline__ auto a_kept(const uint32_t (&packed)[kMAtoms][kNAtoms][2]) const {
         static_assert(!kTransposed);
@@ -143,7 +146,8 @@ struct DropoutBits {
                 uint32_t kept = 0;
 #pragma unroll 1
                 for (int e = 0; e < 4; ++e) {
-                    const bool keep = dropout.keep(batch_head, query0 + Origin::query_step(i, j, e), key0 + Origin::key_step(i, j, e));
+                    const bool keep = dropout.keep(batch_head, query0 + Origin::query_step(i, j, e),
+                                                   key0 + Origin::key_step(i, j, e));
                     kept |= static_cast<uint32_t>(keep) << e;
                 }
 #pragma unroll
@@ -160,11 +164,12 @@ private:
     }
 };
 
-/// DropoutBits of the forward in two parts: what depends on columns alone, two and a half of the seven rounds of Philox, is made once for all
-/// rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
+/// DropoutBits of the forward in two parts: what depends on columns alone, two and a half of the seven rounds of
+/// Philox, is made once for all rows of the CTA and lies in shared memory, for kStages tiles of kN columns.
 template <int kMAtoms, int kN, int kStages>
 struct DropoutColumns {
-    static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;  // philox4x32's
+    // philox4x32's.
+    static constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
     static constexpr int kRoundsAhead = 3;
     const Dropout& dropout;
     uint32_t smem, batch_head, key_place;
@@ -172,7 +177,10 @@ struct DropoutColumns {
 
     /// smem: kStages * kN * 4 bytes of shared memory. query: of this thread's first row.
     __device__ DropoutColumns(const AttentionParams& p, uint32_t smem, uint32_t batch_head, int query)
-        : dropout(p.dropout), smem(smem), batch_head(batch_head), key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
+        : dropout(p.dropout),
+          smem(smem),
+          batch_head(batch_head),
+          key_place(p.mask.has_positions ? static_cast<uint32_t>(p.mask.k_position) : 0u) {
         const uint32_t row = query + (p.mask.has_positions ? static_cast<uint32_t>(p.mask.q_position) : 0u);
         const uint32_t high = static_cast<uint32_t>(wide_product(kSecond, batch_head) >> 32) ^ key0();
 #pragma unroll
@@ -202,7 +210,9 @@ struct DropoutColumns {
             const uint4 column = load_shared_16(own + k * 64);
             return [this, column](int i) {
                 const Philox4x32 bits = group(i, column);
-                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) { return pair & kept(bits.word[2 * (n & 1) + n / 2]); };
+                return [bits, kept = HalvesKept(dropout.drop_below)](int n, uint32_t pair) {
+                    return pair & kept(bits.word[2 * (n & 1) + n / 2]);
+                };
             };
         };
     }

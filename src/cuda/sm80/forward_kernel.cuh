@@ -1,6 +1,6 @@
 // FlashAttention-2 forward on mma.sync (Dao, "FlashAttention-2: faster attention with better parallelism and work
-// partitioning", 2023). One CTA per (query tile, head, batch); warps, or pairs of warps, split the query rows. O stays unnormalised in
-// registers until the end.
+// partitioning", 2023). One CTA per (query tile, head, batch); warps, or pairs of warps, split the query rows. O stays
+// unnormalised in registers until the end.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
@@ -27,24 +27,27 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     constexpr int kD = V.head_dim, kM = V.block_m, kN = V.block_n, kStages = V.stages;
     constexpr int kThreads = kConfig.threads, kRows = kConfig.rows, kPair = kConfig.warps_of_rows;
     constexpr int kMAtoms = kConfig.m_atoms, kNAtoms = kConfig.n_atoms, kDAtoms = kConfig.d_atoms;
-    constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features), kBiased = V.features == Features::biased;
+    constexpr bool kGeneral = is_general(V.features), kHasBias = has_bias(V.features);
+    constexpr bool kBiased = V.features == Features::biased;
     constexpr bool kCapped = V.features == Features::capped;
     static_assert(!kCapped || (V.dtype == DType::bf16 && kPair == 1));
-    // V's copies are spread over the product before: in one burst they would hold up its operands. (The other head dims have
-    // no registers for it.)
+    // V's copies are spread over the product before: in one burst they would
+    // hold up its operands. (The other head dims have no registers for it.)
     constexpr bool kSpreads = kStages == 1 && kD == 256 && V.features == Features::plain;
-    // Rows whose registers allow: the probabilities of a step of k are made under the step before, and loads have no edges to look for.
+    // Rows whose registers allow: the probabilities of a step of k are
+    // made under the step before, and loads have no edges to look for.
     constexpr bool kStepwise = kD == 64 && (V.features == Features::dropout || V.features == Features::tiled);
     constexpr bool kDrops = shares_columns(V);
     static_assert(!kStepwise || kStages > 1);
     extern __shared__ __align__(256) unsigned char smem[];
 
     const TileIndex index = order.at(blockIdx.x);
-    // Pairs of warps, whose registers leave room for two CTAs of four warps alone, cannot hide what a tile costs beside its keys: for them
-    // that is done in few instructions.
+    // Pairs of warps, whose registers leave room for two CTAs of four warps alone, cannot hide what a tile costs beside
+    // its keys: for them that is done in few instructions.
     constexpr bool kBrief = kPair > 1;
-    const int batch = kBrief ? static_cast<int>(static_cast<uint32_t>(index.head) / static_cast<uint32_t>(p.size.num_heads))
-                             : index.head / p.size.num_heads;
+    const int batch =
+        kBrief ? static_cast<int>(static_cast<uint32_t>(index.head) / static_cast<uint32_t>(p.size.num_heads))
+               : index.head / p.size.num_heads;
     const int head = kBrief ? index.head - batch * p.size.num_heads : index.head % p.size.num_heads;
     const Sequence seq = sequence_of(p, batch);
     const int64_t q_begin = static_cast<int64_t>(index.tile) * kM;
@@ -75,29 +78,35 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     const uint32_t bias_smem = v_smem + kStages * kConfig.kv_bytes;
     const uint32_t p_smem = v_smem + kStages * kConfig.kv_bytes;  // of warp pairs, which have no bias
     const Operand q_in(p.q, batch, seq.q_row + q_begin, head);
-    const int kv_head = kBrief && p.size.num_heads == p.size.num_heads_k ? head : head / (p.size.num_heads / p.size.num_heads_k);
+    const int kv_head =
+        kBrief && p.size.num_heads == p.size.num_heads_k ? head : head / (p.size.num_heads / p.size.num_heads_k);
     const Operand k_in(p.k, batch, seq.k_row, kv_head);
     const Operand v_in(p.v, batch, seq.k_row, kv_head);
     const ScoreFunctionOf<V.features> score(p, seq, batch, head);
 
     const auto load_k = [&](int tile, int stage) {
-        load_tile<kN, kD, kThreads, !kGeneral>(k_smem + stage * kConfig.kv_bytes, k_in.row(static_cast<int64_t>(tile) * kN),
-                                               k_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim,
-                                               k_in.aligned(p.size.head_dim), thread);
+        load_tile<kN, kD, kThreads, !kGeneral>(
+            k_smem + stage * kConfig.kv_bytes, k_in.row(static_cast<int64_t>(tile) * kN), k_in.row_stride,
+            band.seqlen_k - tile * kN, p.size.head_dim, k_in.aligned(p.size.head_dim), thread);
     };
     const auto columns = [&] {
-        if constexpr (kDrops) return DropoutColumns<kMAtoms, kN, kStages>(p, q_smem + kConfig.smem_bytes, static_cast<uint32_t>(index.head), q0 + lane / 4);
-        else return 0;
+        if constexpr (kDrops) {
+            return DropoutColumns<kMAtoms, kN, kStages>(p, q_smem + kConfig.smem_bytes,
+                                                        static_cast<uint32_t>(index.head), q0 + lane / 4);
+        } else {
+            return 0;
+        }
     }();
     // And the bias, which is wanted when V is, or a little before.
     const auto load_v = [&](int tile, int stage) {
-        load_tile<kN, kD, kThreads, !kGeneral>(v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN),
-                                               v_in.row_stride, band.seqlen_k - tile * kN, p.size.head_dim_v,
-                                               v_in.aligned(p.size.head_dim_v), thread);
+        load_tile<kN, kD, kThreads, !kGeneral>(
+            v_smem + stage * kConfig.kv_bytes, v_in.row(static_cast<int64_t>(tile) * kN), v_in.row_stride,
+            band.seqlen_k - tile * kN, p.size.head_dim_v, v_in.aligned(p.size.head_dim_v), thread);
         if constexpr (kDrops) columns.make(tile * kN, stage, thread);
         if constexpr (kHasBias) {
             if (!kBiased || score.bias.staged()) {
-                score.bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, q_begin, tile * kN, thread);
+                score.bias.template load_tile<kM, kN, kThreads>(bias_smem + stage * kConfig.bias_bytes, q_begin,
+                                                                tile * kN, thread);
             }
         }
     };
@@ -108,8 +117,9 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     const WarpPair<kMAtoms> pair(p_smem + kM * kN * 2, thread);
 
     if (tile_begin < tile_end) {
-        load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride, static_cast<int>(seq.seqlen_q - q_begin),
-                                               p.size.head_dim, q_in.aligned(p.size.head_dim), thread);
+        load_tile<kM, kD, kThreads, !kGeneral>(q_smem, q_in.data, q_in.row_stride,
+                                               static_cast<int>(seq.seqlen_q - q_begin), p.size.head_dim,
+                                               q_in.aligned(p.size.head_dim), thread);
         load_k(tile_end - 1, 0);
         if (kStages == 1) cp_async_commit();
         load_v(tile_end - 1, 0);
@@ -136,16 +146,21 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
     };
     const auto bias_stream = [&] {
         if constexpr (kStepwise && kHasBias) {
-            const uint16_t* const rows = static_cast<const uint16_t*>(score.bias.data) + q_begin * score.bias.row_stride;
-            return StreamCopy<kM, kN, kThreads, false>(rows + static_cast<int64_t>(tile_end - kStages) * kN, score.bias.row_stride, thread);
+            const uint16_t* const rows =
+                static_cast<const uint16_t*>(score.bias.data) + q_begin * score.bias.row_stride;
+            return StreamCopy<kM, kN, kThreads, false>(rows + static_cast<int64_t>(tile_end - kStages) * kN,
+                                                       score.bias.row_stride, thread);
         } else {
             return NoStream();
         }
     };
     auto k_stream = key_stream(k_in), v_stream = key_stream(v_in);
     auto b_stream = bias_stream();
-    bool streams = kStepwise && p.size.head_dim == kD && p.size.head_dim_v == kD && k_stream.serves(k_in.row_stride) && v_stream.serves(v_in.row_stride);
-    if constexpr (kStepwise && kHasBias) streams &= seq.seqlen_q - q_begin >= kM && b_stream.serves(score.bias.row_stride);
+    bool streams = kStepwise && p.size.head_dim == kD && p.size.head_dim_v == kD && k_stream.serves(k_in.row_stride) &&
+                   v_stream.serves(v_in.row_stride);
+    if constexpr (kStepwise && kHasBias) {
+        streams &= seq.seqlen_q - q_begin >= kM && b_stream.serves(score.bias.row_stride);
+    }
     int stage = 0;
     for (int tile = tile_end - 1; tile >= tile_begin; --tile) {
         const bool first = tile == tile_end - 1;
@@ -164,7 +179,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         } else {
             cp_async_wait<0>();
         }
-        __syncthreads();  // what was waited for has landed; everyone is done with the tile before, and its buffers are free
+        // What was waited for has landed; everyone is done with the tile before, and its buffers are free.
+        __syncthreads();
         if constexpr (!kSpreads) {
             if (kStepwise && wanted && streams) {
                 k_stream.load(k_smem + free_stage * kConfig.kv_bytes);
@@ -226,21 +242,28 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 SoftcapCurve curve[kMAtoms][2];
                 softmax.prepare(s, o, tight, score.softcap, curve);
                 if (masked) apply_mask(s, band, origin, TightSoftcap::kHidden);
-                softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int i, int h) { return tight.exponent(x, offset, curve[i][h]); });
+                softmax.exponentiate(s, softmax.sum, [&](float x, float offset, int i, int h) {
+                    return tight.exponent(x, offset, curve[i][h]);
+                });
                 uint32_t probability[kMAtoms][kNAtoms][2];
                 pack_fragments<V.dtype>(probability, s);
                 multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
-                    o, a_registers(probability), b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
+                    o, a_registers(probability),
+                    b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane)));
             } else if constexpr (kStepwise) {
                 softmax.settle(s, o);
                 float offset[kMAtoms][2];
                 for_each_row<kMAtoms>([&](int i, int h) { offset[i][h] = softmax.exponent_offset(i, h); });
-                const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
-                // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits of all steps in flight at
-                // once, for which registers are too few. The branches, each on something else, are never taken, and never seen not to be.
+                const auto v_operand =
+                    b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
+                // Basic blocks of two steps: of the whole product in one, the assembler has the exponentials and bits
+                // of all steps in flight at once, for which registers are too few. The branches, each on something
+                // else, are never taken, and never seen not to be.
                 const auto end_block = [&](int k) {
                     if constexpr (kDrops) {  // on parameters, which take no register
-                        const bool never = k == 1 ? p.size.num_heads_k < 0 : k == 3 ? p.size.head_dim_v < 0 : k == 5 && p.mask.window_left < -7;
+                        const bool never = k == 1   ? p.size.num_heads_k < 0
+                                           : k == 3 ? p.size.head_dim_v < 0
+                                                    : k == 5 && p.mask.window_left < -7;
                         if (never) asm volatile("trap;");
                     } else {
                         if (k % 2 == 1 && tile < k - kN) __trap();
@@ -250,7 +273,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                     if constexpr (kDrops) return columns.keep(stage, lane);
                     else return [](int) { return [](int) { return [](int, uint32_t pair) { return pair; }; }; };
                 }();
-                multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, softmax.template a_probabilities<V.dtype>(s, offset, keep), v_operand, end_block);
+                multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(
+                    o, softmax.template a_probabilities<V.dtype>(s, offset, keep), v_operand, end_block);
             } else if constexpr (kPair == 1) {
                 softmax.update(s, o);
                 uint32_t probability[kMAtoms][kNAtoms][2];
@@ -263,7 +287,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                         dropped.apply(probability);
                     }
                 }
-                const auto v_operand = b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
+                const auto v_operand =
+                    b_columns<1>(FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane));
                 if constexpr (V.features == Features::dropout) {
                     multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, bits.a_kept(probability), v_operand);
                 } else {
@@ -271,7 +296,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
                 }
             } else {
                 pair.template update<V.dtype>(softmax, s, o, p_store.anew(), first);
-                const auto v_operand = FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane, 0, col0);
+                const auto v_operand =
+                    FragmentAddress<kD>::rows_first(v_smem + stage * kConfig.kv_bytes, lane, 0, col0);
                 multiply<V.dtype, false, kMAtoms, kDAtoms, kN / 16>(o, a_rows<kMAtoms>(p_operand.anew()),
                                                                     b_columns<1>(v_operand));
             }
@@ -330,7 +356,8 @@ __global__ void __launch_bounds__(ForwardConfig(cuda::decode_variant(kVariantCod
         if (rows_left >= kRows && p.size.head_dim_v == kD) {
             whole_tile_to_global<kD, kRows, pair.kThreads>(rows_smem, out, pair_thread);
         } else {
-            tile_to_global<kD, kRows, !kGeneral>(rows_smem, out, rows_left, p.size.head_dim_v, pair_thread, pair.kThreads);
+            tile_to_global<kD, kRows, !kGeneral>(rows_smem, out, rows_left, p.size.head_dim_v, pair_thread,
+                                                 pair.kThreads);
         }
     }
 }

@@ -25,9 +25,9 @@ __device__ __forceinline__ void for_row(float (&x)[kNAtoms][4], int h, F f) {
 }
 
 /// Running maximum and sum of the rows a thread holds. The reference maximum is moved only when a row outgrows it by
-/// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a score times
-/// scale_log2 may be beyond all floats, or so large that its rounding is. The reference of such a row is subtracted from its scores ahead
-/// of the exponentials; the others pay nothing for it.
+/// 2^8: exp2 stays in range, the division at the end removes the reference, and most tiles skip rescaling O. kHuge: a
+/// score times scale_log2 may be beyond all floats, or so large that its rounding is. The reference of such a row is
+/// subtracted from its scores ahead of the exponentials; the others pay nothing for it.
 template <int kMAtoms, bool kHuge = false>
 struct OnlineSoftmax {
     float reference[kMAtoms][2];
@@ -45,10 +45,11 @@ struct OnlineSoftmax {
             }
     }
 
-    /// The maxima of what this thread has of a tile's rows; true if one outgrows its reference. If a row does, one of the four threads that
-    /// share it sees so: only then are their maxima brought together (quad_maxima).
+    /// The maxima of what this thread has of a tile's rows; true if one outgrows its reference. If a row does, one of
+    /// the four threads that share it sees so: only then are their maxima brought together (quad_maxima).
     template <int kNAtoms>
-    __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4], float (&row_max)[kMAtoms][2]) const {
+    __device__ __forceinline__ bool row_maxima(const float (&s)[kMAtoms][kNAtoms][4],
+                                               float (&row_max)[kMAtoms][2]) const {
         bool grows = false;
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
@@ -87,8 +88,8 @@ struct OnlineSoftmax {
             }
     }
 
-    /// kHuge: the reference times scale_log2 is better not subtracted in one rounding with the product. (Far below what the range of exp2
-    /// takes, lest log-sum-exps be off by more than their own rounding.)
+    /// kHuge: the reference times scale_log2 is better not subtracted in one rounding with the product. (Far below what
+    /// the range of exp2 takes, lest log-sum-exps be off by more than their own rounding.)
     __device__ static bool is_far(float offset) { return !(fabsf(offset) <= 1024.0f); }
 
     /// Rows far from zero: their scores relative to their references.
@@ -105,16 +106,18 @@ struct OnlineSoftmax {
         });
     }
 
-    /// What is subtracted from the scores of a row times scale_log2. A row that has seen nothing yet has reference -inf; its scores are -inf and
-    /// must become 0, not NaN.
+    /// What is subtracted from the scores of a row times scale_log2. A row that has seen nothing yet has reference
+    /// -inf; its scores are -inf and must become 0, not NaN.
     __device__ float exponent_offset(int i, int h) const {
         const bool is_near = kHuge ? !is_far(reference[i][h] * scale_log2) : reference[i][h] != -INFINITY;
         return is_near ? reference[i][h] * scale_log2 : 0.0f;
     }
 
-    /// s becomes exp2(exponent(s, offset, i, h)), offset = scale_log2 * reference, or 0 for rows that are brought near; total += its row sums.
+    /// s becomes exp2(exponent(s, offset, i, h)), offset = scale_log2 * reference,
+    /// or 0 for rows that are brought near; total += its row sums.
     template <int kNAtoms, typename Exponent>
-    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2], Exponent exponent) const {
+    __device__ __forceinline__ void exponentiate(float (&s)[kMAtoms][kNAtoms][4], float (&total)[kMAtoms][2],
+                                                 Exponent exponent) const {
 #pragma unroll
         for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -136,12 +139,14 @@ struct OnlineSoftmax {
         exponentiate(s, total, [this](float x, float offset, int, int) { return fmaf(x, scale_log2, -offset); });
     }
 
-    /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; `curve` is what they then take. In bf16, whose
-    /// range is that of floats, the largest magnitude of a row serves as its maximum. Rows that `tight` does not serve are bent here, each
-    /// for itself, so that no result depends on a neighbour, and get a straight curve. Hidden elements are NaN until all maxima are known.
+    /// What comes before the exponentials of a tile whose scores the softcap has yet to bend; `curve` is what they then
+    /// take. In bf16, whose range is that of floats, the largest magnitude of a row serves as its maximum. Rows that
+    /// `tight` does not serve are bent here, each for itself, so that no result depends on a neighbour, and get a
+    /// straight curve. Hidden elements are NaN until all maxima are known.
     template <int kNAtoms, int kDAtoms>
-    __device__ __forceinline__ void prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4], const TightSoftcap& tight,
-                                            const Softcap& softcap, SoftcapCurve (&curve)[kMAtoms][2]) {
+    __device__ __forceinline__ void prepare(float (&s)[kMAtoms][kNAtoms][4], float (&o)[kMAtoms][kDAtoms][4],
+                                            const TightSoftcap& tight, const Softcap& softcap,
+                                            SoftcapCurve (&curve)[kMAtoms][2]) {
         float row_max[kMAtoms][2];
         bool rare = tight.largest < 0.0f;
         for_each_row<kMAtoms>([&](int i, int h) {
@@ -205,10 +210,11 @@ struct OnlineSoftmax {
         exponentiate(s, sum);
     }
 
-    /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is asked for; keep(k)(i)(n, pair) is what
-    /// stays of word n of fragment i.
+    /// The probabilities of settled scores as the A operand of their product with V, each step of k made when it is
+    /// asked for; keep(k)(i)(n, pair) is what stays of word n of fragment i.
     template <DType kType, int kNAtoms, typename Keep>
-    __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4], const float (&offset)[kMAtoms][2], Keep keep) {
+    __device__ __forceinline__ auto a_probabilities(const float (&s)[kMAtoms][kNAtoms][4],
+                                                    const float (&offset)[kMAtoms][2], Keep keep) {
         return [this, &s, &offset, keep](int k, uint32_t (&a)[kMAtoms][4]) {
             const auto keep_step = keep(k);
 #pragma unroll
@@ -236,30 +242,34 @@ struct OnlineSoftmax {
     }
     __device__ float lse(int i, int h) const {
         if (sum[i][h] == 0.0f) return -INFINITY;
-        static_assert(kLog2e * kLn2 == 1.0f);  // a huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other
+        // A huge score is its own log-sum-exp, to the bit: the backward subtracts the one from the other.
+        static_assert(kLog2e * kLn2 == 1.0f);
         const bool far = kHuge && is_far(reference[i][h] * scale_log2);
         const float natural = far ? reference[i][h] * (scale_log2 * kLn2) : (reference[i][h] * scale_log2) * kLn2;
         return natural + __logf(sum[i][h]);
     }
 
 private:
-    __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }  // -inf - -inf: no
+    /// Not where both are -inf.
+    __device__ bool outgrows(float maximum, float old) const { return (maximum - old) * scale_log2 > 8.0f; }
 };
 
-/// Two warps that share query rows: each has the scores of half the keys of a tile and half the columns of O. Their references are
-/// the same at all times; their sums are added at the end.
+/// Two warps that share query rows: each has the scores of half the keys of a tile and half the columns of O. Their
+/// references are the same at all times; their sums are added at the end.
 template <int kMAtoms>
 struct WarpPair {
     static constexpr int kThreads = 64;
     static constexpr int kCtaThreads = 128;
     static constexpr int kRowBytes = kMAtoms * 16 * 4;
-    uint32_t rows;  // in shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row
+    /// In shared memory: a float of every row of this warp, then or before of the other one; at this lane's first row.
+    uint32_t rows;
 
     /// `all_rows`: of the first pair, on a multiple of 2 * kRowBytes.
     __device__ WarpPair(uint32_t all_rows, int thread)
         : rows(all_rows + thread / kWarpSize * kRowBytes + thread % kWarpSize / 4 * 4) {}
 
-    // Both pairs meet at the CTA's own barrier: barriers of a pair are 1 % faster, but racecheck takes them for none between the pairs.
+    // Both pairs meet at the CTA's own barrier: barriers of a pair are
+    // 1 % faster, but racecheck takes them for none between the pairs.
     __device__ static bool any(bool x) { return barrier_any<kCtaThreads>(0, x); }
     __device__ static void sync() { barrier_sync<kCtaThreads>(0); }
 
@@ -279,14 +289,17 @@ struct WarpPair {
             if (writes) store_shared(rows + 4 * (16 * i + 8 * h), x[i][h]);
         });
         sync();
-        for_each_row<kMAtoms>([&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
+        for_each_row<kMAtoms>(
+            [&](int i, int h) { other[i][h] = load_shared_float((rows ^ kRowBytes) + 4 * (16 * i + 8 * h)); });
     }
 
-    /// One tile: the pair's probabilities, in the tile that `to` points into. They are made with the references of the last tile,
-    /// and once more in the rare case that a row has outgrown its own: so most tiles cost the pair one barrier.
+    /// One tile: the pair's probabilities, in the tile that `to` points into. They
+    /// are made with the references of the last tile, and once more in the rare case
+    /// that a row has outgrown its own: so most tiles cost the pair one barrier.
     template <DType kType, int kNAtoms, int kDAtoms, int kCols>
     __device__ __forceinline__ void update(OnlineSoftmax<kMAtoms>& softmax, const float (&s)[kMAtoms][kNAtoms][4],
-                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to, bool first) const {
+                                           float (&o)[kMAtoms][kDAtoms][4], const FragmentAddress<kCols>& to,
+                                           bool first) const {
         float row_max[kMAtoms][2], total[kMAtoms][2];
         const auto store = [&] {
             float x[kMAtoms][kNAtoms][4];

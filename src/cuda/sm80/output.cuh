@@ -12,7 +12,8 @@ struct Operand {
     int64_t row_stride;
 
     __device__ Operand(const TensorRef& t, int batch, int64_t row, int head)
-        : data(static_cast<const uint16_t*>(t.data) + batch * t.batch_stride + row * t.row_stride + head * t.head_stride),
+        : data(static_cast<const uint16_t*>(t.data) + batch * t.batch_stride + row * t.row_stride +
+               head * t.head_stride),
           row_stride(t.row_stride) {}
 
     __device__ const uint16_t* row(int64_t i) const { return data + i * row_stride; }
@@ -42,8 +43,8 @@ struct Result {
 
 /// Accumulator fragments, pairs of n-atoms kStride * 16 columns apart from col0 on, straight to an fp32 tensor.
 template <int kStride, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void store_float(const float (&acc)[kMAtoms][kNAtoms][4], const Result& out, int row0, int col0,
-                                            int rows_valid, int cols_valid, bool accumulate, int lane) {
+__device__ __forceinline__ void store_float(const float (&acc)[kMAtoms][kNAtoms][4], const Result& out, int row0,
+                                            int col0, int rows_valid, int cols_valid, bool accumulate, int lane) {
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -62,8 +63,8 @@ __device__ __forceinline__ void store_float(const float (&acc)[kMAtoms][kNAtoms]
 
 /// Accumulator fragments, rounded, into a tile of shared memory.
 template <DType kType, int kCols, int kStride, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void fragments_to_tile(const float (&acc)[kMAtoms][kNAtoms][4], uint32_t tile, int row0, int col0,
-                                                  int lane) {
+__device__ __forceinline__ void fragments_to_tile(const float (&acc)[kMAtoms][kNAtoms][4], uint32_t tile, int row0,
+                                                  int col0, int lane) {
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)
 #pragma unroll
@@ -79,8 +80,8 @@ __device__ __forceinline__ void fragments_to_tile(const float (&acc)[kMAtoms][kN
 
 /// kRows of a tile in shared memory to a 16-bit tensor, by `threads` threads, 16 bytes each where the tensor allows.
 template <int kCols, int kRows, bool kAligned>
-__device__ __forceinline__ void tile_to_global(uint32_t tile, const Result& out, int rows_valid, int cols_valid, int thread,
-                                               int threads) {
+__device__ __forceinline__ void tile_to_global(uint32_t tile, const Result& out, int rows_valid, int cols_valid,
+                                               int thread, int threads) {
     constexpr int kChunks = kCols / 8;
     const bool aligned = kAligned || out.aligned(cols_valid);
 #pragma unroll 4
@@ -117,7 +118,8 @@ __device__ __forceinline__ void whole_tile_to_global(uint32_t tile, const Result
     }
 }
 
-/// A warp's accumulators of kRows x kCols to its tensor rows. `tile` is kRows of shared memory that belong to this warp.
+/// A warp's accumulators of kRows x kCols to its tensor rows.
+/// `tile` is kRows of shared memory that belong to this warp.
 template <DType kType, int kCols, int kRows, bool kAligned, int kMAtoms, int kNAtoms>
 __device__ __forceinline__ void store_rows(const float (&acc)[kMAtoms][kNAtoms][4], uint32_t tile, const Result& out,
                                            int rows_valid, int cols_valid, bool accumulate, int lane) {

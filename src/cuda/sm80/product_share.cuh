@@ -1,6 +1,7 @@
-// S and dP by pairs of warps, for the eight-warp backward of 64 x 64 tiles, which shared memory bounds: alone a warp would take operands of
-// 32 keys and 16 queries for each of the two, 384 bytes an mma. Here one warp of a pair multiplies for S and the other one for dP, both for
-// the same 32 keys and 32 queries, at 256 bytes. Then they swap halves, and each goes on with 16 of the keys.
+// S and dP by pairs of warps, for the eight-warp backward of 64 x 64 tiles, which shared memory bounds: alone a warp
+// would take operands of 32 keys and 16 queries for each of the two, 384 bytes an mma. Here one warp of a pair
+// multiplies for S and the other one for dP, both for the same 32 keys and 32 queries, at 256 bytes. Then they swap
+// halves, and each goes on with 16 of the keys.
 #pragma once
 
 #include "cuda/sm80/score.cuh"
@@ -20,12 +21,13 @@ struct ProductShare {
     __device__ explicit ProductShare(int warp)
         : first_key(warp / 4 * kKeys), first_query(warp % 2 * kQueries), role((warp >> 1 & 1) ^ warp / 4) {}
 
-    /// By way of those parts of the dS tile, and of the P tile `to_p` behind it, that the receiving warp itself writes afterwards: one
-    /// barrier is enough.
-    __device__ __forceinline__ void swap_halves(const float (&product)[2][4][4], float (&s)[4][4], float (&dp)[4][4], uint32_t ds_smem,
-                                                uint32_t to_p) const {
+    /// By way of those parts of the dS tile, and of the P tile `to_p` behind it, that the receiving warp itself writes
+    /// afterwards: one barrier is enough.
+    __device__ __forceinline__ void swap_halves(const float (&product)[2][4][4], float (&s)[4][4], float (&dp)[4][4],
+                                                uint32_t ds_smem, uint32_t to_p) const {
         const int lane = thread_index() % kWarpSize;
-        const int row = (lane >> 3) + (lane & 4), chunk = lane & 3;  // eight lanes: two rows, whose chunks lie in different banks
+        // Eight lanes: two rows, whose chunks lie in different banks.
+        const int row = (lane >> 3) + (lane & 4), chunk = lane & 3;
         const uint32_t first = ds_smem + Layout::offset(first_key + row, first_query / 8 + chunk);
         const auto place = [&](int receiver, int n) {
             return first + (receiver * 16 + n % 2 * 8) * Layout::kRowBytes + n / 2 * to_p;

@@ -1,5 +1,6 @@
-// What happens to a tile of scores between the two matrix products, on the accumulator fragments of one warp: the mask, and in the
-// general kernels softcap, bias and ALiBi. Each is a pass over the fragments behind a branch that is the same for the whole grid.
+// What happens to a tile of scores between the two matrix products, on the accumulator
+// fragments of one warp: the mask, and in the general kernels softcap, bias and ALiBi.
+// Each is a pass over the fragments behind a branch that is the same for the whole grid.
 #pragma once
 
 #include "core/variant.hpp"
@@ -75,8 +76,8 @@ struct TiledBias {
     __device__ float unit_log2(const AttentionParams&) const { return kLog2e; }
 };
 
-/// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the exponentials keep
-/// busy. The powers of 1 / cap are in the coefficients.
+/// cap * tanh(x / cap) as x * polynomial(x^2) while |x| <= cap, to 8e-5 of it: no special function unit, which the
+/// exponentials keep busy. The powers of 1 / cap are in the coefficients.
 struct SmallSoftcap {
     float c1, c2, c3;
 
@@ -128,19 +129,20 @@ struct SoftcapCurve {
     float c1, c2;
 };
 
-/// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is in the coefficients,
-/// so that it takes three multiply-adds more than scores without a softcap.
+/// The same while |x| <= cap / 2, to 2.3e-5 of it, as the exponent of a probability: what scores are multiplied by is
+/// in the coefficients, so that it takes three multiply-adds more than scores without a softcap.
 struct TightSoftcap {
     static constexpr float kSlope = 0.99997744f;
-    static constexpr float kHidden = -1e18f;  // its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight
+    // Its powers are finite, so that a straight curve takes it to no NaN, and every curve out of sight.
+    static constexpr float kHidden = -1e18f;
     float largest;  // that it serves; negative: nothing
     float slope;
     SoftcapCurve curve;
     float inverse;
 
     __device__ TightSoftcap(const Softcap& softcap, float scale_log2) : inverse(1.0f / scale_log2) {
-        // exp2 of any capped score minus any other one is far from the smallest float, so that a bound of a row's scores serves as well
-        // as the largest of them.
+        // exp2 of any capped score minus any other one is far from the smallest float, so that a bound of a row's
+        // scores serves as well as the largest of them.
         constexpr float kWidest = 40.0f;
         const float half = 0.5f * softcap.cap;
         largest = is_moderate_softcap(softcap.cap) && half * scale_log2 < kWidest ? half : -1.0f;
@@ -159,13 +161,15 @@ struct TightSoftcap {
 struct CappedScore {
     Softcap softcap;  // in units of softmax_scale, as the scores
 
-    __device__ CappedScore(const AttentionParams& p, const Sequence&, int, int) : softcap{p.score.softcap / p.score.softmax_scale} {}
+    __device__ CappedScore(const AttentionParams& p, const Sequence&, int, int)
+        : softcap{p.score.softcap / p.score.softmax_scale} {}
     __device__ float unit_log2(const AttentionParams& p) const { return p.score.softmax_scale * kLog2e; }
 };
 
-/// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of softmax_scale,
-/// q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it does anyway. With a bias
-/// they are held as they are: of a bias that is the least finite number of its type, as masks are made of, no multiple is finite.
+/// The score function of one (batch, head): everything between q.k and the softmax. Scores are held in units of
+/// softmax_scale, q.k itself where nothing is added, and brought to base 2 by the softmax in the multiply-add that it
+/// does anyway. With a bias they are held as they are: of a bias that is the least finite number of its type, as masks
+/// are made of, no multiple is finite.
 template <bool kBias>
 struct ScoreFunction {
     float product_unit;  // before bias and ALiBi: score = product_unit * what the fragments hold
@@ -183,7 +187,8 @@ struct ScoreFunction {
           unit(kBias && p.score.bias ? 1.0f : product_unit),
           prescale(p.score.softmax_scale >= kSmallestUnit ? 1.0f : p.score.softmax_scale),
           softcap{p.score.softcap * (1.0f / product_unit)},
-          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit) : 0.0f),
+          slope(p.score.alibi_slopes ? p.score.alibi_slopes[batch * p.score.alibi_batch_stride + head] * (1.0f / unit)
+                                     : 0.0f),
           diagonal(Band::clamp(seq.diagonal)),
           bias(p, seq, batch, head) {}
 
@@ -203,7 +208,8 @@ struct ScoreFunction {
     template <DType kType, bool kTransposed, int kMAtoms, int kNAtoms, typename Staged>
     __device__ __forceinline__ void apply_with_gradient(float (&s)[kMAtoms][kNAtoms][4],
                                                         uint32_t (&slope_of_cap)[kMAtoms][kNAtoms][2],
-                                                        const FragmentOrigin<kTransposed>& origin, const Staged& staged) const {
+                                                        const FragmentOrigin<kTransposed>& origin,
+                                                        const Staged& staged) const {
         scale(s);
         if (softcap.cap > 0.0f) {
             const float inner = 1.0f / softcap.cap;
@@ -237,7 +243,8 @@ private:
     }
 
     template <bool kTransposed, int kMAtoms, int kNAtoms>
-    __device__ __forceinline__ void add_slope(float (&s)[kMAtoms][kNAtoms][4], const FragmentOrigin<kTransposed>& origin) const {
+    __device__ __forceinline__ void add_slope(float (&s)[kMAtoms][kNAtoms][4],
+                                              const FragmentOrigin<kTransposed>& origin) const {
         using Origin = FragmentOrigin<kTransposed>;
         if (slope == 0.0f) return;
         const float distance0 = static_cast<float>(origin.query + diagonal - origin.key);

@@ -1,11 +1,13 @@
-// From scores to P and dS, on the accumulator fragments of one warp: what every backward pass does between its products.
+// From scores to P and dS, on the accumulator fragments of one
+// warp: what every backward pass does between its products.
 #pragma once
 
 #include "cuda/sm80/dropout.cuh"
 
 namespace strobe::sm80 {
 
-/// The LSE of a row's statistics: natural LSE times this. With a bias it may be huge, and no multiple of it finite (OnlineSoftmax).
+/// The LSE of a row's statistics: natural LSE times this. With a bias
+/// it may be huge, and no multiple of it finite (OnlineSoftmax).
 template <Features kFeatures>
 __device__ __forceinline__ float lse_factor(const AttentionParams& p) {
     if constexpr (!has_bias(kFeatures)) return kLog2e;
@@ -13,9 +15,9 @@ __device__ __forceinline__ float lse_factor(const AttentionParams& p) {
     return p.score.bias || scale < ScoreFunction<true>::kSmallestUnit ? 1.0f : 1.0f / scale;
 }
 
-/// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the softcap
-/// was given (softmax_scale * q.k), else of what it returned. Dropout's factor 1 / (1 - p) is left out of P, dS and delta: it is one
-/// factor of each result.
+/// P and dS of one tile of scores, from s = q.k and dp = dout.v. kThroughSoftcap: dS is the gradient of what the
+/// softcap was given (softmax_scale * q.k), else of what it returned. Dropout's factor 1 / (1 - p) is left out of P, dS
+/// and delta: it is one factor of each result.
 template <DType kType, bool kTransposed, Features kFeatures, int kMAtoms, int kNAtoms, bool kThroughSoftcap = true>
 struct ScoreGradient {
     static constexpr bool kGeneral = is_general(kFeatures);
@@ -32,8 +34,8 @@ struct ScoreGradient {
         };
     }
 
-    /// s: q.k in, scores out. All that branches is here, so that `probabilities`, which does not (in a plain kernel), can
-    /// share its basic block with the product dp = dout.v and run under it. `staged`: see ScoreFunction::apply.
+    /// s: q.k in, scores out. All that branches is here, so that `probabilities`, which does not (in a plain kernel),
+    /// can share its basic block with the product dp = dout.v and run under it. `staged`: see ScoreFunction::apply.
     template <typename Staged>
     __device__ __forceinline__ void scores(float (&s)[kMAtoms][kNAtoms][4], const ScoreFunctionOf<kFeatures>& score,
                                            const Band& band, const FragmentOrigin<kTransposed>& origin, bool masked,
@@ -47,8 +49,9 @@ struct ScoreGradient {
         if (masked) apply_mask(s, band, origin, -INFINITY);
     }
 
-    /// s becomes P times the softcap's slope, the factor of dS. scale_log2: base-2 score per unit of s. lse(i, j, h) gives the
-    /// LSE of the queries of elements 2h and 2h + 1 of an atom, in base 2 or with a bias in the unit of s (lse_factor); delta likewise.
+    /// s becomes P times the softcap's slope, the factor of dS. scale_log2: base-2 score
+    /// per unit of s. lse(i, j, h) gives the LSE of the queries of elements 2h and 2h + 1
+    /// of an atom, in base 2 or with a bias in the unit of s (lse_factor); delta likewise.
     template <typename Lse>
     __device__ __forceinline__ void probabilities(float (&s)[kMAtoms][kNAtoms][4], const AttentionParams& p,
                                                   float scale_log2, const DropoutBits<kTransposed>& bits, Lse lse) {

@@ -20,8 +20,8 @@ struct TileLayout {
     __device__ static uint32_t offset(int row, int chunk) { return row * kRowBytes + ((chunk ^ phase(row)) << 4); }
 };
 
-/// Where a lane points ldmatrix at inside a tile, from (row0, col0) on. `at(row, col)` with multiples of 16 costs one XOR
-/// at most. row0 is a multiple of 16; col0 is one too and shares no bit with the columns later given to `at`.
+/// Where a lane points ldmatrix at inside a tile, from (row0, col0) on. `at(row, col)` with multiples of 16 costs one
+/// XOR at most. row0 is a multiple of 16; col0 is one too and shares no bit with the columns later given to `at`.
 template <int kCols>
 struct FragmentAddress {
     using Layout = TileLayout<kCols>;
@@ -38,16 +38,16 @@ struct FragmentAddress {
     __device__ static FragmentAddress chunks_first(uint32_t tile, int lane, int row0 = 0, int col0 = 0) {
         return {tile + Layout::offset(row0 + ((lane & 7) | (lane >> 4 << 3)), (col0 >> 3) + (lane >> 3 & 1))};
     }
-    /// Where a lane points packed_to_tile for accumulators whose atom (0, 0) lies at (row0, col0): at its own first element, or as
-    /// rows_first.
+    /// Where a lane points packed_to_tile for accumulators whose atom (0, 0)
+    /// lies at (row0, col0): at its own first element, or as rows_first.
     __device__ static FragmentAddress accumulator(uint32_t tile, int lane, int row0, int col0) {
         if constexpr (kStoresMatrices) return rows_first(tile, lane, row0, col0);
         return {tile + Layout::offset(row0 + (lane >> 2), col0 >> 3) + 4 * (lane & 3)};
     }
     __device__ uint32_t at(int row, int col) const {
         const int chunk = col >> 3;
-        return (base ^ ((chunk & Layout::kXorMask) << 4)) + (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) +
-               beyond;
+        return (base ^ ((chunk & Layout::kXorMask) << 4)) +
+               (row * Layout::kRowBytes + ((chunk & ~Layout::kXorMask) << 4)) + beyond;
     }
     /// Two columns of an accumulator fragment: `at` for odd chunks too.
     __device__ uint32_t at_chunk(int row, int chunk) const {
@@ -72,8 +72,8 @@ __device__ __forceinline__ uint4 gather_chunk(const uint16_t* src, int valid) {
 }
 
 /// Fills kRows x kCols from `src` (row 0 of the tile); rows >= rows_valid and columns >= cols_valid become zero.
-/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time. kRagged: rows start on
-/// 16 bytes and end anywhere.
+/// kAligned: rows start on 16 bytes and cols_valid is a multiple of 8. Otherwise `aligned` says so at run time.
+/// kRagged: rows start on 16 bytes and end anywhere.
 template <int kRows, int kCols, int kThreads, bool kAligned, bool kRagged = false>
 __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, int64_t row_stride, int rows_valid,
                                           int cols_valid, bool aligned, int thread) {
@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     const int chunk0 = thread % kLanes;
     const uint32_t dst = tile + Layout::offset(row0, chunk0);
     const uint16_t* row_ptr = src + row0 * row_stride + chunk0 * 8;
-    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {  // a tile without edges needs no predicates
+    // A tile without edges needs no predicates.
+    if ((kAligned || aligned) && rows_valid >= kRows && cols_valid == kCols) {
 #pragma unroll
         for (int r = 0; r < (kRows + kRowStep - 1) / kRowStep; ++r) {
             if (kRows % kRowStep != 0 && row0 + r * kRowStep >= kRows) break;
@@ -119,8 +120,9 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const uint16_t* src, in
     }
 }
 
-/// load_tile in parts, for an aligned tile inside its tensor: copy() is called for n = 0, 1, ... kCopies - 1, one step of k of a product
-/// between. Straight-line code: the addresses are made once, opaque to the compiler, which would make them anew for each copy.
+/// load_tile in parts, for an aligned tile inside its tensor: copy() is called for n = 0,
+/// 1, ... kCopies - 1, one step of k of a product between. Straight-line code: the addresses
+/// are made once, opaque to the compiler, which would make them anew for each copy.
 template <int kRows, int kCols, int kThreads>
 struct SpreadCopy {
     using Layout = TileLayout<kCols>;
@@ -145,8 +147,9 @@ struct SpreadCopy {
     }
 };
 
-/// load_tile of aligned tiles without edges that follow one another: each thread keeps where it reads next. kUpwards: tiles are rows of a matrix,
-/// each the one above the last, else columns, each the one to the left. `to` of load: the tile in shared memory.
+/// load_tile of aligned tiles without edges that follow one another: each thread keeps
+/// where it reads next. kUpwards: tiles are rows of a matrix, each the one above the
+/// last, else columns, each the one to the left. `to` of load: the tile in shared memory.
 template <int kRows, int kCols, int kThreads, bool kUpwards>
 struct StreamCopy {
     using Layout = TileLayout<kCols>;
@@ -158,7 +161,8 @@ struct StreamCopy {
 
     /// src: the first row of the first tile.
     __device__ __forceinline__ StreamCopy(const uint16_t* src, int64_t row_stride, int thread)
-        : place(Layout::offset(thread / kLanes, thread % kLanes)), step(static_cast<uint32_t>(row_stride) * (2 * kRowStep)) {
+        : place(Layout::offset(thread / kLanes, thread % kLanes)),
+          step(static_cast<uint32_t>(row_stride) * (2 * kRowStep)) {
         const int64_t row = thread / kLanes + (kUpwards ? kRows - kRowStep : 0);
         from = reinterpret_cast<const char*>(src + row * row_stride + thread % kLanes * 8);
     }
@@ -186,9 +190,10 @@ struct NoSideWork {
     __device__ void operator()(int) const {}
 };
 
-/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k. load_a(k, a) fills kMAtoms fragments, one
-/// step of k ahead of their use; load_b(k, j, b) the fragments of the n-atoms 2j and 2j + 1, as far ahead as it takes to hide
-/// ldmatrix behind mma: one pair feeds 2 * kMAtoms of them. side_work(k) is spread between the steps.
+/// acc[i][j] = A[i] * B[j] (kFresh) or += A[i] * B[j] over kSteps steps of 16 in k.
+/// load_a(k, a) fills kMAtoms fragments, one step of k ahead of their use; load_b(k, j, b)
+/// the fragments of the n-atoms 2j and 2j + 1, as far ahead as it takes to hide ldmatrix
+/// behind mma: one pair feeds 2 * kMAtoms of them. side_work(k) is spread between the steps.
 template <DType kType, bool kFresh, int kMAtoms, int kNAtoms, int kSteps, typename LoadA, typename LoadB,
           typename SideWork = NoSideWork>
 __device__ __forceinline__ void multiply(float (&acc)[kMAtoms][kNAtoms][4], LoadA load_a, LoadB load_b,
@@ -277,7 +282,8 @@ __device__ __forceinline__ void for_each(float (&s)[kMAtoms][kNAtoms][4], F f) {
             for (int e = 0; e < 4; ++e) f(s[i][j][e], i, j, e);
 }
 
-/// f(i, j, h) for the pairs of a warp's tile: elements 2h and 2h + 1 of atom (i, j), side by side in a row, one word when packed.
+/// f(i, j, h) for the pairs of a warp's tile: elements 2h and 2h + 1
+/// of atom (i, j), side by side in a row, one word when packed.
 template <int kMAtoms, int kNAtoms, typename F>
 __device__ __forceinline__ void for_each_pair(F f) {
 #pragma unroll
@@ -296,9 +302,11 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[kMAtoms][kNAto
         [&](int i, int j, int h) { packed[i][j][h] = pack<kType>(s[i][j][2 * h], s[i][j][2 * h + 1]); });
 }
 
-/// Packed accumulators into a tile of shared memory, whence other warps read them as operands; `to`: FragmentAddress::accumulator.
+/// Packed accumulators into a tile of shared memory, whence other
+/// warps read them as operands; `to`: FragmentAddress::accumulator.
 template <int kCols, int kMAtoms, int kNAtoms>
-__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2], FragmentAddress<kCols> to) {
+__device__ __forceinline__ void packed_to_tile(const uint32_t (&packed)[kMAtoms][kNAtoms][2],
+                                               FragmentAddress<kCols> to) {
     static_assert(kNAtoms % 2 == 0);
 #pragma unroll
     for (int i = 0; i < kMAtoms; ++i)

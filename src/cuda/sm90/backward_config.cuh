@@ -1,22 +1,24 @@
 // The shape of the backward kernel: tiles, shared memory, barriers, registers.
 //
-// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are then in
-// registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes dq = dS K from
-// the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from its registers. One warp
-// of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores are fed by one warpgroup while
-// another works on exponentials.
+// Four warpgroups. Two *key* warpgroups compute S^T = K q^T and dP^T = V dout^T, turn them into P and dS, which are
+// then in registers as the left operands of dV += P^T dout and dK += dS^T q. The third, the *dq* warpgroup, computes
+// dq = dS K from the dS that the others left in shared memory and adds it to the fp32 accumulator in L2 straight from
+// its registers. One warp of the fourth keeps the tensor copies going. They meet only at mbarriers, so the tensor cores
+// are fed by one warpgroup while another works on exponentials.
 //
 // head_dim <= 128: a tile has 128 keys, each key warpgroup does everything for 64 of them (backward_key_worker.cuh).
-// head_dim > 128: a CTA has 64 keys, for which dK and dV together exceed one warpgroup's registers: one warpgroup computes
-// P and dV, the other dS and dK, and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
+// head_dim > 128: a CTA has 64 keys, for which dK and dV together exceed one
+// warpgroup's registers: one warpgroup computes P and dV, the other dS and dK,
+// and P is handed over in the buffer that dS goes to (backward_split_worker.cuh).
 //
-// There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's columns for
-// the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A dS buffer is free
-// when the dq warpgroups of both CTAs have said so.
+// There a tile of 128 keys belongs to a pair, a cluster of two CTAs. They exchange dS, and each adds half of dq's
+// columns for the keys of both: that halves the reductions into L2, which otherwise are what such a kernel waits for. A
+// dS buffer is free when the dq warpgroups of both CTAs have said so.
 //
-// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then leaves without an
-// accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers for keys; there, and at 96, two
-// warps of the fourth warpgroup make the row statistics of a head with a single key tile (backward_statistics_worker.cuh).
+// Where keys are few a CTA (or pair) may take whole heads, one key tile after the other (takes_whole_heads): dq then
+// leaves without an accumulator of its own size. Head dims 64 and 128 have rows of their own for that, with two buffers
+// for keys; there, and at 96, two warps of the fourth warpgroup make the row statistics of a head with a single key
+// tile (backward_statistics_worker.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -39,39 +41,52 @@ struct BackwardConfig {
     static constexpr int kSlots = 16;                 // of QuerySlot
     static constexpr bool kFewKeys = V.keys == Keys::few;
     static constexpr bool kWholeHeads = may_take_whole_heads(V);
-    static constexpr int kKeyStages = kFewKeys && (kDim == 64 || kWholeHeads) ? 2 : 1;  // of k and v: a short head's next keys should be there when they are wanted
+    // Of k and v: a short head's next keys should be there when they are wanted.
+    static constexpr int kKeyStages = kFewKeys && (kDim == 64 || kWholeHeads) ? 2 : 1;
     static constexpr bool kSplit = kDim > 128;        // by product instead of by key
     static constexpr bool kPair = kSplit;             // the two go together
     static constexpr int kCtas = kPair ? 2 : 1;       // that work on a tile
     static constexpr int kBlockN = V.block_n / kCtas;
     static constexpr int kDsStages = 2;
-    // At head dim 256 there is room for one tile of dout. Its halves by columns come and go by themselves: dP reads the first one while
-    // the second is on its way, and dV gives the first one back while it reads the second.
+    // At head dim 256 there is room for one tile of dout. Its halves by columns come and go by themselves: dP reads the
+    // first one while the second is on its way, and dV gives the first one back while it reads the second.
     static constexpr bool kDoutHalves = kDim == 256;
     static constexpr int kDoutStages = kDoutHalves ? 1 : kStages;
     static constexpr int kDoutBarriers = kDoutHalves ? 2 : kStages;
-    // The fence that publishes dS waits for its stores. Where nothing else keeps the tensor cores from idling, dK goes first.
+    // The fence that publishes dS waits for its stores. Where nothing
+    // else keeps the tensor cores from idling, dK goes first.
     static constexpr bool kFenceBehindDk = kDim == 128 && V.mask == MaskClass::full;
-    // dK follows dS by sixteen queries; what is left of it when dS is complete keeps the tensor cores busy under that fence.
+    // dK follows dS by sixteen queries; what is left of it when dS
+    // is complete keeps the tensor cores busy under that fence.
     static constexpr bool kDkFollowsDs = kDim == 128 && V.mask == MaskClass::band && !kWholeHeads;
     static constexpr int kKeyWarpgroups = 2;
     static constexpr bool kPipelined = kDim == 64 && kBlockM == 64;  // PipelinedKeyWorker
-    static constexpr bool kTransposedDq = kPipelined && !kFewKeys;  // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh)
-    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && (!kFewKeys || kPipelined);  // dq may be added by the copy engine
-    static constexpr bool kWarpMajor = kBulkAdd || kDim == 256;      // a warp's part of the dq accumulator is in one piece
+    // dq^T = K^T dS^T with K in registers (backward_dq_worker.cuh).
+    static constexpr bool kTransposedDq = kPipelined && !kFewKeys;
+    // dq may be added by the copy engine.
+    static constexpr bool kBulkAdd = (kDim == 64 || kDim == 128) && (!kFewKeys || kPipelined);
+    static constexpr bool kWarpMajor = kBulkAdd || kDim == 256;  // a warp's part of the dq accumulator is in one piece
     static constexpr int kStagingBytes = 64 * 64 * 4;
     static constexpr int kKeyUnits = kBlockN / 64;
     static constexpr int kThreads = V.warps * 32;
-    // Row statistics and the conversion of dq in the main kernel, but for the first and last heads (backward_row_worker.cuh).
+    // Row statistics and the conversion of dq in the main kernel,
+    // but for the first and last heads (backward_row_worker.cuh).
     static constexpr bool kInnerRows = (kDim == 64 || kDim == 128) && !kFewKeys;
     // Row statistics of a head with a single key tile by the CTA that has it (backward_statistics_worker.cuh).
     static constexpr bool kOwnStatistics = kWholeHeads && kDim <= 96;
     static constexpr int kKeyRegisters = kDim == 192 ? 184 : kPipelined ? 192 : kDim == 96 || kDim == 256 ? 200 : 208;
-    static constexpr int kDqRegisters = kDim == 192 ? 104 : kPipelined ? 96 : kDim == 96 ? 80 : kDim == 128 && kWholeHeads ? 72 : kDim <= 128 ? 64 : 72;
+    static constexpr int kDqRegisters = kDim == 192                  ? 104
+                                        : kPipelined                 ? 96
+                                        : kDim == 96                 ? 80
+                                        : kDim == 128 && kWholeHeads ? 72
+                                        : kDim <= 128                ? 64
+                                                                     : 72;
     static constexpr int kLoadRegisters = kSplit ? 40 : kInnerRows || kOwnStatistics ? 32 : 24;
     static constexpr int kRowBufferRows = 32;  // of dout and out that a row worker has in shared memory
-    // For each of the two row workers, and for each of the two that make a CTA's own statistics: its half of a tile of out.
-    static constexpr int kRowBufferBytes = kInnerRows ? kRowBufferRows * 2 * kChunks * 128 : kBlockM / 2 * kChunks * 128;
+    // For each of the two row workers, and for each of the two
+    // that make a CTA's own statistics: its half of a tile of out.
+    static constexpr int kRowBufferBytes =
+        kInnerRows ? kRowBufferRows * 2 * kChunks * 128 : kBlockM / 2 * kChunks * 128;
     static constexpr int kQueryUnits = kBlockM / 64;  // 64-row units of a query tile: the M of one wgmma
 
     static constexpr int kRowBytes = 128;
@@ -144,7 +159,7 @@ struct RowJob {
 /// What belongs to one query tile, written by the load warp along with its copies. The n-th tile of a CTA has slot
 /// n % kSlots: the dq warpgroup may read it kDsStages tiles behind the key warps, who free its stage.
 struct alignas(16) QuerySlot {
-    int padded;       // index of the tile in the dq accumulator, all heads together; -1: no more work (deterministic mode)
+    int padded;       // index of the tile in the dq accumulator, all heads together; -1: no more work (deterministic)
     int turn;         // deterministic mode: how many key tiles add to that dq tile before this one
     int query0;       // first row
     int masked;       // bit w: of keys 64 w ... 64 w + 63 some are hidden from some of the queries
@@ -162,6 +177,7 @@ struct alignas(8) DqTarget {
 template <Variant V>
 struct BackwardSmem {
     using C = BackwardConfig<V>;
+    static constexpr bool kMakesRows = C::kInnerRows || C::kOwnStatistics;
     alignas(1024) uint8_t k[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t v[C::kKeyStages][C::kKeyTileBytes];
     alignas(1024) uint8_t q[C::kStages][C::kQueryTileBytes];
@@ -169,7 +185,7 @@ struct BackwardSmem {
     alignas(1024) uint8_t ds[C::kDsStages][C::kQueryUnits * C::kDsUnitBytes];
     union {
         // Of the row workers, or of those that make a CTA's own statistics.
-        alignas(C::kInnerRows || C::kOwnStatistics ? 1024 : 16) uint8_t rows[2][C::kInnerRows || C::kOwnStatistics ? C::kRowBufferBytes : 16];
+        alignas(kMakesRows ? 1024 : 16) uint8_t rows[2][kMakesRows ? C::kRowBufferBytes : 16];
         // The other's K from pair_chunk() on.
         alignas(C::kPair ? 1024 : 16) uint8_t k_peer[C::kPair ? C::kPairChunks * C::kKeyChunkBytes : 16];
     };
@@ -184,7 +200,7 @@ struct BackwardSmem {
     Barrier q_full[C::kStages];       // q and the row statistics
     Barrier dout_full[C::kDoutBarriers];
     Barrier dout_free[C::kDoutBarriers];  // halves only: every key warp is done with it
-    Barrier stage_free[C::kStages];     // every key warp is done with q and the statistics, and with dout where it is in one piece
+    Barrier stage_free[C::kStages];   // every key warp is done with q, statistics, and dout where it is in one piece
     Barrier p_full[C::kDsStages];     // split only: P is in the dS buffer
     Barrier ds_full[C::kDsStages];    // dS is complete, in a pair that of both
     Barrier ds_free[C::kDsStages];    // the dq warpgroup has read it, in a pair both
@@ -204,7 +220,8 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
     using C = BackwardConfig<V>;
     const auto clear = [](uint8_t* tile, int chunk_bytes, int dim) {
         uint4* const words = reinterpret_cast<uint4*>(tile);
-        for (int i = C::chunks_of(dim) * chunk_bytes / 16 + threadIdx.x; i < C::kChunks * chunk_bytes / 16; i += C::kThreads) {
+        for (int i = C::chunks_of(dim) * chunk_bytes / 16 + threadIdx.x; i < C::kChunks * chunk_bytes / 16;
+             i += C::kThreads) {
             words[i] = make_uint4(0, 0, 0, 0);
         }
     };
@@ -218,7 +235,9 @@ __device__ void clear_missing_chunks(BackwardSmem<V>& smem, const ProblemSize& s
     for (int s = 0; s < C::kDoutStages; ++s) clear(smem.dout[s], C::kQueryChunkBytes, size.head_dim_v);
     if constexpr (C::kPair) {
         uint4* const words = reinterpret_cast<uint4*>(smem.k_peer);
-        for (int i = threadIdx.x; i < C::kPairChunks * C::kKeyChunkBytes / 16; i += C::kThreads) words[i] = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < C::kPairChunks * C::kKeyChunkBytes / 16; i += C::kThreads) {
+            words[i] = make_uint4(0, 0, 0, 0);
+        }
     }
     fence_async_proxy();
 }
@@ -253,8 +272,8 @@ struct BackwardLaunch {
     int32_t* done = nullptr;      // per key head: work tiles whose dq has been added, times four
 };
 
-// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major, where
-// the leading offset leads to the next chunk and the stride offset to the next 8 rows.
+// Wgmma descriptors of the shared memory tiles. A chunk read along its rows is K-major; read across them, MN-major,
+// where the leading offset leads to the next chunk and the stride offset to the next 8 rows.
 __device__ __forceinline__ uint64_t k_major(uint32_t address) { return smem_descriptor<128>(address, 16, 1024); }
 __device__ __forceinline__ uint64_t mn_major(uint32_t address, int chunk_bytes) {
     return smem_descriptor<128>(address, chunk_bytes, 1024);

@@ -1,7 +1,7 @@
-// The dq warpgroup: dq = dS K, or at head dim 64 its transpose, for which K stays in registers: that halves what the product reads
-// of shared memory, which is busier than the tensor cores. It is added to the fp32 accumulator in L2. Where a CTA has whole heads
-// nobody else adds: dq of the keys so far waits in memory that only this thread touches, and goes out in its own type with the last
-// of them.
+// The dq warpgroup: dq = dS K, or at head dim 64 its transpose, for which K stays in registers: that halves what the
+// product reads of shared memory, which is busier than the tensor cores. It is added to the fp32 accumulator in L2.
+// Where a CTA has whole heads nobody else adds: dq of the keys so far waits in memory that only this thread touches,
+// and goes out in its own type with the last of them.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -52,8 +52,8 @@ struct DqWorker {
     }
 
 private:
-    /// The i-th query tile of a work tile, in the order of the load warp. Kept in shared memory, for each warp, because registers are
-    /// few.
+    /// The i-th query tile of a work tile, in the order of the load warp.
+    /// Kept in shared memory, for each warp, because registers are few.
     __device__ __forceinline__ void describe_target(const BackwardTile& tile, int i) {
         const int group = params.size.num_heads / params.size.num_heads_k;
         const int m = tile.m_begin + i / group;
@@ -66,8 +66,10 @@ private:
         __syncwarp();
         if (thread % 32 == 0) {
             DqTarget& to = target();
-            to.dq = batch + (seq.q_row + row) * dq.row_stride + (static_cast<int64_t>(tile.head_k) * group + head) * dq.head_stride;
-            to.partial = (static_cast<int64_t>(blockIdx.x / C::kCtas) * launch.private_tiles + m * group + head) * (C::kBlockM * C::kDim);
+            to.dq = batch + (seq.q_row + row) * dq.row_stride +
+                    (static_cast<int64_t>(tile.head_k) * group + head) * dq.head_stride;
+            to.partial = (static_cast<int64_t>(blockIdx.x / C::kCtas) * launch.private_tiles + m * group + head) *
+                         (C::kBlockM * C::kDim);
             to.rows = static_cast<int>(seq.rows_q - row);
             to.first = share.first;
             to.last = share.last;
@@ -86,8 +88,8 @@ private:
         return *static_cast<const volatile T*>(&x);
     }
 
-    /// Tells the row workers that the work tile before has been added to dq: the copy engine is done with all groups but the last
-    /// kGroups, which belong to this tile.
+    /// Tells the row workers that the work tile before has been added to dq: the copy engine is done with all groups
+    /// but the last kGroups, which belong to this tile.
     template <int kGroups>
     __device__ __forceinline__ void report() {
         if (thread % 32 != 0 || unreported < 0) return;
@@ -125,10 +127,13 @@ private:
     /// The left operand of dq^T = K^T dS^T, for as long as the key tile.
     __device__ __forceinline__ void load_operand(int key_stage) {
         const int lane = thread % 32;
-        const uint32_t row = smem_address(smem.k) + key_stage * C::kKeyTileBytes + (lane / 16 * 8 + lane % 8) * C::kRowBytes +
+        const uint32_t row = smem_address(smem.k) + key_stage * C::kKeyTileBytes +
+                             (lane / 16 * 8 + lane % 8) * C::kRowBytes +
                              ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-        for (int kk = 0; kk < V.block_n / 16; ++kk) load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
+        for (int kk = 0; kk < V.block_n / 16; ++kk) {
+            load_matrices_transposed(row + kk * 16 * C::kRowBytes, k_operand[kk]);
+        }
     }
 
     __device__ __forceinline__ void multiply_transposed(const RingPosition& ds, const RingPosition& slot) {
@@ -137,7 +142,9 @@ private:
         const uint64_t b = mn_major(smem_address(smem.ds) + ds.index * C::kDsUnitBytes, C::kDsUnitBytes);
         wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < V.block_n / 16; ++kk) Wgmma<64>::template rs<V.dtype, 1>(acc, k_operand[kk], b + kk * kStep, kk != 0);
+        for (int kk = 0; kk < V.block_n / 16; ++kk) {
+            Wgmma<64>::template rs<V.dtype, 1>(acc, k_operand[kk], b + kk * kStep, kk != 0);
+        }
         wgmma_commit();
         wgmma_wait<0>();
         fence_registers(acc);
@@ -146,14 +153,16 @@ private:
 
     __device__ __forceinline__ void multiply_all(int key_stage, const RingPosition& ds, const RingPosition& slot) {
         constexpr int kTail = C::kDim % 64;
-        if constexpr (C::kKeyStages > 1) asm volatile("" : "+r"(key_stage));  // addresses are made anew, there are no registers to keep them
+        // Addresses are made anew: there are no registers to keep them.
+        if constexpr (C::kKeyStages > 1) asm volatile("" : "+r"(key_stage));
 #pragma unroll
         for (int u = 0; u < C::kQueryUnits; ++u) {
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
                 const uint32_t k = smem_address(smem.k) + key_stage * C::kKeyTileBytes + c * C::kKeyChunkBytes;
                 const bool tail = c + 1 == C::kChunks;
-                const Piece piece{u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
+                const Piece piece{
+                    u, 64 * c, {k, k + 64 * C::kRowBytes}, u == 0 && c == 0, u + 1 == C::kQueryUnits && tail};
                 if (kTail == 0 || !tail) {
                     multiply_piece<64>(piece, ds, slot);
                 } else {
@@ -168,7 +177,8 @@ private:
         constexpr int kRest = C::kDim / 2 - 64;
         constexpr bool kShared = kRest < 64;
         int rank = C::rank();
-        if constexpr (kWholeHeads) asm volatile("" : "+r"(rank));  // addresses are made anew, there are no registers to keep them
+        // Addresses are made anew: there are no registers to keep them.
+        if constexpr (kWholeHeads) asm volatile("" : "+r"(rank));
         multiply_piece<64>(pair_piece(rank, kShared ? rank : 0, 0, true), ds, slot);
         multiply_piece<kRest>(pair_piece(rank, kShared ? 1 - rank : 1, kShared ? rank * kRest : 0, false), ds, slot);
     }
@@ -178,18 +188,21 @@ private:
         const uint32_t mine = smem_address(smem.k) + (C::pair_chunk() + chunk) * C::kKeyChunkBytes + within * 2;
         const uint32_t theirs = smem_address(smem.k_peer) + chunk * C::kKeyChunkBytes + within * 2;
         const bool upper = rank == 0;
-        return {0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
+        return {
+            0, (C::pair_chunk() + chunk) * 64 + within, {upper ? mine : theirs, upper ? theirs : mine}, first, !first};
     }
 
     /// The first piece waits for dS.
     template <int N>
-    __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds, const RingPosition& slot) {
+    __device__ __forceinline__ void multiply_piece(const Piece& piece, const RingPosition& ds,
+                                                   const RingPosition& slot) {
         float acc[N / 2];
         const bool adds = kWholeHeads && __any_sync(0xFFFFFFFFu, !fresh(target().first));
         if (adds) load_partial(acc, partial(piece));  // on its way while dS is waited for
         if (piece.first) smem.ds_full[ds.index].wait(ds.phase);
         if constexpr (kWholeHeads) __syncwarp();  // tells the assembler that the warp is one
-        const uint64_t a = mn_major(smem_address(smem.ds) + (ds.index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes, C::kDsUnitBytes);
+        const uint64_t a = mn_major(smem_address(smem.ds) + (ds.index * C::kQueryUnits + piece.unit) * C::kDsUnitBytes,
+                                    C::kDsUnitBytes);
         const uint64_t b[2] = {mn_major(piece.k[0], C::kKeyChunkBytes), mn_major(piece.k[1], C::kKeyChunkBytes)};
         wgmma_fence();
 #pragma unroll
@@ -204,7 +217,8 @@ private:
 
     /// The first piece waits for the turn, the last one frees the dS buffer.
     template <int N>
-    __device__ __forceinline__ void add(const float (&acc)[N / 2], const Piece& piece, const RingPosition& ds, const RingPosition& slot) {
+    __device__ __forceinline__ void add(const float (&acc)[N / 2], const Piece& piece, const RingPosition& ds,
+                                        const RingPosition& slot) {
         const int warp = thread / 32, lane = thread % 32;
         if (piece.last && lane == 0) {
             smem.ds_free[ds.index].arrive();
@@ -221,7 +235,8 @@ private:
         if (piece.first && params.deterministic) smem.turn_come[slot.index].wait(slot.phase);
         float* const unit = launch.dq + static_cast<int64_t>(smem.slot[slot.index].padded) * (C::kBlockM * C::kDim) +
                             piece.unit * (64 * C::kDim);
-        float* const out = unit + (C::kWarpMajor ? warp * (16 * C::kDim) + piece.column * 16 : piece.column * 64 + warp * 128);
+        float* const out =
+            unit + (C::kWarpMajor ? warp * (16 * C::kDim) + piece.column * 16 : piece.column * 64 + warp * 128);
         if constexpr (C::kBulkAdd) {
             if (launch.bulk_add) {
                 add_in_bulk<N>(acc, out);
@@ -230,12 +245,13 @@ private:
         }
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            reduce_add(out + j * (C::kWarpMajor ? 128 : 512) + lane * 4, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            reduce_add(out + j * (C::kWarpMajor ? 128 : 512) + lane * 4, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                       acc[4 * j + 3]);
         }
     }
 
-    /// Reductions from registers keep the load and store unit, and with it the key warpgroups, waiting for L2; the copy engine
-    /// waits by itself.
+    /// Reductions from registers keep the load and store unit, and with it
+    /// the key warpgroups, waiting for L2; the copy engine waits by itself.
     template <int N>
     __device__ __forceinline__ void add_in_bulk(const float (&acc)[N / 2], float* out) {
         const int lane = thread % 32;
@@ -244,7 +260,8 @@ private:
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-            store_shared_vector(staging + (j * 32 + lane) * 16, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            store_shared_vector(staging + (j * 32 + lane) * 16, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                                acc[4 * j + 3]);
         }
         fence_async_proxy();
         __syncwarp();
@@ -279,7 +296,8 @@ private:
     __device__ __forceinline__ static void store_partial(float* to, const float (&acc)[kCount]) {
 #pragma unroll
         for (int j = 0; j < kCount / 4; ++j) {
-            *reinterpret_cast<float4*>(to + j * 512) = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            *reinterpret_cast<float4*>(to + j * 512) =
+                make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
         }
     }
 
@@ -287,7 +305,8 @@ private:
     __device__ __forceinline__ void store_result(const float (&acc)[kCount], const Piece& piece) const {
         const int me = thread_anew();
         const int row = piece.unit * 64 + me / 32 * 16 + me % 32 / 4;
-        const GradRows rows{fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, me % 4};
+        const GradRows rows{
+            fresh(target().dq), params.dq.row_stride, fresh(target().rows), params.size.head_dim, row, me % 4};
         store_gradient<V.dtype>(params, params.dq.data, rows, acc, params.score.softmax_scale, piece.column);
     }
 

@@ -5,7 +5,8 @@
 
 namespace strobe::sm90 {
 
-/// The rows of one head of a sequence in a gradient, and which two of them (row, row + 8) a thread's accumulators belong to.
+/// The rows of one head of a sequence in a gradient, and which
+/// two of them (row, row + 8) a thread's accumulators belong to.
 struct GradRows {
     int64_t first;       // of the sequence, in elements
     int64_t row_stride;
@@ -35,8 +36,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int quad) {
     exchange(w[1], w[3], quad & 2, 2);
 }
 
-/// Of a shared tile: leaves this part of dK and dV for whoever finishes last. If that is this warp, it ends up with the sums of all
-/// parts. `unit`: of 64 keys; `thread`: in its warpgroup. Warps have nothing to do with each other here.
+/// Of a shared tile: leaves this part of dK and dV for whoever finishes last. If that is this warp, it ends up with the
+/// sums of all parts. `unit`: of 64 keys; `thread`: in its warpgroup. Warps have nothing to do with each other here.
 template <Variant V, int kCount>
 __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const BackwardTile& tile, int unit, int thread,
                                           float (&dk)[kCount], float (&dv)[kCount]) {
@@ -64,7 +65,9 @@ __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const Ba
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
         const float4* const from = part_at(part);
-        const auto add = [](float* sum, const float4& x) { sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w; };
+        const auto add = [](float* sum, const float4& x) {
+            sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+        };
 #pragma unroll
         for (int i = 0; i < kCount / 4; ++i) {
             add(dk + 4 * i, __ldcg(from + i * 128));
@@ -76,8 +79,8 @@ __device__ __forceinline__ bool sum_parts(const BackwardLaunch& launch, const Ba
 
 /// The same for a warpgroup that has one of the gradients: 0, dK, or 1, dV.
 template <Variant V, int kCount>
-__device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, const BackwardTile& tile, int unit, int gradient,
-                                                 int thread, float (&acc)[kCount]) {
+__device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, const BackwardTile& tile, int unit,
+                                                 int gradient, int thread, float (&acc)[kCount]) {
     constexpr int kUnits = V.block_n / 64;
     constexpr int kVectors = kCount / 4 * 128;
     const int parts = launch.schedule.shared.parts;
@@ -86,11 +89,15 @@ __device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, c
     };
     float4* const mine = part_at(tile.part);
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+    for (int i = 0; i < kCount / 4; ++i) {
+        __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+    }
     __threadfence();
     __syncwarp();
     int before = 0;
-    if (thread % 32 == 0) before = atomicAdd(launch.finished + ((tile.shared * kUnits + unit) * 2 + gradient) * 4 + thread / 32, 1);
+    if (thread % 32 == 0) {
+        before = atomicAdd(launch.finished + ((tile.shared * kUnits + unit) * 2 + gradient) * 4 + thread / 32, 1);
+    }
     before = __shfl_sync(0xFFFFFFFFu, before, 0);
     if (before + 1 < parts) return false;
     __threadfence();
@@ -109,8 +116,8 @@ __device__ __forceinline__ bool sum_parts_of_one(const BackwardLaunch& launch, c
 }
 
 template <DType kType, int kCount>
-__device__ __forceinline__ void store_gradient(const BackwardParams& p, void* grad, const GradRows& at, const float (&acc)[kCount],
-                                               float scale, int first_column = 0) {
+__device__ __forceinline__ void store_gradient(const BackwardParams& p, void* grad, const GradRows& at,
+                                               const float (&acc)[kCount], float scale, int first_column = 0) {
     if (p.grad_dtype == DType::f32) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

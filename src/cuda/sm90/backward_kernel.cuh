@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
             smem.kv_free[s].init(kKeyWarps + 4);
         }
         for (int s = 0; s < C::kStages; ++s) {
-            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 1 + 2 * 32 : 1);  // the load warp, two statistics warps
+            // The load warp, two statistics warps.
+            smem.q_full[s].init(C::kOwnStatistics && launch.own_statistics ? 1 + 2 * 32 : 1);
             smem.stage_free[s].init(kKeyWarps);
         }
         for (int s = 0; s < C::kDoutBarriers; ++s) {
@@ -50,7 +51,9 @@ __global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
         for (int s = 0; s < 2; ++s) smem.claim_full[s].init(1), smem.claim_free[s].init(1), smem.rows_full[s].init(1);
         fence_barrier_init();
     }
-    if (C::chunks_of(min(params.size.head_dim, params.size.head_dim_v)) < C::kChunks) clear_missing_chunks<V>(smem, params.size);
+    if (C::chunks_of(min(params.size.head_dim, params.size.head_dim_v)) < C::kChunks) {
+        clear_missing_chunks<V>(smem, params.size);
+    }
     if constexpr (C::kPair) cluster_arrive(), cluster_wait();
     __syncthreads();
 

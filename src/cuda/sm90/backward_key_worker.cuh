@@ -41,7 +41,8 @@ struct KeyWorkerBase {
     }
 
     /// Frees the key tile and writes its gradients.
-    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk, typename F::Gradient& dv) {
+    __device__ __forceinline__ void finish(const BackwardTile& tile, int key_stage, typename F::Gradient& dk,
+                                           typename F::Gradient& dv) {
         const BackwardTile last = tile;
         __syncwarp();
         if (lane() == 0) smem.kv_free[key_stage].arrive();
@@ -50,13 +51,15 @@ struct KeyWorkerBase {
             return GradRows::of_keys(params, grad, dim, last, first_key(last), lane() % 4);
         };
         store_gradient<V.dtype>(params, params.dv.data, rows(params.dv, params.size.head_dim_v), dv, 1.0f);
-        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk, params.score.softmax_scale);
+        store_gradient<V.dtype>(params, params.dk.data, rows(params.dk, params.size.head_dim), dk,
+                                params.score.softmax_scale);
     }
 };
 
-/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the accumulators of S, dP, dK and dV would
-/// leave no registers. For the same reason dV is finished before dS is made; S of the next query tile queues behind dK, so
-/// that the tensor cores have work of this warpgroup except while it makes P and dS - when the other one's products run.
+/// P is kept as the 16-bit numbers that multiply dout, also for dS: with it in fp32 the
+/// accumulators of S, dP, dK and dV would leave no registers. For the same reason dV is finished
+/// before dS is made; S of the next query tile queues behind dK, so that the tensor cores have
+/// work of this warpgroup except while it makes P and dS - when the other one's products run.
 template <Variant V>
 struct KeyWorker : KeyWorkerBase<V> {
     using Base = KeyWorkerBase<V>;

@@ -1,4 +1,5 @@
-// Host side of the Hopper backward pass: row statistics, main kernel, conversion of dq, in one chain of dependent launches.
+// Host side of the Hopper backward pass: row statistics, main
+// kernel, conversion of dq, in one chain of dependent launches.
 #pragma once
 
 #include "cuda/common/launch.hpp"
@@ -19,7 +20,8 @@ struct LaunchShape {
 };
 
 template <typename... Args>
-cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_chained(void (*kernel)(Args...), const LaunchShape& shape, cudaStream_t stream,
+                           const Args&... args) {
     cudaLaunchAttribute attributes[2]{};
     unsigned count = 0;
     if (shape.overlaps_upstream) {
@@ -91,16 +93,23 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         return cuda::make_ragged_tensor_map(m, t, V.dtype, extents, box_rows);
     };
     cudaError_t status = map(args.q, p.q, {n.head_dim, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
-    if (status == cudaSuccess) status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
-    if (status == cudaSuccess) status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
-    if (status == cudaSuccess) status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    if (status == cudaSuccess) {
+        status = map(args.k, p.k, {n.head_dim, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
+    }
+    if (status == cudaSuccess) {
+        status = map(args.v, p.v, {n.head_dim_v, n.seqlen_k, n.num_heads_k, rows_k, batch_k}, C::kBlockN);
+    }
+    if (status == cudaSuccess) {
+        status = map(args.dout, p.dout, {n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q}, V.block_m);
+    }
     if (status != cudaSuccess) return status;
 
     args.bulk_add = C::kBulkAdd && bulk_add_pays(V, p);
     // The row workers have no registers for other types than the usual.
     const int ends = outer_heads(args.schedule);
     const bool usual_types = p.out_dtype == V.dtype && p.grad_dtype == V.dtype;
-    if (C::kInnerRows && usual_types && !p.deterministic && !args.schedule.whole_heads && args.schedule.heads > ends && inner_rows_pay(V, p)) {
+    if (C::kInnerRows && usual_types && !p.deterministic && !args.schedule.whole_heads && args.schedule.heads > ends &&
+        inner_rows_pay(V, p)) {
         const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
         args.inner_rows = map(args.dout_rows, p.dout, rows, C::kRowBufferRows) == cudaSuccess &&
                           map(args.out, p.out, rows, C::kRowBufferRows) == cudaSuccess;
@@ -112,8 +121,8 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         args.done = args.ready + args.schedule.heads;
     }
 
-    if (C::kOwnStatistics && args.schedule.whole_heads && args.schedule.claim_tiles == 1 && args.schedule.work_tiles > 0 &&
-        p.out_dtype == V.dtype) {
+    if (C::kOwnStatistics && args.schedule.whole_heads && args.schedule.claim_tiles == 1 &&
+        args.schedule.work_tiles > 0 && p.out_dtype == V.dtype) {
         const cuda::RaggedExtents rows{n.head_dim_v, n.seqlen_q, n.num_heads, rows_q, batch_q};
         args.own_statistics = map(args.out, p.out, rows, C::kBlockM / 2) == cudaSuccess;
     }
@@ -132,8 +141,8 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
     };
     const int first_batches = args.inner_rows ? static_cast<int>(ceil_div(ends, n.num_heads_k)) : n.batch;
     if (!args.own_statistics) {
-        status = detail::launch_rows(backward_row_stats<kCode>, tiles(C::kBlockM), 0, first_batches, false, context.stream,
-                                     p, args);
+        status = detail::launch_rows(backward_row_stats<kCode>, tiles(C::kBlockM), 0, first_batches, false,
+                                     context.stream, p, args);
     }
     if (status != cudaSuccess) return status;
 
@@ -147,7 +156,8 @@ cudaError_t launch(const BackwardParams& params, const cuda::LaunchContext& cont
         // Of a machine with more SMs than that, some have no memory of their own.
         const int most = args.schedule.whole_heads && machine_tiles(V) < room ? machine_tiles(V) : room;
         const int ctas = C::kCtas * (work < most ? work : most);
-        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, !args.own_statistics, C::kCtas};
+        const detail::LaunchShape main{dim3(static_cast<unsigned>(ctas)), C::kThreads, kSmemBytes, !args.own_statistics,
+                                       C::kCtas};
         status = detail::launch_chained(backward_kernel<kCode>, main, context.stream, p, args);
         if (status != cudaSuccess) return status;
     }

@@ -1,5 +1,5 @@
-// The load warp: hands out work tiles and keeps the tensor copies going, as far ahead as buffers allow. All lanes run the same
-// code, so that addresses stay in uniform registers; one of them issues.
+// The load warp: hands out work tiles and keeps the tensor copies going, as far ahead as buffers allow. All lanes run
+// the same code, so that addresses stay in uniform registers; one of them issues.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -21,7 +21,8 @@ struct LoadWorker {
         wait_for_upstream_kernels();
         RingPosition stage, slot;
         // The row workers wait for work tiles; only a CTA that runs may own one.
-        int claimed = (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
+        int claimed =
+            (C::kInnerRows && launch.inner_rows ? claim() : blockIdx.x / C::kCtas) * launch.schedule.claim_tiles;
         for (int t = 0;; ++t) {
             BackwardTile tile;
             if (C::rank() > 0) claimed = told(t);
@@ -31,7 +32,8 @@ struct LoadWorker {
             if (claimed >= launch.schedule.work_tiles) tile.batch = -1;
             if (C::kPair && C::rank() == 0) tell(t, claimed);
             if (C::kInnerRows && launch.inner_rows && tile.batch >= 0) wait_for_statistics(tile);
-            // Every warp has read the entry that this one replaces: the keys of the tile before last have been released.
+            // Every warp has read the entry that this one replaces:
+            // the keys of the tile before last have been released.
             if (lane == 0) smem.tiles.entry[t % TileRing::kEntries] = tile;
             __syncwarp();
             const bool any = tile.batch >= 0 && tile.m_begin < tile.m_end;
@@ -45,8 +47,8 @@ struct LoadWorker {
             }
             load_keys(tile, key_stage.index);
             if (any) load_queries<false>(tile, stage, slot);
-            // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what keeps
-            // them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
+            // Now, and not before: claims in the order in which CTAs run out of work are what balances them, and what
+            // keeps them in step (backward_schedule.hpp). The copies in flight hide the microsecond that it takes.
             if (C::rank() == 0) claimed = next(claimed);
         }
     }
@@ -69,7 +71,8 @@ private:
         return __shfl_sync(0xFFFFFFFFu, next, 0);
     }
 
-    /// The next one behind a work tile that does not exist. Those of other lengths may follow by the thousand: all at once.
+    /// The next one behind a work tile that does not exist. Those
+    /// of other lengths may follow by the thousand: all at once.
     __device__ __forceinline__ int claim_behind(int missing) const {
         const int next = behind_missing<V>(params, launch.schedule, missing);
         if (next == missing + 1) return claim();
@@ -109,12 +112,14 @@ private:
         return claimed;
     }
 
-    /// Without queries nothing is loaded: an empty sequence would make boxes that lie outside their tensor altogether, for
-    /// which the hardware still looks at the map's base address, and that one need not exist (ragged_tensor_map.hpp).
+    /// Without queries nothing is loaded: an empty sequence would make boxes that
+    /// lie outside their tensor altogether, for which the hardware still looks at
+    /// the map's base address, and that one need not exist (ragged_tensor_map.hpp).
     __device__ __forceinline__ void load_keys(const BackwardTile& tile, int s) {
         const Sequence seq = sequence_of(params, tile.batch);
         const RaggedCoordinates at{static_cast<int>(params.size.seqlen_k - seq.seqlen_k), tile.head_k,
-                                   static_cast<int>(seq.k_row + seq.seqlen_k), params.seqlens.cu_seqlens_k ? 0 : tile.batch};
+                                   static_cast<int>(seq.k_row + seq.seqlen_k),
+                                   params.seqlens.cu_seqlens_k ? 0 : tile.batch};
         const int row = C::first_key(tile);
         if (tile.m_begin >= tile.m_end) {
             if (lane == 0) {
@@ -130,7 +135,8 @@ private:
         __syncwarp();
     }
 
-    /// This CTA's keys, and of the other's keys the columns for dq. The second CTA's keys may lie behind the sequence: zeros.
+    /// This CTA's keys, and of the other's keys the columns for dq.
+    /// The second CTA's keys may lie behind the sequence: zeros.
     __device__ __forceinline__ void load_keys_of_pair(int row, int seqlen_k, const RaggedCoordinates& at) {
         const int other_row = row ^ C::kBlockN;
         const int dim = params.size.head_dim;
@@ -152,8 +158,8 @@ private:
             smem.v_full[0].arrive();
         }
         for (int c = 0; other_bytes > 0 && c < other_chunks; ++c) {
-            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0], (C::pair_chunk() + c) * 64,
-                        other_row, at);
+            ragged_load(smem_address(smem.k_peer) + c * C::kKeyChunkBytes, launch.k, smem.k_full[0],
+                        (C::pair_chunk() + c) * 64, other_row, at);
         }
     }
 
@@ -162,9 +168,9 @@ private:
         for (int i = lane; i < kBytes / 16; i += 32) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
     }
 
-    /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout and dq
-    /// side by side, in the direction that their round goes, and find each other's traffic in L2. kFirst: the first tile alone, which
-    /// need not wait for the keys to leave; otherwise those behind it.
+    /// All query heads of the group at one query tile before the next: CTAs that share a key head move through q, dout
+    /// and dq side by side, in the direction that their round goes, and find each other's traffic in L2. kFirst: the
+    /// first tile alone, which need not wait for the keys to leave; otherwise those behind it.
     template <bool kFirst>
     __device__ __forceinline__ void load_queries(const BackwardTile& tile, RingPosition& stage, RingPosition& slot_at) {
         const Sequence seq = sequence_of(params, tile.batch);
@@ -191,8 +197,8 @@ private:
         }
     }
 
-    __device__ __forceinline__ void load_query_tile(const QuerySlot& slot, const RaggedCoordinates& at, RingPosition& stage,
-                                                    int slot_index) {
+    __device__ __forceinline__ void load_query_tile(const QuerySlot& slot, const RaggedCoordinates& at,
+                                                    RingPosition& stage, int slot_index) {
         const int s = stage.index;
         smem.stage_free[s].wait(stage.phase ^ 1);
         Barrier& q_full = smem.q_full[s];
@@ -200,13 +206,15 @@ private:
             smem.slot[slot_index] = slot;
             if (slots_are_watched()) smem.slot_full[slot_index].arrive();
             const bool own = C::kOwnStatistics && launch.own_statistics;
-            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes, slot.query0, at);
+            load_tile(smem.q[s], C::kQueryChunkBytes, launch.q, params.size.head_dim, q_full, own ? 0 : C::kStatsBytes,
+                      slot.query0, at);
             if (!own) {
                 bulk_load(smem_address(smem.stats) + s * C::kStatsBytes,
                           launch.stats + static_cast<int64_t>(slot.padded) * (2 * C::kBlockM), C::kStatsBytes, q_full);
             }
             if constexpr (!C::kDoutHalves) {
-                load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, smem.dout_full[s], 0, slot.query0, at);
+                load_tile(smem.dout[s], C::kQueryChunkBytes, launch.dout, params.size.head_dim_v, smem.dout_full[s], 0,
+                          slot.query0, at);
             }
         }
         __syncwarp();
@@ -225,7 +233,8 @@ private:
 #pragma unroll
                 for (int c = half * kHalf; c < (half + 1) * kHalf; ++c) {
                     if (c < chunks) {
-                        ragged_load(smem_address(smem.dout) + c * C::kQueryChunkBytes, launch.dout, smem.dout_full[half], c * 64, row, at);
+                        ragged_load(smem_address(smem.dout) + c * C::kQueryChunkBytes, launch.dout,
+                                    smem.dout_full[half], c * 64, row, at);
                     }
                 }
             }
@@ -234,7 +243,8 @@ private:
         dout_phase ^= 1;
     }
 
-    /// The warps that keep the order know the stream of query tiles by its slots alone, and two of them see every other one.
+    /// The warps that keep the order know the stream of query tiles
+    /// by its slots alone, and two of them see every other one.
     __device__ __forceinline__ void publish_end(RingPosition stage, RingPosition slot_at) {
         for (int i = 0; i < 2; ++i) {
             smem.stage_free[stage.index].wait(stage.phase ^ 1);
@@ -249,8 +259,9 @@ private:
     }
 
     /// The chunks of a tile that the tensor has; the others stay as clear_missing_chunks left them.
-    __device__ __forceinline__ static void load_tile(const uint8_t* tile, uint32_t chunk_bytes, const CUtensorMap& map, int dim,
-                                                     Barrier& full, uint32_t other_bytes, int row, const RaggedCoordinates& at) {
+    __device__ __forceinline__ static void load_tile(const uint8_t* tile, uint32_t chunk_bytes, const CUtensorMap& map,
+                                                     int dim, Barrier& full, uint32_t other_bytes, int row,
+                                                     const RaggedCoordinates& at) {
         const int chunks = C::chunks_of(dim);
         full.arrive_expect(static_cast<uint32_t>(chunks) * chunk_bytes + other_bytes);
 #pragma unroll

@@ -1,9 +1,10 @@
 // Deterministic mode: key tiles add to a dq tile one after the other, in an order that depends on the problem alone
 // (query_turn in backward_schedule.hpp). A global counter per dq tile tells whose turn it is.
 //
-// The dq warpgroup never touches that counter: its round trip and the fence behind the additions would cost a third of a query
-// tile's time. One warp waits for the turns of the tiles ahead; two others, in turns, wait for the additions of the tiles behind
-// to be performed, and hand over. A release is cumulative: what the mbarrier ordered before it is ordered for the whole device.
+// The dq warpgroup never touches that counter: its round trip and the fence behind the additions
+// would cost a third of a query tile's time. One warp waits for the turns of the tiles ahead; two
+// others, in turns, wait for the additions of the tiles behind to be performed, and hand over. A
+// release is cumulative: what the mbarrier ordered before it is ordered for the whole device.
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -37,9 +38,10 @@ struct TurnWorker {
 template <Variant V>
 struct HandOverWorker {
     using C = BackwardConfig<V>;
-    // Tiles that the dq warpgroup may be ahead of what has been taken note of. A stage is free when a dS buffer was, which is before
-    // that tile has been added: the load warp is up to kStages + kDsStages + 1 ahead of the last tile whose turn had come, and must
-    // not reuse the slot of one that nobody has taken note of, or its barriers would go round unseen.
+    // Tiles that the dq warpgroup may be ahead of what has been taken note of. A stage is free
+    // when a dS buffer was, which is before that tile has been added: the load warp is up to
+    // kStages + kDsStages + 1 ahead of the last tile whose turn had come, and must not reuse
+    // the slot of one that nobody has taken note of, or its barriers would go round unseen.
     static constexpr int kLag = C::kSlots - C::kStages - C::kDsStages - 1;
     static_assert(kLag >= 2);
 

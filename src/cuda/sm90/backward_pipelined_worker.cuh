@@ -1,8 +1,8 @@
-// A key warpgroup that always has products of its own in flight, for head dims whose accumulators leave room: dK of the query
-// tile before and dP while it makes P, dV and the next tile's S while it makes dS.
+// A key warpgroup that always has products of its own in flight, for head dims whose accumulators leave room: dK of the
+// query tile before and dP while it makes P, dV and the next tile's S while it makes dS.
 //
-// What is in flight at the end of the loop's body may only be dK. The compiler serialises all products when an accumulator that
-// other instructions read is one of those.
+// What is in flight at the end of the loop's body may only be dK. The compiler serialises all products when an
+// accumulator that other instructions read is one of those.
 #pragma once
 
 #include "cuda/sm90/backward_key_worker.cuh"
@@ -31,7 +31,8 @@ struct PipelinedKeyWorker : KeyWorkerBase<V> {
             for (int i = 0; i < C::kDim / 2; ++i) r.dk[i] = r.dv[i] = 0.0f;
             const int iterations = (tile.m_end - tile.m_begin) * (params.size.num_heads / params.size.num_heads_k);
             if (iterations > 0) {
-                fence_registers(r.dk);  // else the compiler clears them behind the first products, which serialises these
+                // Else the compiler clears them behind the first products, which serialises these.
+                fence_registers(r.dk);
                 fence_registers(r.dv);
                 smem.q_full[at.stage.index].wait(at.stage.phase);
                 wgmma_fence();
@@ -69,7 +70,9 @@ private:
         int previous = -1;  // the stage that dK of the tile before may still be reading
     };
 
-    __device__ __forceinline__ uint32_t query_tile(int stage) const { return smem_address(smem.q) + stage * C::kQueryTileBytes; }
+    __device__ __forceinline__ uint32_t query_tile(int stage) const {
+        return smem_address(smem.q) + stage * C::kQueryTileBytes;
+    }
     __device__ __forceinline__ uint32_t dout_tile(int stage) const {
         return smem_address(smem.dout) + stage * C::kQueryTileBytes;
     }

@@ -22,7 +22,8 @@ __device__ __forceinline__ void ragged_load(uint32_t smem, const CUtensorMap& ma
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
         "[%2];" ::"r"(smem),
-        "l"(&map), "r"(smem_address(&barrier)), "r"(col), "r"(at.row_shift + row), "r"(at.head), "r"(at.end), "r"(at.batch)
+        "l"(&map), "r"(smem_address(&barrier)), "r"(col), "r"(at.row_shift + row), "r"(at.head), "r"(at.end),
+        "r"(at.batch)
         : "memory");
 }
 
@@ -43,7 +44,8 @@ struct Peer {
         return theirs;
     }
     __device__ __forceinline__ void arrive(Barrier& barrier) const {
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address(&barrier)) : "memory");
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address(&barrier))
+                     : "memory");
     }
     __device__ __forceinline__ void store(int& mine, int value) const {
         asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address(&mine)), "r"(value) : "memory");
@@ -51,7 +53,8 @@ struct Peer {
     /// Copies `bytes` to the same place; they count towards the other's `barrier`.
     __device__ __forceinline__ void copy(const void* from, uint32_t bytes, Barrier& barrier) const {
         asm volatile(
-            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(from)),
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                address(from)),
             "r"(smem_address(from)), "r"(bytes), "r"(address(&barrier))
             : "memory");
     }
@@ -78,13 +81,15 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 __device__ __forceinline__ void reduce_add(float* global, float x, float y, float z, float w) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z), "f"(w)
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z),
+                 "f"(w)
                  : "memory");
 }
 
 /// Adds fp32 numbers from shared memory to global memory. Part of the thread's open bulk group.
 __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t smem, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(smem), "r"(bytes)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(smem),
+                 "r"(bytes)
                  : "memory");
 }
 /// Waits until this thread's bulk groups are complete, but for the last kGroups.

@@ -1,12 +1,13 @@
-// The two memory-bound parts of the backward pass inside the main kernel, by warps that otherwise have nothing to do: row
-// statistics (with the clearing of dq's accumulator) of the heads that come next, conversion of dq of the heads that are
-// done. The kernels in front of and behind the main kernel are left with the first and the last heads.
+// The two memory-bound parts of the backward pass inside the main kernel, by warps that otherwise have nothing to do:
+// row statistics (with the clearing of dq's accumulator) of the heads that come next, conversion of dq of the heads
+// that are done. The kernels in front of and behind the main kernel are left with the first and the last heads.
 //
-// Both take 64-row units off a list by tickets, in the order in which heads are worked on, whichever CTA has time. Statistics wait
-// for nothing, load warps for statistics, conversion for finished heads: no circle, and no CTA waits for one that is not running.
+// Both take 64-row units off a list by tickets, in the order in which heads are worked
+// on, whichever CTA has time. Statistics wait for nothing, load warps for statistics,
+// conversion for finished heads: no circle, and no CTA waits for one that is not running.
 //
-// A warp's 32 registers cannot hide the memory's latency; copies into shared memory do. Each of the two needs some 16 us for a
-// unit, so that this pays when a unit has many key tiles (backward_launch.cuh).
+// A warp's 32 registers cannot hide the memory's latency; copies into shared memory do. Each of the two needs some 16
+// us for a unit, so that this pays when a unit has many key tiles (backward_launch.cuh).
 #pragma once
 
 #include "cuda/common/counter.cuh"
@@ -51,7 +52,8 @@ struct RowWorkerBase {
     }
 
     __device__ __forceinline__ int units_of_key_head() const {
-        return params.size.num_heads / params.size.num_heads_k * static_cast<int>(ceil_div(fresh(job.seqlen_q), C::kBlockM)) * C::kQueryUnits;
+        return params.size.num_heads / params.size.num_heads_k *
+               static_cast<int>(ceil_div(fresh(job.seqlen_q), C::kBlockM)) * C::kQueryUnits;
     }
 
     /// Reads from shared memory now: what the compiler would keep of a job would not fit into this warp's registers.
@@ -63,7 +65,8 @@ struct RowWorkerBase {
 private:
     __device__ __forceinline__ void describe(int key_head, int batch, int head, int first) {
         Sequence seq = sequence_of(params, batch);
-        // Of a sequence longer than it was said to be nothing more is done, and nobody waits for more (LoadWorker neither).
+        // Of a sequence longer than it was said to be nothing more
+        // is done, and nobody waits for more (LoadWorker neither).
         seq.seqlen_q = min(seq.seqlen_q, params.size.seqlen_q);
         const bool ragged = params.seqlens.cu_seqlens_q != nullptr;
         const int64_t batch_q = ragged ? 0 : batch;
@@ -72,8 +75,8 @@ private:
         job.rows_q = static_cast<int>(seq.rows_q);
         job.seqlen_q = static_cast<int>(seq.seqlen_q);
         job.work_tiles = min(static_cast<int>(ceil_div(seq.rows_k, V.block_n)), launch.schedule.key_tiles);
-        job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head, static_cast<int>(seq.q_row + seq.seqlen_q),
-                  ragged ? 0 : batch};
+        job.at = {static_cast<int>(params.size.seqlen_q - seq.seqlen_q), head,
+                  static_cast<int>(seq.q_row + seq.seqlen_q), ragged ? 0 : batch};
         job.padded = (head * launch.tiles + first_padded_tile(params, seq, batch, C::kBlockM)) * C::kQueryUnits;
         job.lse = batch_q * params.lse.batch_stride + head * params.lse.head_stride + seq.q_row;
         job.dlse = batch_q * params.dlse.batch_stride + head * params.dlse.head_stride + seq.q_row;
@@ -92,7 +95,8 @@ struct StatisticsWorker : RowWorkerBase<V> {
         while (Base::take(launch.counter + kStatisticsTickets, launch.first_inner_head, launch.schedule.heads)) {
             int units = 0;
             // To the end of a query tile, also behind the sequence.
-            while (units < Base::kUnits && (Base::fresh(job.first) + units) / C::kQueryUnits * C::kBlockM < Base::fresh(job.seqlen_q)) {
+            while (units < Base::kUnits &&
+                   (Base::fresh(job.first) + units) / C::kQueryUnits * C::kBlockM < Base::fresh(job.seqlen_q)) {
                 unit(units++);
             }
             if (units > 0) {
@@ -135,7 +139,8 @@ private:
                 }
             }
             const int64_t at = Base::fresh(job.padded) + row0 / 64;
-            float* const stats = launch.stats + at / C::kQueryUnits * (2 * C::kBlockM) + at % C::kQueryUnits * 64 + half * 32 + lane;
+            float* const stats =
+                launch.stats + at / C::kQueryUnits * (2 * C::kBlockM) + at % C::kQueryUnits * 64 + half * 32 + lane;
             stats[0] = minus_lse;
             stats[C::kBlockM] = minus_delta;
         }
@@ -237,9 +242,7 @@ private:
                 }
                 store_transposed(row0, piece * 32, any);
             }
-            return;
-        }
-        if constexpr (C::kWarpMajor) {
+        } else if constexpr (C::kWarpMajor) {
 #pragma unroll 1
             for (int piece = 0; piece < 2; ++piece) {
                 const int row0 = (Base::fresh(job.first) + i) * 64 + piece * 32;
@@ -251,17 +254,17 @@ private:
 #pragma unroll 1
                 for (int column = 0; column < C::kDim; column += 64) store(row0, column, any);
             }
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (int column = 0; column < C::kDim; column += kPieceColumns) {
-            const int row0 = (Base::fresh(job.first) + i) * 64;
-            const bool any = row0 < Base::fresh(job.seqlen_q);
-            if (any) {
-                const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
-                load(launch.dq + padded * (64 * C::kDim) + column * 64, min(C::kDim - column, kPieceColumns) * 256);
+            for (int column = 0; column < C::kDim; column += kPieceColumns) {
+                const int row0 = (Base::fresh(job.first) + i) * 64;
+                const bool any = row0 < Base::fresh(job.seqlen_q);
+                if (any) {
+                    const int64_t padded = Base::fresh(job.padded) + Base::fresh(job.first) + i;
+                    load(launch.dq + padded * (64 * C::kDim) + column * 64, min(C::kDim - column, kPieceColumns) * 256);
+                }
+                store(row0, column, any);
             }
-            store(row0, column, any);
         }
     }
 
@@ -276,8 +279,8 @@ private:
         Base::phase ^= 1;
     }
 
-    /// See backward_convert_dq for the order of the accumulator. A lane has eight columns of two rows at a time; the order in
-    /// which it reads their quads keeps lanes out of each other's banks.
+    /// See backward_convert_dq for the order of the accumulator. A lane has eight columns of two rows at a time; the
+    /// order in which it reads their quads keeps lanes out of each other's banks.
     __device__ __forceinline__ void store(int row0, int column, bool any) const {
         const int j = lane / 2 % kPieceVectors;
         const int swap = j % 4;
@@ -285,10 +288,14 @@ private:
         const bool inside = column + j * 8 < params.size.head_dim;
 #pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
-            const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2 : i * 16 + lane % 2 + lane / 8 * 2;
+            const int within = kPieceVectors == 8 ? i / 2 * 16 + i % 2 * 4 + lane % 2 + lane / 16 * 2
+                                                  : i * 16 + lane % 2 + lane / 8 * 2;
             uint32_t upper[4] = {}, lower[4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + (C::kWarpMajor ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4 : j * 128 + within / 16 * 32 + within % 8 * 4) * 16;
+                const int vector = C::kWarpMajor
+                                       ? within / 16 * (4 * C::kDim) + (column / 8 + j) * 32 + within % 8 * 4
+                                       : j * 128 + within / 16 * 32 + within % 8 * 4;
+                const uint32_t at = smem_address(smem.rows[1]) + vector * 16;
 #pragma unroll
                 for (int quad = 0; quad < 4; ++quad) {
                     const uint4 a = load_shared_vector(at + (quad ^ swap) * 16);
@@ -301,15 +308,18 @@ private:
             }
             const int row = row0 + within;
             if (inside && row < Base::fresh(job.rows_q)) {
-                store_global_vector(data + row * params.dq.row_stride, make_uint4(upper[0], upper[1], upper[2], upper[3]));
+                store_global_vector(data + row * params.dq.row_stride,
+                                    make_uint4(upper[0], upper[1], upper[2], upper[3]));
             }
             if (inside && row + 8 < Base::fresh(job.rows_q)) {
-                store_global_vector(data + (row + 8) * params.dq.row_stride, make_uint4(lower[0], lower[1], lower[2], lower[3]));
+                store_global_vector(data + (row + 8) * params.dq.row_stride,
+                                    make_uint4(lower[0], lower[1], lower[2], lower[3]));
             }
         }
     }
 
-    /// 32 columns of 64 rows of dq^T (convert_transposed in backward_rows.cuh). A lane has eight columns of two rows at a time.
+    /// 32 columns of 64 rows of dq^T (convert_transposed in
+    /// backward_rows.cuh). A lane has eight columns of two rows at a time.
     __device__ __forceinline__ void store_transposed(int row0, int column, bool any) const {
         const bool odd = lane / 4 % 2;  // reads in another order, so that lanes keep out of each other's banks
         const int row = row0 + lane / 4 * 8 + lane % 4 * 2;
@@ -317,7 +327,8 @@ private:
         for (int i = 0; i < 4; ++i) {
             uint32_t words[2][4] = {};
             if (any) {
-                const uint32_t at = smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
+                const uint32_t at =
+                    smem_address(smem.rows[1]) + i / 2 * 4096 + lane / 4 * 512 + lane % 4 * 16 + i % 2 * 8;
                 const float scale = params.score.softmax_scale;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {

@@ -53,7 +53,8 @@ __device__ __forceinline__ void store_eight(const BackwardParams& p, int64_t ind
 
 /// dq = 0 for the query tile from row0 on, if none of its rows sees a key.
 template <Variant V>
-__device__ __forceinline__ void clear_unseen_rows(const BackwardParams& p, const Sequence& seq, int batch, int head, int64_t row0) {
+__device__ __forceinline__ void clear_unseen_rows(const BackwardParams& p, const Sequence& seq, int batch, int head,
+                                                  int64_t row0) {
     constexpr int kColumns = V.head_dim / 8;
     if (p.accumulate || (row0 < seq.seqlen_q && !seq.mask(p.mask).key_range(row0, row0 + V.block_m).empty())) return;
     const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
@@ -61,7 +62,9 @@ __device__ __forceinline__ void clear_unseen_rows(const BackwardParams& p, const
     for (int i = threadIdx.x; i < V.block_m * kColumns; i += kRowThreads) {
         const int64_t row = row0 + i / kColumns;
         const int column = i % kColumns * 8;
-        if (row < seq.rows_q && column < p.size.head_dim) store_eight<V.dtype>(p, dq0 + row * p.dq.row_stride + column, {});
+        if (row < seq.rows_q && column < p.size.head_dim) {
+            store_eight<V.dtype>(p, dq0 + row * p.dq.row_stride + column, {});
+        }
     }
 }
 
@@ -70,7 +73,9 @@ template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_order_sequences(const __grid_constant__ BackwardParams p, int32_t* sequences) {
     __shared__ int rows[kMostOrderedSequences];
-    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) rows[b] = static_cast<int>(sequence_of(p, b).seqlen_q);
+    for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) {
+        rows[b] = static_cast<int>(sequence_of(p, b).seqlen_q);
+    }
     __syncthreads();
     for (int b = threadIdx.x; b < p.size.batch; b += kRowThreads) {
         const int mine = rows[b];
@@ -80,9 +85,9 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence and rows
-/// that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work counter, or with
-/// whole heads dq itself where no key tile will come by.
+/// The row statistics of one query tile and head: -lse log2(e) and dlse - rowsum(dout * out). Rows past the sequence
+/// and rows that see no key get -inf, so that P = 0 there. Also clears the dq accumulator, the semaphores and the work
+/// counter, or with whole heads dq itself where no key tile will come by.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_row_stats(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
@@ -92,7 +97,8 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     release_downstream_kernel();
     // The heads that the main kernel begins with come last: they are in L2 then.
-    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = launch.first_position + gridDim.z - 1 - blockIdx.z;
+    const int m = blockIdx.x, head = gridDim.y - 1 - blockIdx.y;
+    const int position = launch.first_position + gridDim.z - 1 - blockIdx.z;
     if (m == 0 && head == 0 && position == 0 && threadIdx.x == 0) {
         launch.counter[0] = launch.counter[kStatisticsTickets] = launch.counter[kConversionTickets] = 0;
     }
@@ -117,7 +123,9 @@ __global__ void __launch_bounds__(kRowThreads)
         if (threadIdx.x == 0) launch.semaphore[padded] = 0;
         float4* const dq = reinterpret_cast<float4*>(launch.dq + padded * (C::kBlockM * C::kDim));
 #pragma unroll
-        for (int i = threadIdx.x; i < C::kBlockM * C::kDim / 4; i += kRowThreads) dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = threadIdx.x; i < C::kBlockM * C::kDim / 4; i += kRowThreads) {
+            dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        }
     }
 
     const int column = threadIdx.x % kLanes * 8;
@@ -152,7 +160,8 @@ __global__ void __launch_bounds__(kRowThreads)
                 const float lse = p.lse.data[at];
                 if (lse != -INFINITY) {
                     minus_lse = -lse * kLog2E;
-                    const int64_t at_dlse = batch_q * p.dlse.batch_stride + head * p.dlse.head_stride + seq.q_row + query;
+                    const int64_t at_dlse =
+                        batch_q * p.dlse.batch_stride + head * p.dlse.head_stride + seq.q_row + query;
                     delta = p.dlse ? sum - p.dlse.data[at_dlse] : sum;
                 }
             }
@@ -163,11 +172,11 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-/// The same for dq^T, stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of columns
-/// 16 w + l / 4 and 8 further.
+/// A unit of dq^T is stored as (4 warps, 64 queries / 8, 32 lanes, 4): lane l of warp w holds queries 2 (l % 4), + 1 of
+/// columns 16 w + l / 4 and 8 further.
 template <uint64_t kVariantCode>
-__device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0, const Sequence& seq,
-                                                   int64_t dq0) {
+__device__ __forceinline__ void convert_transposed(const BackwardParams& p, const float4* acc, int64_t row0,
+                                                   const Sequence& seq, int64_t dq0) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     if (threadIdx.x >= 128) return;
     const int quad = threadIdx.x % 4, warp = threadIdx.x / 4 % 4, j = threadIdx.x / 16;
@@ -192,8 +201,8 @@ __device__ __forceinline__ void convert_transposed(const BackwardParams& p, cons
     }
 }
 
-/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4): thread t
-/// holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
+/// dq = softmax_scale * accumulator, for one 64-row unit and head. A unit is stored as (dim / 8, 128 threads, 4):
+/// thread t holds columns 2 (t % 4), + 1 of rows 16 (t / 32) + t % 32 / 4 and 8 below.
 template <uint64_t kVariantCode>
 __global__ void __launch_bounds__(kRowThreads)
     backward_convert_dq(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
@@ -202,7 +211,8 @@ __global__ void __launch_bounds__(kRowThreads)
     constexpr int kColumns = C::kDim / 8;
     constexpr int kItems = 32 * kColumns;  // two rows by eight columns each
     // The heads that the main kernel ended with come first, out of L2.
-    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y, position = launch.first_position + gridDim.z - 1 - blockIdx.z;
+    const int unit = blockIdx.x, head = gridDim.y - 1 - blockIdx.y;
+    const int position = launch.first_position + gridDim.z - 1 - blockIdx.z;
     wait_for_upstream_kernels();  // every block, or this kernel could count as finished before the one in front
     const int batch = launch.schedule.sequences ? launch.schedule.sequences[position] : position;
     const Sequence seq = sequence_of(p, batch);
@@ -220,25 +230,26 @@ __global__ void __launch_bounds__(kRowThreads)
     const float scale = p.score.softmax_scale;
     if constexpr (C::kTransposedDq) {
         convert_transposed<kVariantCode>(p, acc, row0, seq, dq0);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
-        const int j = item % kColumns;
-        const int row = item / kColumns;  // warp * 8 + row of eight
-        float upper[8] = {}, lower[8] = {};
-        if (row0 < seq.seqlen_q) {
+        for (int item = threadIdx.x; item < kItems; item += kRowThreads) {
+            const int j = item % kColumns;
+            const int row = item / kColumns;  // warp * 8 + row of eight
+            float upper[8] = {}, lower[8] = {};
+            if (row0 < seq.seqlen_q) {
 #pragma unroll
-            for (int quad = 0; quad < 4; ++quad) {
-                const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad : j * 128 + row * 4 + quad];
-                upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
-                lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
+                for (int quad = 0; quad < 4; ++quad) {
+                    const float4 a = acc[C::kWarpMajor ? row / 8 * (4 * C::kDim) + j * 32 + row % 8 * 4 + quad
+                                                       : j * 128 + row * 4 + quad];
+                    upper[2 * quad] = a.x * scale, upper[2 * quad + 1] = a.y * scale;
+                    lower[2 * quad] = a.z * scale, lower[2 * quad + 1] = a.w * scale;
+                }
             }
+            if (j * 8 >= p.size.head_dim) continue;
+            const int64_t first = row0 + row / 8 * 16 + row % 8;
+            if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
+            if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
         }
-        if (j * 8 >= p.size.head_dim) continue;
-        const int64_t first = row0 + row / 8 * 16 + row % 8;
-        if (first < seq.rows_q) store_eight<V.dtype>(p, dq0 + first * p.dq.row_stride + j * 8, upper);
-        if (first + 8 < seq.rows_q) store_eight<V.dtype>(p, dq0 + (first + 8) * p.dq.row_stride + j * 8, lower);
     }
 }
 

@@ -1,6 +1,6 @@
-// The two key warpgroups for head_dim > 128: the same 64 keys, one for P and dV, the other for dS and dK. Thread t of both
-// owns the same elements, so that P travels through the dS buffer without bank conflicts and each warp waits for one warp's
-// worth of data only.
+// The two key warpgroups for head_dim > 128: the same 64 keys, one for P and dV, the other
+// for dS and dK. Thread t of both owns the same elements, so that P travels through the dS
+// buffer without bank conflicts and each warp waits for one warp's worth of data only.
 #pragma once
 
 #include "cuda/sm90/backward_epilogue.cuh"
@@ -101,10 +101,14 @@ struct ValueWorker : SplitWorkerBase<V> {
             }
             const BackwardTile last = tile;
             Base::arrive(smem.kv_free[0]);
-            if (may_share_tiles(V) && last.shared >= 0 && !sum_parts_of_one<V>(launch, last, C::rank(), 1, thread, dv)) continue;
+            if (may_share_tiles(V) && last.shared >= 0 &&
+                !sum_parts_of_one<V>(launch, last, C::rank(), 1, thread, dv)) {
+                continue;
+            }
             const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
             store_gradient<V.dtype>(params, params.dv.data,
-                                    GradRows::of_keys(params, params.dv, params.size.head_dim_v, last, row, lane % 4), dv, 1.0f);
+                                    GradRows::of_keys(params, params.dv, params.size.head_dim_v, last, row, lane % 4),
+                                    dv, 1.0f);
         }
     }
 };
@@ -148,7 +152,8 @@ struct KeyGradWorker : SplitWorkerBase<V> {
                 } else {
                     smem.dout_full[stage.index].wait(stage.phase);
                     wgmma_fence();
-                    F::multiply_over_dim(dp, smem_address(smem.v[0]), smem_address(smem.dout) + stage.index * C::kQueryTileBytes);
+                    F::multiply_over_dim(dp, smem_address(smem.v[0]),
+                                         smem_address(smem.dout) + stage.index * C::kQueryTileBytes);
                 }
                 wgmma_commit();
                 typename F::Statistic minus_delta;
@@ -184,7 +189,10 @@ struct KeyGradWorker : SplitWorkerBase<V> {
             }
             const BackwardTile last = tile;
             Base::arrive(smem.kv_free[0]);
-            if (may_share_tiles(V) && last.shared >= 0 && !sum_parts_of_one<V>(launch, last, C::rank(), 0, thread, dk)) continue;
+            if (may_share_tiles(V) && last.shared >= 0 &&
+                !sum_parts_of_one<V>(launch, last, C::rank(), 0, thread, dk)) {
+                continue;
+            }
             const int row = C::first_key(last) + thread / 32 * 16 + lane / 4;
             store_gradient<V.dtype>(params, params.dk.data,
                                     GradRows::of_keys(params, params.dk, params.size.head_dim, last, row, lane % 4), dk,

@@ -1,6 +1,7 @@
-// Row statistics inside the main kernel where a CTA has whole heads of a single key tile: two warps that otherwise have nothing to
-// do make them for each query tile that the load warp has begun to fetch, from its dout and from out. Each needs some 3 us for half
-// a tile; the copies in and out of such a short head take longer. A third warp sets dq = 0 where no key is seen.
+// Row statistics inside the main kernel where a CTA has whole heads of a single key tile: two
+// warps that otherwise have nothing to do make them for each query tile that the load warp has
+// begun to fetch, from its dout and from out. Each needs some 3 us for half a tile; the copies
+// in and out of such a short head take longer. A third warp sets dq = 0 where no key is seen.
 #pragma once
 
 #include "cuda/sm90/backward_config.cuh"
@@ -69,12 +70,16 @@ private:
         __syncwarp();
         if (lane == 0) {
             const RaggedCoordinates at{static_cast<int>(params.size.seqlen_q - seq.seqlen_q), slot.head,
-                                       static_cast<int>(seq.q_row + seq.seqlen_q), params.seqlens.cu_seqlens_q ? 0 : slot.batch};
+                                       static_cast<int>(seq.q_row + seq.seqlen_q),
+                                       params.seqlens.cu_seqlens_q ? 0 : slot.batch};
             const int chunks = C::chunks_of(params.size.head_dim_v);
             smem.rows_full[half].arrive_expect(static_cast<uint32_t>(chunks * kRows * C::kRowBytes));
 #pragma unroll
             for (int c = 0; c < C::kChunks; ++c) {
-                if (c < chunks) ragged_load(smem_address(smem.rows[half]) + c * kRows * C::kRowBytes, launch.out, smem.rows_full[half], c * 64, row0, at);
+                if (c < chunks) {
+                    ragged_load(smem_address(smem.rows[half]) + c * kRows * C::kRowBytes, launch.out,
+                                smem.rows_full[half], c * 64, row0, at);
+                }
             }
         }
         __syncwarp();
@@ -123,12 +128,14 @@ __device__ __forceinline__ void clear_unseen_heads(const BackwardParams& p, cons
         decode_tile<V>(p, launch.schedule, index, tile);
         const int batch = index / p.size.num_heads_k, head_k = index - batch * p.size.num_heads_k;
         const Sequence seq = sequence_of(p, batch);
-        const int64_t seen_begin = static_cast<int64_t>(tile.m_begin) * V.block_m, seen = static_cast<int64_t>(tile.m_end - tile.m_begin) * V.block_m;
+        const int64_t seen_begin = static_cast<int64_t>(tile.m_begin) * V.block_m;
+        const int64_t seen = static_cast<int64_t>(tile.m_end - tile.m_begin) * V.block_m;
         const int64_t batch_q = p.seqlens.cu_seqlens_q ? 0 : batch;
         const int64_t left = seq.rows_q - (seen_begin + seen < seq.rows_q ? seen : seq.rows_q - seen_begin);
         if (left <= 0) continue;
         for (int h = 0; h < group; ++h) {
-            const int64_t dq0 = batch_q * p.dq.batch_stride + (head_k * group + h) * p.dq.head_stride + seq.q_row * p.dq.row_stride;
+            const int64_t dq0 =
+                batch_q * p.dq.batch_stride + (head_k * group + h) * p.dq.head_stride + seq.q_row * p.dq.row_stride;
             for (int64_t i = lane; i < left * kColumns; i += 32) {
                 const int64_t n = i / kColumns, row = n < seen_begin ? n : n + seen;
                 const int column = static_cast<int>(i % kColumns) * 8;

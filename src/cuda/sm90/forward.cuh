@@ -1,7 +1,7 @@
 // Exact attention, forward, for Hopper: one producer warpgroup feeds two to four consumer warpgroups through TMA.
 //
-// A CTA is persistent. The work of a consumer is 64 query rows of each tile; score accumulators become the A operand of P V
-// in registers. Algorithm: Dao, "FlashAttention-2" (2023).
+// A CTA is persistent. The work of a consumer is 64 query rows of each tile; score accumulators become the A operand of
+// P V in registers. Algorithm: Dao, "FlashAttention-2" (2023).
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,8 @@
 namespace strobe::sm90 {
 
 template <uint64_t kVariantCode>
-__global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32, ForwardConfig<cuda::decode_variant(kVariantCode)>::kCtasPerSm)
+__global__ void __launch_bounds__(cuda::decode_variant(kVariantCode).warps * 32,
+                                  ForwardConfig<cuda::decode_variant(kVariantCode)>::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardArgs args) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     using Config = ForwardConfig<V>;

@@ -1,4 +1,5 @@
-// The forward kernel's plan: what follows from a variant row, how shared memory is laid out and which barrier guards what.
+// The forward kernel's plan: what follows from a variant row,
+// how shared memory is laid out and which barrier guards what.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ struct ForwardConfig {
     static constexpr int kConsumerRegisters =
         kCtasPerSm == 2 ? 104 : kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
 
-    // The output leaves through the spent query buffer when there is a second one, else through two value buffers that the
-    // producer lends at the tile's end. Barriers and tiles take less than 2 KB.
+    // The output leaves through the spent query buffer when there is a second one, else through two value buffers that
+    // the producer lends at the tile's end. Barriers and tiles take less than 2 KB.
     static constexpr int kSmemBudget = (kSmemLimit + 1024) / kCtasPerSm - 1024;
     static constexpr int kQStages = 2 * kHeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 2048 <= kSmemBudget ? 2 : 1;
     static constexpr bool kOutputInValues = kQStages == 1;

@@ -1,5 +1,5 @@
-// What every consumer warpgroup of the forward kernel does: follows the streams of tiles, queries, keys and values, issues
-// the two matrix multiplies, masks, and ends a tile.
+// What every consumer warpgroup of the forward kernel does: follows the streams of tiles, queries, keys and values,
+// issues the two matrix multiplies, masks, and ends a tile.
 #pragma once
 
 #include "cuda/sm90/forward_config.cuh"
@@ -66,8 +66,8 @@ protected:
           group_(__shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 128, 0)),
           softmax_(args.scale_log2) {}
 
-    // The streams are counted from the kernel's start; an item's number gives its buffer. key_ and value_ are the blocks due
-    // next, query_ and tile_ those at work.
+    // The streams are counted from the kernel's start; an item's number gives its buffer. key_ and value_ are the
+    // blocks due next, query_ and tile_ those at work.
     template <int kSize>
     __device__ __forceinline__ static void wait_full(Barrier (&full)[kSize], uint32_t count, bool ready = false) {
         if (!ready) full[ring_slot<kSize>(count)].wait(ring_phase<kSize>(count));
@@ -88,15 +88,18 @@ protected:
         return smem_address(smem_.q) + ring_slot<Config::kQStages>(count) * static_cast<uint32_t>(sizeof(smem_.q[0])) +
                group_ * static_cast<uint32_t>(sizeof(smem_.q[0][0]));
     }
-    __device__ __forceinline__ const ForwardTile& tile(uint32_t count) const { return smem_.tiles[ring_slot<kTileSlots>(count)]; }
+    __device__ __forceinline__ const ForwardTile& tile(uint32_t count) const {
+        return smem_.tiles[ring_slot<kTileSlots>(count)];
+    }
     __device__ __forceinline__ const ForwardTile& tile() const { return tile(tile_); }
 
     __device__ int group_row() const { return tile().row + 64 * group_; }
     /// This thread's first row within its group's 64; the second is 8 further.
     __device__ static int thread_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-    /// Goes on to a tile that has keys; answers those that have none on the way. They may be many, and the producers pass
-    /// through all their slots meanwhile: whoever comes here holds neither a slot nor a buffer that a producer waits for.
+    /// Goes on to a tile that has keys; answers those that have none on the way. They
+    /// may be many, and the producers pass through all their slots meanwhile: whoever
+    /// comes here holds neither a slot nor a buffer that a producer waits for.
     __device__ __forceinline__ bool find_tile() {
         for (;; ++tile_) {
             wait_full(smem_.tile_full, tile_);
@@ -156,8 +159,8 @@ protected:
         for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
     }
 
-    /// Stores output and LSE of the group's rows of a tile, through `staging`: the size of its queries, and its own. Gives
-    /// the tile's slot back.
+    /// Stores output and LSE of the group's rows of a tile, through `staging`:
+    /// the size of its queries, and its own. Gives the tile's slot back.
     __device__ __forceinline__ void store_tile(const Output& o, uint32_t count, uint32_t staging) {
         const ForwardTile done = tile(count);
         const int first_row = done.row + 64 * group_;
@@ -166,7 +169,8 @@ protected:
             store_output_f32<Config>(args_.params, done, rows, o);
         } else {
             const int warp_row = threadIdx.x % 128 / 32 * 16;
-            store_output_staged<Config, V.dtype>(args_, done, first_row + warp_row, rows, o, staging + warp_row * kSpan);
+            store_output_staged<Config, V.dtype>(args_, done, first_row + warp_row, rows, o,
+                                                 staging + warp_row * kSpan);
         }
         // Last: the fence in the staged store waits for every store before it.
         store_lse(args_.params, done, rows, softmax_);

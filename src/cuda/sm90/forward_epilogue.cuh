@@ -81,7 +81,8 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
         uint32_t x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            x[j] = pack<kType>(scaled(o[8 * i + 2 * j], rows.inverse[j % 2]), scaled(o[8 * i + 2 * j + 1], rows.inverse[j % 2]));
+            x[j] = pack<kType>(scaled(o[8 * i + 2 * j], rows.inverse[j % 2]),
+                               scaled(o[8 * i + 2 * j + 1], rows.inverse[j % 2]));
         }
         store_matrices(swizzled(address), x);
     }
@@ -92,8 +93,8 @@ __device__ __forceinline__ void store_output_staged(const ForwardArgs& args, con
         if (lane == 0 && warp_row < tile.rows_q) {
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_store(&args.out_map, staging + c * kChunkBytes, c * Config::kChunkCols, tile.q_row + warp_row, tile.head,
-                          p.seqlens.cu_seqlens_q ? 0 : tile.batch);
+                tma_store(&args.out_map, staging + c * kChunkBytes, c * Config::kChunkCols, tile.q_row + warp_row,
+                          tile.head, p.seqlens.cu_seqlens_q ? 0 : tile.batch);
             }
             bulk_commit();
         }

@@ -36,10 +36,12 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     ForwardArgs args{};
     cudaError_t status = map(args.q_map, p.q, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim, 64);
     if (status == cudaSuccess) {
-        status = map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
+        status =
+            map(args.k_map, p.k, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim, V.block_n);
     }
     if (status == cudaSuccess) {
-        status = map(args.v_map, p.v, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim_v, V.block_n);
+        status =
+            map(args.v_map, p.v, varlen_k, size.seqlen_k, size.total_k, size.num_heads_k, size.head_dim_v, V.block_n);
     }
     if (status == cudaSuccess && p.out_dtype == V.dtype) {
         status = map(args.out_map, p.out, varlen_q, size.seqlen_q, size.total_q, size.num_heads, size.head_dim_v, 16);
@@ -51,8 +53,8 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
     args.scale_log2 = p.score.softmax_scale * 1.4426950408889634f;
     args.clean_tails = varlen_k || p.seqlens.seqused_k;
 
-    // Keys and values of a group of heads should stay in the L2 cache: 50 MB, each half of which holds its own copy of what
-    // its SMs read.
+    // Keys and values of a group of heads should stay in the L2 cache:
+    // 50 MB, each half of which holds its own copy of what its SMs read.
     constexpr int64_t kL2Budget = int64_t{16} << 20;
     const int64_t head_bytes = std::max<int64_t>(size.seqlen_k, 1) * (size.head_dim + size.head_dim_v) * 2;
     const int64_t pairs = int64_t{size.batch} * size.num_heads;

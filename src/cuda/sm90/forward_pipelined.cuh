@@ -1,7 +1,7 @@
-// A consumer that overlaps its own softmax with its own matrix multiplies, for tiles that fill the register file: its work
-// is one unbroken stream of key blocks. While the tensor cores compute the scores of block j + 1 and the output of block j,
-// the softmax follows behind, and the first scores of the next tile start before the last output of this one is stored.
-// Overlap of softmax and wgmma, and turns: Shah et al., "FlashAttention-3" (2024).
+// A consumer that overlaps its own softmax with its own matrix multiplies, for tiles that fill the register file: its
+// work is one unbroken stream of key blocks. While the tensor cores compute the scores of block j + 1 and the output of
+// block j, the softmax follows behind, and the first scores of the next tile start before the last output of this one
+// is stored. Overlap of softmax and wgmma, and turns: Shah et al., "FlashAttention-3" (2024).
 #pragma once
 
 #include "cuda/sm90/forward_consumer.cuh"
@@ -59,8 +59,8 @@ public:
                 finish_tile<1>(o);
                 mask = begin_tile(s, p);
                 release_staging();
-                // Together again in ptxas's eyes too: for warps that may have parted it does without uniform registers, and
-                // every wgmma of the loop waits for its descriptors to be moved there.
+                // Together again in ptxas's eyes too: for warps that may have parted it does without uniform registers,
+                // and every wgmma of the loop waits for its descriptors to be moved there.
                 __syncwarp();
             }
         }
@@ -95,8 +95,10 @@ private:
         return mask;
     }
 
-    /// Issues the scores of key block n and the output of the block before, whose weights are p; p becomes the weights of n.
-    __device__ __forceinline__ void next_block(Scores& s, Output& o, Weights& p, const Mask& mask, int n, bool accumulate) {
+    /// Issues the scores of key block n and the output of the block
+    /// before, whose weights are p; p becomes the weights of n.
+    __device__ __forceinline__ void next_block(Scores& s, Output& o, Weights& p, const Mask& mask, int n,
+                                               bool accumulate) {
         wait_full(smem_.k_full, key_, keys_ready_);
         wait_turn();
         Base::issue_scores(s);
@@ -130,7 +132,8 @@ private:
         values_ready_ = Base::peek_full(smem_.v_full, value_);
     }
 
-    /// Waits for the last P V of the tile before, which kPending younger groups may outlive, and stores that tile's output.
+    /// Waits for the last P V of the tile before, which kPending
+    /// younger groups may outlive, and stores that tile's output.
     template <int kPending>
     __device__ __forceinline__ void finish_tile(Output& o) {
         wgmma_wait<kPending>();

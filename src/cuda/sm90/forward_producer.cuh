@@ -41,8 +41,8 @@ public:
             full.arrive_expect(sizeof(smem_.q[0][0]));
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_load(&smem_.q[slot][g][c * 64 * kCols], &args_.q_map, full, c * kCols, tile.q_row + tile.row + 64 * g,
-                         tile.head, batch, CachePolicy::evict_first);
+                tma_load(&smem_.q[slot][g][c * 64 * kCols], &args_.q_map, full, c * kCols,
+                         tile.q_row + tile.row + 64 * g, tile.head, batch, CachePolicy::evict_first);
             }
         }
         ++q_count_;
@@ -72,8 +72,9 @@ public:
             const int batch = args_.params.seqlens.cu_seqlens_k ? 0 : tile.batch;
 #pragma unroll
             for (int c = 0; c < Config::kChunks; ++c) {
-                tma_load(&smem_.v[slot][c * kBlockN * kCols], &args_.v_map, arrival, c * kCols, tile.k_row + n * kBlockN,
-                         tile.head / args_.heads_per_key_head, batch, CachePolicy::evict_last);
+                tma_load(&smem_.v[slot][c * kBlockN * kCols], &args_.v_map, arrival, c * kCols,
+                         tile.k_row + n * kBlockN, tile.head / args_.heads_per_key_head, batch,
+                         CachePolicy::evict_last);
             }
         }
         if (ragged) {
@@ -106,7 +107,9 @@ private:
         const int lane = threadIdx.x % 32;
         for (int c = 0; c < Config::kChunks; ++c) {
             uint4* chunk = reinterpret_cast<uint4*>(block + c * kBlockN * kCols);
-            for (int i = row * kVectorsPerRow + lane; i < kBlockN * kVectorsPerRow; i += 32) chunk[i] = uint4{0, 0, 0, 0};
+            for (int i = row * kVectorsPerRow + lane; i < kBlockN * kVectorsPerRow; i += 32) {
+                chunk[i] = uint4{0, 0, 0, 0};
+            }
         }
     }
 

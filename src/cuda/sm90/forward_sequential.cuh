@@ -1,6 +1,6 @@
-// A consumer that does one thing at a time: scores, softmax, output. Its scores and weights share registers, so that four
-// such warpgroups fit an SM, in one CTA or two, and whatever one waits for the others hide: matrix multiplies, special
-// functions, the change of tiles.
+// A consumer that does one thing at a time: scores, softmax, output. Its scores and weights share registers, so that
+// four such warpgroups fit an SM, in one CTA or two, and whatever one waits for the others hide: matrix multiplies,
+// special functions, the change of tiles.
 #pragma once
 
 #include "cuda/sm90/forward_consumer.cuh"

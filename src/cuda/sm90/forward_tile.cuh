@@ -1,5 +1,5 @@
-// The forward kernel's unit of work, as the producer hands it to the consumers through shared memory, and where it comes
-// from: schedule, sequence lengths and mask are resolved once per tile by one thread.
+// The forward kernel's unit of work, as the producer hands it to the consumers through shared memory, and where it
+// comes from: schedule, sequence lengths and mask are resolved once per tile by one thread.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,8 @@ public:
     __device__ TileSource(const AttentionParams& params, const ForwardSchedule& schedule)
         : params_(params), schedule_(schedule) {}
 
-    /// Takes the next tile. Tiles of unequal length are balanced by taking them late: when the one before is nearly done.
+    /// Takes the next tile. Tiles of unequal length are balanced
+    /// by taking them late: when the one before is nearly done.
     __device__ void advance() {
         if (schedule_.next_tile) wait_for_upstream_kernels();  // one of them zeroes the counter
         index_ = gridDim.x + (schedule_.next_tile ? atomicAdd(schedule_.next_tile, 1u) : index_);
@@ -60,7 +61,8 @@ public:
             const int32_t* cu = params_.seqlens.cu_seqlens_q;
             const int heads = params_.size.num_heads;
             const auto blocks_of = [&](int b) { return (cu[b + 1] - cu[b] + kBlockM - 1) / kBlockM; };
-            if (!cursor_.seek(index, params_.size.batch, [&](int b) { return int64_t{blocks_of(b)} * heads; })) return end();
+            const auto tiles_of = [&](int b) { return int64_t{blocks_of(b)} * heads; };
+            if (!cursor_.seek(index, params_.size.batch, tiles_of)) return end();
             at = schedule_.order.tile(static_cast<int>(index - cursor_.first), blocks_of(cursor_.batch), heads);
             at.batch = cursor_.batch;
         } else {

@@ -58,7 +58,9 @@ struct Barrier {
 };
 
 /// Makes barrier initialisation visible to the copy engine.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 /// Makes this thread's ordinary shared memory stores visible to wgmma and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -75,8 +77,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 /// Copies one box of a (dim, row, head, batch) tensor to shared memory; its bytes count towards `barrier`.
-__device__ __forceinline__ void tma_load(void* smem, const CUtensorMap* map, Barrier& barrier, int dim, int row, int head,
-                                         int batch, CachePolicy policy) {
+__device__ __forceinline__ void tma_load(void* smem, const CUtensorMap* map, Barrier& barrier, int dim, int row,
+                                         int head, int batch, CachePolicy policy) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(smem)),
@@ -85,9 +87,10 @@ __device__ __forceinline__ void tma_load(void* smem, const CUtensorMap* map, Bar
 }
 
 /// Copies one box from shared memory; coordinates outside the tensor are dropped. Part of the thread's open bulk group.
-__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t smem, int dim, int row, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(smem),
-                 "r"(dim), "r"(row), "r"(head), "r"(batch)
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t smem, int dim, int row, int head,
+                                          int batch) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+                 "r"(smem), "r"(dim), "r"(row), "r"(head), "r"(batch)
                  : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -95,22 +98,27 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 /// Waits until this thread's bulk groups have read their shared memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-/// Four 8 x 8 matrices of 16-bit elements, fragments as mma accumulators hold them; lane 8 i + j gives row j of matrix i.
+/// Four 8 x 8 matrices of 16-bit elements, fragments as mma
+/// accumulators hold them; lane 8 i + j gives row j of matrix i.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
-                 "r"(x[2]), "r"(x[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
     uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
     return x;
 }
 
 /// 16 aligned bytes to global memory. (The compiler splits a plain uint4 store when it fails to see the alignment.)
 __device__ __forceinline__ void store_global_vector(void* address, const uint4& x) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -132,7 +140,9 @@ __device__ __forceinline__ void register_limit_lower() {
 /// Waits until the kernels this one was launched behind have finished and their writes are visible.
 __device__ __forceinline__ void wait_for_upstream_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// Lets the kernel behind this one start as soon as there is room.
-__device__ __forceinline__ void release_downstream_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void release_downstream_kernel() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 /// 2^x by the special function unit; -inf gives 0.
 __device__ __forceinline__ float exp2_approx(float x) {

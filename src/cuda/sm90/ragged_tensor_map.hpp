@@ -1,12 +1,14 @@
 // Tensor maps that end exactly where a sequence ends, wherever it lies in memory: rows past the end read as zero.
 //
-// The row axis appears twice. Axis 1 has `limit` rows (an upper bound on any sequence) and axis 3 shifts by whole rows; the
-// base address is moved back by `limit` rows. A sequence of `length` rows that starts at row `first` is addressed with
-// axis 1 = limit - length + row and axis 3 = first + length: the rows add up to first + row, and the hardware's bounds check
-// on axis 1 ends the sequence. One map serves fixed length, seqused and cu_seqlens; NaN in a neighbour is never loaded.
+// The row axis appears twice. Axis 1 has `limit` rows (an upper bound on any sequence) and axis 3 shifts
+// by whole rows; the base address is moved back by `limit` rows. A sequence of `length` rows that starts
+// at row `first` is addressed with axis 1 = limit - length + row and axis 3 = first + length: the rows
+// add up to first + row, and the hardware's bounds check on axis 1 ends the sequence. One map serves
+// fixed length, seqused and cu_seqlens; NaN in a neighbour is never loaded.
 //
-// A box must hold at least one element of the tensor. For one that lies outside altogether the copy engine looks at an address
-// near the base, which is moved back and may be nobody's memory: an illegal address now and then, depending on the neighbours.
+// A box must hold at least one element of the tensor. For one that lies outside
+// altogether the copy engine looks at an address near the base, which is moved back and
+// may be nobody's memory: an illegal address now and then, depending on the neighbours.
 #pragma once
 
 #include "cuda/common/tensor_map.hpp"
@@ -21,8 +23,8 @@ struct RaggedExtents {
     int64_t batch = 0;  // 1 with cu_seqlens
 };
 
-inline cudaError_t make_ragged_tensor_map(CUtensorMap& map, const TensorRef& tensor, DType dtype, const RaggedExtents& e,
-                                          int box_rows) {
+inline cudaError_t make_ragged_tensor_map(CUtensorMap& map, const TensorRef& tensor, DType dtype,
+                                          const RaggedExtents& e, int box_rows) {
     const detail::EncodeTiled encode = detail::encode_tiled();
     if (!encode) return cudaErrorSymbolNotFound;
     constexpr int64_t kElement = 2;

@@ -48,8 +48,8 @@ __device__ __forceinline__ void mask_columns(float (&s)[kCount], const int (&lo)
 class OnlineSoftmax {
 public:
     /// The reference maximum of a row is raised, and what was summed so far rescaled, only when a score exceeds it by
-    /// this many powers of two. In between, weights are up to 2^8 instead of 1, which fp32 sums and 16-bit weights hold as
-    /// exactly; the normalisation at the end cancels the reference.
+    /// this many powers of two. In between, weights are up to 2^8 instead of 1, which fp32 sums and 16-bit weights hold
+    /// as exactly; the normalisation at the end cancels the reference.
     static constexpr float kSlack = 8.0f;
 
     __device__ explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {}
@@ -108,8 +108,8 @@ public:
 private:
     __device__ static float finite(float m) { return m == -INFINITY ? 0.0f : m; }
 
-    /// Positive floats order like their bits and above all negative ones: where a limit is positive, a three-way integer
-    /// maximum tests scores against it without finding their maximum. Other limits are always exceeded.
+    /// Positive floats order like their bits and above all negative ones: where a limit is positive, a three-way
+    /// integer maximum tests scores against it without finding their maximum. Other limits are always exceeded.
     __device__ __forceinline__ void set_limits() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

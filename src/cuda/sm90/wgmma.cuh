@@ -1,8 +1,8 @@
 // wgmma: the 64 x N x 16 matrix multiply of one warpgroup, and the shared memory descriptors of its operands.
 //
 // A tile in shared memory is cut into chunks of one swizzle span of columns; a chunk holds its rows behind one another,
-// as one TMA box does. The same layout serves as K-major operand (contraction along the columns: Q and K of Q K^T) and as
-// MN-major operand (contraction along the rows: V of P V).
+// as one TMA box does. The same layout serves as K-major operand (contraction along the columns: Q and K of Q K^T) and
+// as MN-major operand (contraction along the rows: V of P V).
 #pragma once
 
 #include <cstdint>
@@ -62,22 +62,25 @@ struct Wgmma;
 #define STROBE_WGMMA_D120 STROBE_WGMMA_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define STROBE_WGMMA_D128 STROBE_WGMMA_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define STROBE_WGMMA_F8(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define STROBE_WGMMA_F16(d) STROBE_WGMMA_F8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define STROBE_WGMMA_F24(d) STROBE_WGMMA_F16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
-#define STROBE_WGMMA_F32(d) STROBE_WGMMA_F24(d), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define STROBE_WGMMA_F40(d) STROBE_WGMMA_F32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
-#define STROBE_WGMMA_F48(d) STROBE_WGMMA_F40(d), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-#define STROBE_WGMMA_F56(d) STROBE_WGMMA_F48(d), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
-#define STROBE_WGMMA_F64(d) STROBE_WGMMA_F56(d), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define STROBE_WGMMA_F72(d) STROBE_WGMMA_F64(d), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define STROBE_WGMMA_F80(d) STROBE_WGMMA_F72(d), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-#define STROBE_WGMMA_F88(d) STROBE_WGMMA_F80(d), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
-#define STROBE_WGMMA_F96(d) STROBE_WGMMA_F88(d), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
-#define STROBE_WGMMA_F104(d) STROBE_WGMMA_F96(d), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103])
-#define STROBE_WGMMA_F112(d) STROBE_WGMMA_F104(d), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111])
-#define STROBE_WGMMA_F120(d) STROBE_WGMMA_F112(d), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119])
-#define STROBE_WGMMA_F128(d) STROBE_WGMMA_F120(d), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+#define STROBE_WGMMA_EIGHT(d, n) \
+    "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), \
+    "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), "+f"(d[n + 7])
+#define STROBE_WGMMA_F8(d) STROBE_WGMMA_EIGHT(d, 0)
+#define STROBE_WGMMA_F16(d) STROBE_WGMMA_F8(d), STROBE_WGMMA_EIGHT(d, 8)
+#define STROBE_WGMMA_F24(d) STROBE_WGMMA_F16(d), STROBE_WGMMA_EIGHT(d, 16)
+#define STROBE_WGMMA_F32(d) STROBE_WGMMA_F24(d), STROBE_WGMMA_EIGHT(d, 24)
+#define STROBE_WGMMA_F40(d) STROBE_WGMMA_F32(d), STROBE_WGMMA_EIGHT(d, 32)
+#define STROBE_WGMMA_F48(d) STROBE_WGMMA_F40(d), STROBE_WGMMA_EIGHT(d, 40)
+#define STROBE_WGMMA_F56(d) STROBE_WGMMA_F48(d), STROBE_WGMMA_EIGHT(d, 48)
+#define STROBE_WGMMA_F64(d) STROBE_WGMMA_F56(d), STROBE_WGMMA_EIGHT(d, 56)
+#define STROBE_WGMMA_F72(d) STROBE_WGMMA_F64(d), STROBE_WGMMA_EIGHT(d, 64)
+#define STROBE_WGMMA_F80(d) STROBE_WGMMA_F72(d), STROBE_WGMMA_EIGHT(d, 72)
+#define STROBE_WGMMA_F88(d) STROBE_WGMMA_F80(d), STROBE_WGMMA_EIGHT(d, 80)
+#define STROBE_WGMMA_F96(d) STROBE_WGMMA_F88(d), STROBE_WGMMA_EIGHT(d, 88)
+#define STROBE_WGMMA_F104(d) STROBE_WGMMA_F96(d), STROBE_WGMMA_EIGHT(d, 96)
+#define STROBE_WGMMA_F112(d) STROBE_WGMMA_F104(d), STROBE_WGMMA_EIGHT(d, 104)
+#define STROBE_WGMMA_F120(d) STROBE_WGMMA_F112(d), STROBE_WGMMA_EIGHT(d, 112)
+#define STROBE_WGMMA_F128(d) STROBE_WGMMA_F120(d), STROBE_WGMMA_EIGHT(d, 120)
 
 #define STROBE_WGMMA_SS(N, R, TYPE, r0, r1, r2, r3, r4)                                                               \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #r2 ", 0;\n"                                                      \
