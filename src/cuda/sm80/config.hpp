@@ -178,8 +178,8 @@ struct Tf32Config {
           ctas_per_sm(1) {
         const bool forward = v.direction == Direction::forward;
         smem_bytes = (forward ? 1 : 2) * tile_bytes(rows) + 2 * v.stages * tile_bytes(cols);
-        // Results, scores in two halves each, sums of a part of a product, and about 40 for operands and addresses.
-        const int registers = m_atoms * (head_dim / (forward ? 2 : 1) + cols * (forward ? 2 : 3) / 2) + 32 + 40;
+        // Results, scores in two halves each, sums of a part of a product, and about 48 for operands and addresses.
+        const int registers = m_atoms * (head_dim / (forward ? 2 : 1) + cols * (forward ? 2 : 3) / 2) + 32 + 48;
         ctas_per_sm = ctas_for_smem(ctas_for_registers(threads, registers), smem_bytes);
     }
     STROBE_HD constexpr int tile_bytes(int n) const { return 4 * n * (head_dim + kPadding); }

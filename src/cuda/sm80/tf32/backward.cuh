@@ -1,8 +1,8 @@
-// The fp32 backward on tensor cores, in the two passes of simt/backward.cuh: over the key tiles for dK and dV, over the query tiles for
-// dQ. Each result is summed by one warp in a fixed order, so that every call is repeatable to the bit.
+// The fp32 backward on tensor cores, in the two passes of simt/backward.cuh: over the key tiles for dK and dV, over the
+// query tiles for dQ. Each result is summed by one warp in a fixed order, so that every call is repeatable to the bit.
 //
-// Scores are those of the forward to the bit: a softmax that is all but one-hot shows each difference from them, however small beside
-// the scores themselves.
+// Scores are those of the forward to the bit: a softmax that is all but one-hot shows each difference from them,
+// however small beside the scores themselves.
 #pragma once
 
 #include <type_traits>
@@ -18,13 +18,15 @@ namespace strobe::sm80::tf32 {
 
 using simt::DeltaRows;
 
-/// Log-sum-exps and deltas of a head's queries; of those that do not count or see nothing such that all their gradients are zero.
+/// Log-sum-exps and deltas of a head's queries; of those that do not count or see nothing such that all their gradients
+/// are zero.
 struct QueryStatistics {
     const float* lses;
     const float* deltas;
     int seqlen_q;
 
-    __device__ QueryStatistics(const BackwardParams& p, const DeltaRows& delta, const Sequence& seq, int batch, int head)
+    __device__ QueryStatistics(const BackwardParams& p, const DeltaRows& delta, const Sequence& seq, int batch,
+                               int head)
         : lses(p.lse.data + batch * p.lse.batch_stride + head * p.lse.head_stride + seq.q_row),
           deltas(delta.rows(batch, head, seq.q_row)),
           seqlen_q(static_cast<int>(seq.seqlen_q)) {}
@@ -49,7 +51,8 @@ struct Nothing {};
 template <uint64_t kVariantCode, bool kKeys>
 __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode)).threads,
                                   Tf32Config(cuda::decode_variant(kVariantCode)).ctas_per_sm)
-    gradient(const __grid_constant__ BackwardParams p, const __grid_constant__ TileOrder order, const __grid_constant__ DeltaRows delta) {
+    gradient(const __grid_constant__ BackwardParams p, const __grid_constant__ TileOrder order,
+             const __grid_constant__ DeltaRows delta) {
     constexpr Variant V = cuda::decode_variant(kVariantCode);
     constexpr Tf32Config kConfig(V);
     constexpr int kRows = kConfig.rows, kCols = kConfig.cols, kD = V.head_dim, kThreads = kConfig.threads;
@@ -74,28 +77,34 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
 
     // Scores are products of the first tiles, dP those of the second ones: queries with keys, dO with V.
     const uint32_t own = smem_address(smem), streamed = own + 2 * kConfig.tile_bytes(kRows);
-    constexpr uint32_t kOwnBytes = kConfig.tile_bytes(kRows), kTileBytes = kConfig.tile_bytes(kCols), kStageBytes = 2 * kTileBytes;
+    constexpr uint32_t kOwnBytes = kConfig.tile_bytes(kRows);
+    constexpr uint32_t kTileBytes = kConfig.tile_bytes(kCols), kStageBytes = 2 * kTileBytes;
     const int seqlen_q = static_cast<int>(seq.seqlen_q);
     const auto load_queries = [&]<int kCount>(uint32_t tile, uint32_t bytes, int head, int first) {
         const int valid = seqlen_q - first, b = made_anew(batch);
-        load_rows<kCount, kD, kThreads>(tile, Rows(p.q, b, seq.q_row + first, head), valid, p.size.head_dim, thread);
-        load_rows<kCount, kD, kThreads>(tile + bytes, Rows(p.dout, b, seq.q_row + first, head), valid, p.size.head_dim_v, thread);
+        const Rows q(p.q, b, seq.q_row + first, head), dout(p.dout, b, seq.q_row + first, head);
+        load_rows<kCount, kD, kThreads>(tile, q, valid, p.size.head_dim, thread_index());
+        load_rows<kCount, kD, kThreads, false>(tile + bytes, dout, valid, p.size.head_dim_v, thread_index());
     };
     const auto load_keys = [&]<int kCount>(uint32_t tile, uint32_t bytes, int first) {
         const int valid = band.seqlen_k - first, b = made_anew(batch);
-        load_rows<kCount, kD, kThreads>(tile, Rows(p.k, b, seq.k_row + first, kv_head), valid, p.size.head_dim, thread);
-        load_rows<kCount, kD, kThreads>(tile + bytes, Rows(p.v, b, seq.k_row + first, kv_head), valid, p.size.head_dim_v, thread);
+        const Rows k(p.k, b, seq.k_row + first, kv_head), v(p.v, b, seq.k_row + first, kv_head);
+        load_rows<kCount, kD, kThreads>(tile, k, valid, p.size.head_dim, thread_index());
+        load_rows<kCount, kD, kThreads>(tile + bytes, v, valid, p.size.head_dim_v, thread_index());
     };
     // The steps: a tile of the streamed rows of a query head.
     struct Step {
         int head, tile;
     };
     const auto load_step = [&](const Step& step, uint32_t stage) {
-        if constexpr (kKeys) load_queries.template operator()<kCols>(streamed + stage, kTileBytes, step.head, step.tile * kCols);
-        else load_keys.template operator()<kCols>(streamed + stage, kTileBytes, step.tile * kCols);
+        const int first = step.tile * kCols;
+        if constexpr (kKeys) load_queries.template operator()<kCols>(streamed + stage, kTileBytes, step.head, first);
+        else load_keys.template operator()<kCols>(streamed + stage, kTileBytes, first);
         cp_async_commit();
     };
-    const auto after = [&](const Step& step) { return step.tile + 1 < tile_end ? Step{step.head, step.tile + 1} : Step{step.head + 1, tile_begin}; };
+    const auto after = [&](const Step& step) {
+        return step.tile + 1 < tile_end ? Step{step.head, step.tile + 1} : Step{step.head + 1, tile_begin};
+    };
     const int head_end = tile_begin < tile_end ? first_head + (kKeys ? group : 1) : first_head;
     Step step{first_head, tile_begin};
 
@@ -107,11 +116,16 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
     }
     // Of the queries that a lane has elements of: they are rows, or columns that change with each step.
     float lse[kKeys ? kN : kM][2], deltas[kKeys ? kN : kM][2];
-    const auto query_of = [&](int n, int m, int c0) { return kKeys ? c0 + 8 * n + 2 * (lane % 4) + m : r0 + 16 * n + 8 * m + lane / 4; };
+    const auto query_of = [&](int n, int m, int c0) {
+        return kKeys ? c0 + 8 * n + 2 * (lane % 4) + m : r0 + 16 * n + 8 * m + lane / 4;
+    };
     const auto for_queries = [&](auto f) { for_rows<kKeys ? kN : kM>(f); };
     if constexpr (!kKeys) {
         const QueryStatistics queries(p, delta, seq, batch, own_head);
-        for_queries([&](int n, int m) { lse[n][m] = queries.lse(query_of(n, m, 0)), deltas[n][m] = queries.delta(query_of(n, m, 0)); });
+        for_queries([&](int n, int m) {
+            lse[n][m] = queries.lse(query_of(n, m, 0));
+            deltas[n][m] = queries.delta(query_of(n, m, 0));
+        });
     }
 
     Columns<kM, kD> first_sum;  // dK or dQ
@@ -128,6 +142,7 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
             if (const Step next = after(step); next.head < head_end) load_step(next, stage ^ kStageBytes);
         }
         const int c0 = step.tile * kCols;
+        const int lane = thread_index() % kWarpSize;  // read again in each step: registers are short
         const bool works = kKeys ? band.any_visible(c0, kCols, r0, 16 * kM) : band.any_visible(r0, 16 * kM, c0, kCols);
         if (works) {
             const QueryStatistics queries(p, delta, seq, made_anew(batch), step.head);
@@ -135,19 +150,21 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
             float s[kM][kN][4], dp[kM][kN][4];
             dot_rows<kD, kKeys>(s, left_rows<kD>(own, row0, lane), right_rows<kD>(streamed + stage, lane));
             for_each(s, [&](float& x, int, int, int) { x *= p.score.softmax_scale; });
-            const bool whole = kKeys ? band.all_visible(c0, kCols, r0, 16 * kM) : band.all_visible(r0, 16 * kM, c0, kCols);
-            if (!whole) {
+            if (!(kKeys ? band.all_visible(c0, kCols, r0, 16 * kM) : band.all_visible(r0, 16 * kM, c0, kCols))) {
                 const int row = r0 + lane / 4, column = c0 + 2 * (lane % 4);
                 apply_mask(s, band, FragmentOrigin<kKeys>{kKeys ? column : row, kKeys ? row : column}, -INFINITY);
             }
-            for_each(s, [&](float& x, int i, int j, int e) { x = probability(x, kKeys ? lse[j][e & 1] : lse[i][e >> 1]); });
-            if constexpr (kKeys) dv.add(s, Columns<kM, kD>::rows(streamed + stage + kTileBytes, lane), p.size.head_dim);
-            dot_rows<kD, kKeys>(dp, left_rows<kD>(own + kOwnBytes, row0, lane), right_rows<kD>(streamed + stage + kTileBytes, lane));
+            for_each(s, [&](float& x, int i, int j, int e) {
+                x = probability(x, kKeys ? lse[j][e & 1] : lse[i][e >> 1]);
+            });
+            const uint32_t second = streamed + stage + kTileBytes;  // dO, or V
+            if constexpr (kKeys) dv.add(s, Columns<kM, kD>::rows(second, lane));
+            dot_rows<kD, kKeys>(dp, left_rows<kD>(own + kOwnBytes, row0, lane), right_rows<kD>(second, lane));
             if constexpr (kKeys) for_queries([&](int n, int m) { deltas[n][m] = queries.delta(query_of(n, m, c0)); });
             for_each(s, [&](float& x, int i, int j, int e) {
                 x = score_gradient(x, dp[i][j][e], kKeys ? deltas[j][e & 1] : deltas[i][e >> 1]);
             });
-            first_sum.add(s, Columns<kM, kD>::rows(streamed + stage, lane), p.size.num_heads);
+            first_sum.add(s, Columns<kM, kD>::rows(streamed + stage, lane));
         }
         if (kStages > 1) stage ^= kStageBytes;
     }
@@ -160,10 +177,11 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
         const int row = r0 + 16 * i + 8 * h + lane / 4;
         if (row >= (kKeys ? rows.rows_k : rows.rows_q)) return;
         const bool live = row < (kKeys ? rows.seqlen_k : rows.seqlen_q);
-        first_sum.store(i, h, result.row(row), live ? p.score.softmax_scale : 0.0f, p.size.head_dim, p.accumulate, lane);
+        const float scale = live ? p.score.softmax_scale : 0.0f;
+        first_sum.store(i, h, result.row(row), scale, p.size.head_dim, p.accumulate, lane);
         if constexpr (kKeys) {
-            const Rows second(p.dv, out_batch, rows.k_row, out_head);
-            dv.store(i, h, second.row(row), live ? 1.0f : 0.0f, p.size.head_dim_v, p.accumulate, lane);
+            const Rows to(p.dv, out_batch, rows.k_row, out_head);
+            dv.store(i, h, to.row(row), live ? 1.0f : 0.0f, p.size.head_dim_v, p.accumulate, lane);
         }
     });
 }
@@ -178,15 +196,18 @@ cudaError_t launch_backward(const BackwardParams& p, const cuda::LaunchContext& 
     const auto launch = [&](auto kernel, const TileOrder& order) -> cudaError_t {
         if (order.size() == 0) return cudaSuccess;
         if (const cudaError_t e = cuda::allow_dynamic_smem(kernel, kConfig.smem_bytes); e != cudaSuccess) return e;
-        kernel<<<static_cast<unsigned>(order.size()), kConfig.threads, kConfig.smem_bytes, context.stream>>>(p, order, delta);
+        const auto ctas = static_cast<unsigned>(order.size());
+        kernel<<<ctas, kConfig.threads, kConfig.smem_bytes, context.stream>>>(p, order, delta);
         return cudaGetLastError();
     };
     const auto tiles = [](int64_t rows) { return (rows + Tf32Config(V).rows - 1) / Tf32Config(V).rows; };
     const auto head_bytes = [](int64_t rows) { return 2 * rows * V.head_dim * 4; };
-    const TileOrder keys = TileOrder::make(static_cast<int64_t>(p.size.batch) * p.size.num_heads_k, tiles(p.size.seqlen_k),
-                                           head_bytes(p.size.seqlen_q), p.mask.is_band(), false);
+    const int64_t kv_heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads_k;
+    const bool band = p.mask.is_band();
+    const TileOrder keys = TileOrder::make(kv_heads, tiles(p.size.seqlen_k), head_bytes(p.size.seqlen_q), band, false);
     if (const cudaError_t e = launch(gradient<kCode, true>, keys); e != cudaSuccess) return e;
-    return launch(gradient<kCode, false>, TileOrder::make(heads, tiles(p.size.seqlen_q), head_bytes(p.size.seqlen_k), p.mask.is_band(), true));
+    const TileOrder queries = TileOrder::make(heads, tiles(p.size.seqlen_q), head_bytes(p.size.seqlen_k), band, true);
+    return launch(gradient<kCode, false>, queries);
 }
 
 }  // namespace strobe::sm80::tf32

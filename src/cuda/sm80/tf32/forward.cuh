@@ -1,5 +1,5 @@
-// The fp32 forward on tensor cores: one CTA per (query tile, head, batch) over the key tiles that its queries see; warps split the
-// queries.
+// The fp32 forward on tensor cores: one CTA per (query tile, head, batch) over the key tiles that its queries see;
+// warps split the queries.
 #pragma once
 
 #include "cuda/common/kernel_variant.hpp"
@@ -10,8 +10,8 @@
 
 namespace strobe::sm80::tf32 {
 
-/// One row in plain fp32 arithmetic, by one warp. For rows whose result is not finite: an infinity, or what rounds to one in TF32, has no two
-/// halves, so that its products are NaN where fp32 may have an infinity, or a number.
+/// One row in plain fp32 arithmetic, by one warp. For rows whose result is not finite: an infinity, or what rounds to
+/// one in TF32, has no two halves, so that its products are NaN where fp32 may have an infinity, or a number.
 template <int kD>
 __device__ __noinline__ void forward_row(const ForwardParams& p, int batch, int head, int64_t row) {
     const Sequence seq = sequence_of(p, batch);
@@ -94,15 +94,17 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
     const auto load_keys = [&](int tile, uint32_t stage) {
         const int64_t first = static_cast<int64_t>(tile) * kCols;
         const int valid = band.seqlen_k - tile * kCols;
-        load_rows<kCols, kD, kThreads>(k_tile + stage, rows_from(k_in, first), valid, p.size.head_dim, thread);
-        load_rows<kCols, kD, kThreads>(k_tile + stage + kTileBytes, rows_from(v_in, first), valid, p.size.head_dim_v, thread);
+        const uint32_t keys_to = k_tile + stage;
+        load_rows<kCols, kD, kThreads>(keys_to, rows_from(k_in, first), valid, p.size.head_dim, thread);
+        load_rows<kCols, kD, kThreads>(keys_to + kTileBytes, rows_from(v_in, first), valid, p.size.head_dim_v, thread);
     };
 
     Columns<kM, kD> out;
     float reference[kM][2], sum[kM][2];
     for_rows<kM>([&](int i, int h) { reference[i][h] = -INFINITY, sum[i][h] = 0.0f; });
     if (tile_begin < tile_end) {
-        load_rows<kRows, kD, kThreads>(q_tile, Rows(p.q, batch, seq.q_row + q_begin, head), seq.seqlen_q - q_begin, p.size.head_dim, thread);
+        const Rows q_in(p.q, batch, seq.q_row + q_begin, head);
+        load_rows<kRows, kD, kThreads>(q_tile, q_in, seq.seqlen_q - q_begin, p.size.head_dim, thread);
         if (kStages > 1) load_keys(tile_begin, 0);
         cp_async_commit();
     }
@@ -138,7 +140,8 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
                     sum[i][h] *= factor;
                     out.scale(i, h, factor);
                 }
-                // The maximum is subtracted first, as the backward does with the log-sum-exp: a probability of one is one in both.
+                // The maximum is subtracted first, as the backward does with the log-sum-exp: a probability of one is
+                // one in both.
                 const float offset = largest == -INFINITY ? 0.0f : largest;
 #pragma unroll
                 for (int j = 0; j < kN; ++j)
@@ -148,13 +151,14 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
                         sum[i][h] += s[i][j][e];
                     }
             });
-            out.add(s, Columns<kM, kD>::rows(k_tile + stage + kTileBytes, lane), p.size.head_dim);
+            out.add(s, Columns<kM, kD>::rows(k_tile + stage + kTileBytes, lane));
         }
         if (kStages > 1) stage ^= kStageBytes;
     }
 
     // Read again rather than kept in registers over the loop.
-    const int own_head = made_anew(index.head), out_batch = own_head / p.size.num_heads, out_head = own_head % p.size.num_heads;
+    const int own_head = made_anew(index.head);
+    const int out_batch = own_head / p.size.num_heads, out_head = own_head % p.size.num_heads;
     const Sequence rows = sequence_of(p, out_batch);
     const Rows result(p.out, out_batch, rows.q_row, out_head);
     uint32_t again[kM][2];
@@ -163,7 +167,9 @@ __global__ void __launch_bounds__(Tf32Config(cuda::decode_variant(kVariantCode))
         const float total = quad_sum(sum[i][h]);
         bool is_finite = fabsf(total) < INFINITY;
 #pragma unroll
-        for (int j = 0; j < kD / 8; ++j) is_finite &= fabsf(out.value[i][j][2 * h]) < INFINITY && fabsf(out.value[i][j][2 * h + 1]) < INFINITY;
+        for (int j = 0; j < kD / 8; ++j) {
+            is_finite &= fabsf(out.value[i][j][2 * h]) < INFINITY && fabsf(out.value[i][j][2 * h + 1]) < INFINITY;
+        }
         const bool live = row < rows.seqlen_q && total != 0.0f;
         if (row < rows.rows_q) {
             out.store(i, h, result.row(row), live ? reciprocal_fast(total) : 0.0f, p.size.head_dim_v, false, lane);

@@ -1,10 +1,11 @@
-// Matrix products of fp32 operands on tensor cores. Each operand is a sum of two TF32 numbers, high + low, of which three of the four
-// products count: what is left out is 2^-22 of a product, and a fp32 multiplication rounds to 2^-24. Tensor cores cut off what does
-// not fit the accumulator, and do so at each step of eight terms. So the large products have accumulators of their own, which hold
-// no more than one tile's sums; the small ones, in others, lose nothing that counts; and tiles are added up by rounded additions.
+// Matrix products of fp32 operands on tensor cores. Each operand is a sum of two TF32 numbers, high + low, of which
+// three of the four products count: what is left out is 2^-22 of a product, and a fp32 multiplication rounds to 2^-24.
+// Tensor cores cut off what does not fit the accumulator, and do so at each step of eight terms. So the large products
+// have accumulators of their own, which hold no more than one tile's sums; the small ones, in others, lose nothing that
+// counts; and tiles are added up by rounded additions.
 //
-// Tiles lie in shared memory as they come, kPadding floats behind each row, by which neither ldmatrix nor the reads of columns meet
-// a bank twice. Operands are split in registers.
+// Tiles lie in shared memory as they come, kPadding floats behind each row, by which neither ldmatrix nor the reads of
+// columns meet a bank twice. Operands are split in registers.
 #pragma once
 
 #include "cuda/sm80/config.hpp"
@@ -18,9 +19,11 @@ using simt::Rows;
 template <int kD>
 constexpr int kRowBytes = 4 * (kD + Tf32Config::kPadding);
 
-/// kRows x kD of `from` on their way to shared memory; rows and columns past the valid ones become zero. Rows start on 16 bytes.
-template <int kRows, int kD, int kThreads>
-__device__ __forceinline__ void load_rows(uint32_t tile, const Rows& from, int64_t rows_valid, int cols_valid, int thread) {
+/// kRows x kD of `from` on their way to shared memory; rows and columns past the valid ones become zero. The valid ones
+/// are a multiple of four columns; kAligned: rows start on 16 bytes.
+template <int kRows, int kD, int kThreads, bool kAligned = true>
+__device__ __forceinline__ void load_rows(uint32_t tile, const Rows& from, int64_t rows_valid, int cols_valid,
+                                          int thread) {
     constexpr int kChunks = kD / 4, kStep = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
     const int row0 = thread / kChunks, chunk = thread % kChunks;
@@ -28,6 +31,18 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const Rows& from, int64
     const float* row = from.row(row0) + 4 * chunk;
     const int64_t step = kStep * from.row_stride;
     const uint32_t to = tile + row0 * kRowBytes<kD> + 16 * chunk;
+    if (!kAligned && ((reinterpret_cast<uintptr_t>(from.data) & 15) != 0 || from.row_stride % 4 != 0)) {
+#pragma unroll 1
+        for (int r = 0; r < kRows; r += kStep) {
+            const bool is_valid = row0 + r < valid;
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                cp_async_4(to + r * kRowBytes<kD> + 4 * n, is_valid ? row + n : from.data, is_valid ? 4 : 0);
+            }
+            row += step;
+        }
+        return;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; r += kStep) {
         const bool is_valid = row0 + r < valid;
@@ -36,8 +51,8 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const Rows& from, int64
     }
 }
 
-/// x = high + low: the nearest TF32 number and, once the tensor core has cut off its last bits, what is left to 2^-22 of x. (cvt.rna does
-/// the same in more instructions, for infinities and NaN, of which low is NaN in any case.)
+/// x = high + low: the nearest TF32 number and, once the tensor core has cut off its last bits, what is left to 2^-22
+/// of x. (cvt.rna does the same in more instructions, for infinities and NaN, of which low is NaN in any case.)
 struct Split {
     uint32_t high, low;
 
@@ -66,10 +81,11 @@ struct Fragment {
     }
 };
 
-/// sum += a * b, and rest += the small products. kSwapped: a and b have changed places; the order of the small ones has, too, so that
-/// the transposed product is the same to the bit.
+/// sum += a * b, and rest += the small products. kSwapped: a and b have changed places; the order of the small ones
+/// has, too, so that the transposed product is the same to the bit.
 template <bool kSwapped>
-__device__ __forceinline__ void multiply(float (&sum)[4], float (&rest)[4], const Fragment& a, const Split& b0, const Split& b1) {
+__device__ __forceinline__ void multiply(float (&sum)[4], float (&rest)[4], const Fragment& a, const Split& b0,
+                                         const Split& b1) {
     if constexpr (kSwapped) {
         mma(rest, a.high, b0.low, b1.low);
         mma(rest, a.low, b0.high, b1.high);
@@ -110,8 +126,8 @@ __device__ __forceinline__ uint32_t right_rows(uint32_t tile, int lane) {
     return tile + (lane % 8 + lane / 16 * 8) * kRowBytes<kD> + lane / 8 % 2 * 16;
 }
 
-/// Terms that an accumulator of scores takes before it is added to the others: fewer steps cut off less. As it is, scores are twice as exact as
-/// those of a chain of fp32 additions.
+/// Terms that an accumulator of scores takes before it is added to the others: fewer steps cut off less. As it is,
+/// scores are twice as exact as those of a chain of fp32 additions.
 constexpr int kChain = 32;
 
 /// s = dots of 16 kM rows of the left tile with 8 kN rows of the right one.
@@ -153,8 +169,8 @@ __device__ __forceinline__ void dot_rows(float (&s)[kM][kN][4], uint32_t left, u
     add(s, rest);
 }
 
-/// Accumulators of weights * x, for a tile x of kD columns. An atom's columns are kChunk apart, so that a lane reads those of kChunk atoms
-/// at once and holds 2 kChunk neighbours of each of its rows.
+/// Accumulators of weights * x, for a tile x of kD columns. An atom's columns are kChunk apart, so that a lane reads
+/// those of kChunk atoms at once and holds 2 kChunk neighbours of each of its rows.
 template <int kM, int kD>
 struct Columns {
     static constexpr int kChunk = 2;
@@ -168,10 +184,10 @@ struct Columns {
         return tile + 2 * (lane % 4) * kRowBytes<kD> + 4 * kChunk * (lane / 4);
     }
 
-    /// += w * x, where w is an accumulator of scores, its columns the rows of x: element 2 t of an atom's row is term t of a step
-    /// and 2 t + 1 is term t + 4.
+    /// += w * x, where w is an accumulator of scores, its columns the rows of x: element 2 t of an atom's row is term t
+    /// of a step and 2 t + 1 is term t + 4.
     template <int kN>
-    __device__ __forceinline__ void add(const float (&w)[kM][kN][4], uint32_t x, const int& positive) {
+    __device__ __forceinline__ void add(const float (&w)[kM][kN][4], uint32_t x) {
         Fragment a[kM][kN];
 #pragma unroll
         for (int i = 0; i < kM; ++i)
@@ -205,7 +221,9 @@ struct Columns {
                 for (int e = 0; e < kChunk; ++e)
 #pragma unroll
                     for (int n = 0; n < 4; ++n) value[i][kChunk * c + e][n] += sum[i][e][n] + rest[i][e][n];
-            if (positive < c - kChunks) asm volatile("trap;");
+            // Never so, since no addition gives a signalling NaN, but never seen not to be: additions that the
+            // assembler put off would keep the sums of all chunks in registers.
+            if (__float_as_uint(value[kM - 1][kChunk * c + kChunk - 1][3]) == 0x7f800001u) asm volatile("trap;");
         }
     }
 
@@ -214,8 +232,9 @@ struct Columns {
         for (int j = 0; j < kD / 8; ++j) value[i][j][2 * h] *= factor, value[i][j][2 * h + 1] *= factor;
     }
 
-    /// Row (i, h) times `factor`, or zeros where that is 0, to its place in memory; a multiple of eight columns.
-    __device__ __forceinline__ void store(int i, int h, float* to, float factor, int cols_valid, bool accumulate, int lane) const {
+    /// Row (i, h) times `factor`, or zeros where that is 0, to its place in memory; a multiple of four columns.
+    __device__ __forceinline__ void store(int i, int h, float* to, float factor, int cols_valid, bool accumulate,
+                                          int lane) const {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
 #pragma unroll
@@ -229,12 +248,17 @@ struct Columns {
                     const float held = value[i][kChunk * c + (n + e) % kChunk][2 * h + (n + e) / kChunk];
                     element[e] = factor == 0.0f ? 0.0f : held * factor;
                 }
-                float4* const place = reinterpret_cast<float4*>(to + col);
-                if (accumulate) {
-                    const float4 old = *place;
-                    x = {old.x + x.x, old.y + x.y, old.z + x.z, old.w + x.w};
+                if ((reinterpret_cast<uintptr_t>(to + col) & 15) == 0) {
+                    float4* const place = reinterpret_cast<float4*>(to + col);
+                    if (accumulate) {
+                        const float4 old = *place;
+                        x = {old.x + x.x, old.y + x.y, old.z + x.z, old.w + x.w};
+                    }
+                    *place = x;
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) to[col + e] = accumulate ? to[col + e] + element[e] : element[e];
                 }
-                *place = x;
             }
     }
 
@@ -242,7 +266,8 @@ private:
     __device__ static void load(float (&x)[kChunk], uint32_t from) {
         if constexpr (kChunk == 4) {
             const uint4 bits = load_shared_16(from);
-            x[0] = __uint_as_float(bits.x), x[1] = __uint_as_float(bits.y), x[2] = __uint_as_float(bits.z), x[3] = __uint_as_float(bits.w);
+            x[0] = __uint_as_float(bits.x), x[1] = __uint_as_float(bits.y);
+            x[2] = __uint_as_float(bits.z), x[3] = __uint_as_float(bits.w);
         } else {
             const float2 pair = load_shared_pair(from);
             x[0] = pair.x, x[1] = pair.y;
