@@ -49,6 +49,7 @@ __device__ __noinline__ void forward_row(const ForwardParams& p, int batch, int 
                 if (col < p.size.head_dim_v) out[c] = fmaf(weight, v.row(begin + n)[col], out[c]);
             }
         }
+        if (isnan(sum)) break;  // and so is every column
     }
     float* const to = Rows(p.out, batch, seq.q_row + row, head).data;
 #pragma unroll
