@@ -23,6 +23,9 @@ bool aligned_for_tma(const TensorRef& t, DType dtype) {
 
 bool dims_for_tma(const ProblemSize& size) { return size.head_dim % 8 == 0 && size.head_dim_v % 8 == 0; }
 
+/// In fp32 forward and backward are both on tensor cores or both not, so that their scores are the same to the bit: q, k and v decide.
+bool inputs_decide(DType dtype) { return dtype == DType::f32; }
+
 Request shared_request(const AttentionParams& p, Direction direction) {
     Request r;
     r.direction = direction;
@@ -47,7 +50,7 @@ Request shared_request(const AttentionParams& p, Direction direction) {
     r.tiled = r.biased && p.bias_dtype == p.dtype && good_unit && bias.col_stride == 1 &&
               aligned_for_tma({bias.data, bias.batch_stride, bias.row_stride, bias.head_stride}, p.bias_dtype);
     r.tma_layout = dims_for_tma(p.size) && aligned_for_tma(p.q, p.dtype) && aligned_for_tma(p.k, p.dtype) &&
-                   aligned_for_tma(p.v, p.dtype) && aligned_for_tma(p.out, p.out_dtype);
+                   aligned_for_tma(p.v, p.dtype) && (inputs_decide(p.dtype) || aligned_for_tma(p.out, p.out_dtype));
     return r;
 }
 
@@ -119,6 +122,7 @@ Request request_of(const BackwardParams& p) {
     Request r = shared_request(p, Direction::backward);
     r.deterministic = p.deterministic;
     r.tiled = r.tiled && !p.dbias && !p.deterministic;
+    if (inputs_decide(p.dtype)) return r;
     r.tma_layout = r.tma_layout && aligned_for_tma(p.dout, p.dtype);
     for (const TensorRef& t : {p.dq, p.dk, p.dv}) r.tma_layout = r.tma_layout && aligned_for_tma(t, p.grad_dtype);
     return r;

@@ -91,12 +91,28 @@ TEST(Sm80Plan, WarpsCoverTheTiles) {
 
 TEST(Sm80Plan, ThreadsCoverTheTilesOfFp32) {
     for (const Variant& v : kRows) {
-        if (v.dtype != DType::f32) continue;
+        if (v.dtype != DType::f32 || uses_tf32(v)) continue;
         const SimtConfig c(v);
         EXPECT_EQ(c.kThreads, v.warps * kWarpSize);
         EXPECT_EQ(c.rows % c.kSide, 0);
         EXPECT_EQ(c.cols % c.kSide, 0);
         EXPECT_EQ(v.head_dim % 64, 0);
+    }
+}
+
+TEST(Sm80Plan, WarpsCoverTheTilesOfTf32) {
+    for (const Variant& v : kRows) {
+        if (!uses_tf32(v)) continue;
+        const Tf32Config c(v);
+        EXPECT_EQ(c.rows, 16 * c.m_atoms * v.warps);
+        EXPECT_EQ(c.cols, 8 * c.n_atoms);
+        EXPECT_EQ(c.n_atoms % 2, 0);  // ldmatrix fetches pairs
+        EXPECT_EQ(v.head_dim % 32, 0);
+        EXPECT_EQ(c.threads % (v.head_dim / 4), 0);  // 16 bytes a thread
+        const int rows_at_once = c.threads / (v.head_dim / 4);
+        EXPECT_EQ(c.rows % rows_at_once, 0);
+        EXPECT_EQ(c.cols % rows_at_once, 0);
+        EXPECT_LE(c.smem_bytes, kSm86Bytes);
     }
 }
 
@@ -264,6 +280,48 @@ TEST(CaseList, ReachesEveryRow) {
         }
     }
     for (const Variant& row : kRows) EXPECT_TRUE(reached.contains(&row)) << cuda::to_string(row);
+}
+
+/// A backward whose scores are not the forward's to the bit is off by more than the bound where a softmax is all but one-hot.
+TEST(CaseList, Fp32IsForwardAndBackwardOnTensorCoresOrNeither) {
+    int on_tensor_cores = 0, not_on_them = 0;
+    for (const verify::Case& c : verify::verify_cases()) {
+        if (c.dtype != DType::f32) continue;
+        for (const cuda::DeviceLimits& device : {cuda::DeviceLimits{80, 108, kSm80Bytes}, cuda::DeviceLimits{86, 80, kSm86Bytes},
+                                                 cuda::DeviceLimits{90, 132, kSm90Bytes}}) {
+            const auto [forward, backward] = requests_of(c);
+            std::string refusal;
+            const Variant* rows[] = {cuda::select(kRows, Arch::sm80, forward, device, refusal),
+                                     cuda::select(kRows, Arch::sm80, backward, device, refusal)};
+            if (!rows[0] || !rows[1]) continue;  // a head dimension beyond them
+            EXPECT_EQ(uses_tf32(*rows[0]), uses_tf32(*rows[1])) << c.name() << " on " << device.compute_capability;
+            ++(uses_tf32(*rows[0]) ? on_tensor_cores : not_on_them);
+        }
+    }
+    EXPECT_GT(on_tensor_cores, 300);
+    EXPECT_GT(not_on_them, 300);
+}
+
+/// Only q, k and v say whether fp32 goes over tensor cores: where results and their gradients lie differs between the two.
+TEST(Sm80Plan, OnlyInputsOfFp32MustBeAligned) {
+    alignas(16) static float memory[64];
+    BackwardParams p;
+    p.size = {.batch = 1, .num_heads = 1, .num_heads_k = 1, .head_dim = 64, .head_dim_v = 64, .seqlen_q = 1, .seqlen_k = 1};
+    p.dtype = p.out_dtype = p.grad_dtype = DType::f32;
+    for (TensorRef* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv}) *t = {memory, 64, 64, 64};
+    const auto aligned = [&] {
+        ForwardParams forward;
+        static_cast<AttentionParams&>(forward) = p;
+        EXPECT_EQ(cuda::request_of(forward).tma_layout, cuda::request_of(p).tma_layout);
+        return cuda::request_of(p).tma_layout;
+    };
+    EXPECT_TRUE(aligned());
+    for (TensorRef* t : {&p.out, &p.dout, &p.dq, &p.dk, &p.dv}) {
+        t->data = memory + 1;
+        EXPECT_TRUE(aligned());
+    }
+    p.k.data = memory + 1;
+    EXPECT_FALSE(aligned());
 }
 
 TEST(Sm80Plan, BandsHaveRoomForEverySequenceThatIsTaken) {

@@ -7,6 +7,7 @@
 #include "cuda/sm80/backward_kernel.cuh"
 #include "cuda/sm80/backward_query.cuh"
 #include "cuda/sm80/simt/backward.cuh"
+#include "cuda/sm80/tf32/backward.cuh"
 
 namespace strobe::sm80 {
 
@@ -81,7 +82,11 @@ cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) 
 template <Variant V>
     requires(V.dtype == DType::f32)
 cudaError_t launch(const BackwardParams& p, const cuda::LaunchContext& context) {
-    return simt::launch_backward<V>(p, context);
+    if constexpr (uses_tf32(V)) {
+        return tf32::launch_backward<V>(p, context);
+    } else {
+        return simt::launch_backward<V>(p, context);
+    }
 }
 
 }  // namespace strobe::sm80

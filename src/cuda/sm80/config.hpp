@@ -159,8 +159,38 @@ struct SimtConfig {
     STROBE_HD constexpr int operand_floats(int n) const { return n * (head_dim + kPadding); }
 };
 
+/// Plain fp32 rows (tf32/): warps split the rows of stationary tiles, Q in the forward and for dQ, K for dK and dV, and others are streamed
+/// through `stages` pairs of buffers.
+struct Tf32Config {
+    static constexpr int kPadding = 4;  // floats behind each row in shared memory
+    int threads, rows, cols, m_atoms, n_atoms, head_dim;
+    int smem_bytes;
+    int ctas_per_sm;
+
+    STROBE_HD constexpr explicit Tf32Config(const Variant& v)
+        : threads(v.warps * kWarpSize),
+          rows(v.direction == Direction::forward ? v.block_m : v.block_n),
+          cols(v.direction == Direction::forward ? v.block_n : v.block_m),
+          m_atoms(rows / (16 * v.warps)),
+          n_atoms(cols / 8),
+          head_dim(v.head_dim),
+          smem_bytes(0),
+          ctas_per_sm(1) {
+        const bool forward = v.direction == Direction::forward;
+        smem_bytes = (forward ? 1 : 2) * tile_bytes(rows) + 2 * v.stages * tile_bytes(cols);
+        // Results, scores in two halves each, sums of a part of a product, and about 48 for operands and addresses.
+        const int registers = m_atoms * (head_dim / (forward ? 2 : 1) + cols * (forward ? 2 : 3) / 2) + 32 + 48;
+        ctas_per_sm = ctas_for_smem(ctas_for_registers(threads, registers), smem_bytes);
+    }
+    STROBE_HD constexpr int tile_bytes(int n) const { return 4 * n * (head_dim + kPadding); }
+};
+
+/// fp32 rows on tensor cores.
+STROBE_HD constexpr bool uses_tf32(const Variant& v) { return v.dtype == DType::f32 && v.features == Features::plain; }
+
 /// Dynamic shared memory of the row's largest kernel.
 STROBE_HD constexpr int smem_bytes(const Variant& v) {
+    if (uses_tf32(v)) return Tf32Config(v).smem_bytes;
     if (v.dtype == DType::f32) return SimtConfig(v).smem_bytes;
     if (v.direction == Direction::forward) return ForwardConfig(v).smem_bytes;
     int bytes = BackwardConfig(v).smem_bytes;

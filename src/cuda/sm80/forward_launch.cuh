@@ -4,6 +4,7 @@
 #include "cuda/common/launch.hpp"
 #include "cuda/sm80/forward_kernel.cuh"
 #include "cuda/sm80/simt/forward.cuh"
+#include "cuda/sm80/tf32/forward.cuh"
 
 namespace strobe::sm80 {
 
@@ -26,7 +27,11 @@ cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
 template <Variant V>
     requires(V.dtype == DType::f32)
 cudaError_t launch(const ForwardParams& p, const cuda::LaunchContext& context) {
-    return simt::launch_forward<V>(p, context);
+    if constexpr (uses_tf32(V)) {
+        return tf32::launch_forward<V>(p, context);
+    } else {
+        return simt::launch_forward<V>(p, context);
+    }
 }
 
 }  // namespace strobe::sm80

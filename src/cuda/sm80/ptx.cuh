@@ -102,7 +102,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
 }
 
-/// The same where `wanted`, without a branch.
+/// The same of 4 bytes, from any address that floats have.
+__device__ __forceinline__ void cp_async_4(uint32_t smem, const void* gmem, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
+}
+
+/// 16 bytes where `wanted`, without a branch.
 __device__ __forceinline__ void cp_async_16_if(bool wanted, uint32_t smem, const void* gmem) {
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1], 16; }" ::"r"(smem),

@@ -48,6 +48,17 @@ __global__ void __launch_bounds__(SimtConfig::kThreads)
     *delta.rows(batch, head, seq.q_row + row) = sum;
 }
 
+template <uint64_t kVariantCode>
+cudaError_t launch_delta(const BackwardParams& p, const DeltaRows& delta, cudaStream_t stream) {
+    const auto blocks = [](int64_t rows, int64_t block) { return (rows + block - 1) / block; };
+    const int64_t heads = static_cast<int64_t>(p.size.batch) * p.size.num_heads, head_y = heads < 32768 ? heads : 32768;
+    if (heads == 0 || p.size.seqlen_q == 0) return cudaSuccess;
+    const dim3 rows(static_cast<unsigned>(blocks(p.size.seqlen_q, SimtConfig::kThreads / kWarpSize)), static_cast<unsigned>(head_y),
+                    static_cast<unsigned>(blocks(heads, head_y)));
+    row_delta<kVariantCode><<<rows, SimtConfig::kThreads, 0, stream>>>(p, delta);
+    return cudaGetLastError();
+}
+
 /// P and dS of one element. Hidden elements and rows that see nothing give zeros.
 struct Gradient {
     float kept_probability = 0.0f;  // what multiplied v in the forward, before its rescaling
@@ -280,12 +291,7 @@ cudaError_t launch_backward(const BackwardParams& p, const cuda::LaunchContext& 
     const bool band = p.mask.is_band();
     const bool has_queries = heads > 0 && p.size.seqlen_q > 0;
 
-    if (has_queries) {
-        const int64_t head_y = heads < 32768 ? heads : 32768;
-        const dim3 rows(static_cast<unsigned>(blocks(p.size.seqlen_q, kThreads / kWarpSize)), static_cast<unsigned>(head_y),
-                        static_cast<unsigned>(blocks(heads, head_y)));
-        row_delta<kCode><<<rows, kThreads, 0, stream>>>(p, delta);
-    }
+    if (const cudaError_t e = launch_delta<kCode>(p, delta, stream); e != cudaSuccess) return e;
     const TileOrder key_order = TileOrder::make(static_cast<int64_t>(p.size.batch) * p.size.num_heads_k,
                                                 blocks(p.size.seqlen_k, kRows), 2 * p.size.seqlen_q * V.head_dim * 4, band, false);
     if (key_order.size() > 0) {
