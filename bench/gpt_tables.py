@@ -9,7 +9,7 @@ steps: a row for each record of gpt_cuda_step_bench.
 parts: where a step's time goes, two columns and a bound for each of these records.
 peers: the rows of records of bench/gpt_step_cuda.py by model and context, those without a kernel of attention first. A row that several
 records have is that of the first.
-norms: a record of bench/dev/norm_bandwidth, a pair of columns for each width.
+norms: a record of bench/dev/norm_bandwidth, a column for each width: time and share of the copy's rate.
 processes: a record of bench/gpt_processes.py: steps of several GPUs together beside those of each by itself.
 """
 
@@ -110,9 +110,8 @@ def norms(record: dict) -> str:
     rows = []
     for what in dict.fromkeys(row["what"] for row in record["rows"]):
         cells = [found[what, width] for width in widths]
-        rows.append([what, *(x for r in cells for x in (f"{r['microseconds']:.1f} us", f"{r['of_the_copy']:.2f}"))])
-    head = [column for width in widths for column in (f"{record['rows'][0]['rows']} x {width}", "of the copy")]
-    return tables.markdown(["operator", *head], rows)
+        rows.append([what, *(f"{r['microseconds']:.1f} us, {r['of_the_copy']:.2f}" for r in cells)])
+    return tables.markdown(["operator", *(f"{record['rows'][0]['rows']} x {width}" for width in widths)], rows)
 
 
 def processes(record: dict) -> str:

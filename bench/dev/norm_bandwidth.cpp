@@ -1,5 +1,6 @@
 // Bytes per second of the trainer's norms on a GPU, by themselves and in turn with the device's own copy of as many
-// bytes in one process: what the marks around a step's operators cannot tell from their own time. Prints JSON.
+// bytes in one process: what the marks around a step's operators cannot tell from their own time. LayerNorm where
+// nothing else is said. Prints JSON.
 //   norm_bandwidth [ROWS] [HIDDEN...]
 // Build: g++ -std=c++20 -O2 -I. -Iinclude -Isrc -I/usr/local/cuda/include bench/dev/norm_bandwidth.cpp
 // and the objects of gpt/ops/cuda/norm.cu and reduce.cu, -lcudart_static -ldl -lrt -lpthread.
@@ -89,17 +90,20 @@ void measure(int64_t rows, int64_t hidden, int num_sms, const char* comma) {
     for (const Tensor* t : {dweight, dbias, dsum}) check(cudaMemset(t->data, 0, vector));
     for (const Tensor* t : {mean, rstd}) check(cudaMemset(t->data, 0, statistics));
 
-    const auto forward = [&](int s, bool residual) {
-        NormForward a{.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .eps = 1e-5f, .x = x[s]->bf16(),
-                      .branch = {}, .sum = {}, .weight = weight->fp32(), .bias = bias->fp32(), .out = out[s]->bf16(),
-                      .mean = mean->floats(), .rstd = rstd->floats()};
+    const auto forward = [&](int s, NormKind kind, bool residual) {
+        const bool layernorm = kind == NormKind::layernorm;
+        NormForward a{.kind = kind, .rows = rows, .hidden = hidden, .eps = 1e-5f, .x = x[s]->bf16(), .branch = {},
+                      .sum = {}, .weight = weight->fp32(), .bias = layernorm ? bias->fp32() : Buffer(),
+                      .out = out[s]->bf16(), .mean = layernorm ? mean->floats() : nullptr, .rstd = rstd->floats()};
         if (residual) a.branch = branch[s]->bf16(), a.sum = sum[s]->bf16();
         cuda::norm_forward(e, a);
     };
-    const auto backward = [&](int s, bool again) {
-        NormBackward a{.kind = NormKind::layernorm, .rows = rows, .hidden = hidden, .x = x[s]->bf16(),
-                       .weight = weight->fp32(), .mean = mean->floats(), .rstd = rstd->floats(), .dout = dout[s]->bf16(),
-                       .dx = dx[s]->bf16(), .dweight = dweight->floats(), .dbias = dbias->floats()};
+    const auto backward = [&](int s, NormKind kind, bool again) {
+        const bool layernorm = kind == NormKind::layernorm;
+        NormBackward a{.kind = kind, .rows = rows, .hidden = hidden, .x = x[s]->bf16(), .weight = weight->fp32(),
+                       .mean = layernorm ? mean->floats() : nullptr, .rstd = rstd->floats(), .dout = dout[s]->bf16(),
+                       .dx = dx[s]->bf16(), .dweight = dweight->floats(),
+                       .dbias = layernorm ? dbias->floats() : nullptr};
         if (again) a.out = out[s]->bf16(), a.bias = bias->fp32(), a.dsum = dsum->floats();
         cuda::norm_backward(e, a);
     };
@@ -113,11 +117,14 @@ void measure(int64_t rows, int64_t hidden, int num_sms, const char* comma) {
     const auto bytes = static_cast<double>(tensor);
     std::vector<Contender> all{
         {"copy", 2 * bytes, [&](int s) { copy(s, 1); }},
-        {"forward", 2 * bytes, [&](int s) { forward(s, false); }},
-        {"residual and forward", 4 * bytes, [&](int s) { forward(s, true); }},
+        {"forward", 2 * bytes, [&](int s) { forward(s, NormKind::layernorm, false); }},
+        {"residual and forward", 4 * bytes, [&](int s) { forward(s, NormKind::layernorm, true); }},
         {"copy of two", 4 * bytes, [&](int s) { copy(s, 2); }},
-        {"backward into dx", 4 * bytes, [&](int s) { backward(s, false); }},
-        {"backward into dx, output again, bias gradient", 5 * bytes, [&](int s) { backward(s, true); }},
+        {"backward into dx", 4 * bytes, [&](int s) { backward(s, NormKind::layernorm, false); }},
+        {"backward into dx, output again, bias gradient", 5 * bytes,
+         [&](int s) { backward(s, NormKind::layernorm, true); }},
+        {"RMSNorm: residual and forward", 4 * bytes, [&](int s) { forward(s, NormKind::rmsnorm, true); }},
+        {"RMSNorm: backward into dx", 4 * bytes, [&](int s) { backward(s, NormKind::rmsnorm, false); }},
     };
     cudaEvent_t begin = nullptr, end = nullptr;
     check(cudaEventCreate(&begin));
@@ -161,7 +168,7 @@ int main(int argc, char** argv) {
         const int64_t rows = argc > 1 ? std::atoll(argv[1]) : 16384;
         std::vector<int64_t> widths;
         for (int i = 2; i < argc; ++i) widths.push_back(std::atoll(argv[i]));
-        if (widths.empty()) widths = {2048, 2560};
+        if (widths.empty()) widths = {768, 1024, 1600, 2048, 2560, 4096, 5120};
         for (size_t i = 0; i < widths.size(); ++i) {
             measure(rows, widths[i], properties.multiProcessorCount, i == 0 ? "" : ",\n");
         }

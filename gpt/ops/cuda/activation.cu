@@ -91,9 +91,11 @@ void activation_forward(Exec& e, const ActivationForward& a) {
     by_width(a.x.precision, a.rows, a.ffn, [&](auto* type, auto width, unsigned blocks) {
         using T = std::remove_pointer_t<decltype(type)>;
         if (a.kind == ActivationKind::gelu)
-            gelu_forward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.y));
+            gelu_forward_kernel<T, width>
+                <<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.y));
         else
-            swiglu_forward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.y));
+            swiglu_forward_kernel<T, width>
+                <<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.y));
     });
     check_launch("activation_forward");
 }
@@ -102,9 +104,11 @@ void activation_backward(Exec& e, const ActivationBackward& a) {
     by_width(a.x.precision, a.rows, a.ffn, [&](auto* type, auto width, unsigned blocks) {
         using T = std::remove_pointer_t<decltype(type)>;
         if (a.kind == ActivationKind::gelu)
-            gelu_backward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
+            gelu_backward_kernel<T, width>
+                <<<blocks, kThreads, 0, stream_of(e)>>>(a.rows * a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
         else
-            swiglu_backward_kernel<T, width><<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
+            swiglu_backward_kernel<T, width>
+                <<<blocks, kThreads, 0, stream_of(e)>>>(a.rows, a.ffn, as<T>(a.x), as<T>(a.dy), as<T>(a.dx));
     });
     check_launch("activation_backward");
 }

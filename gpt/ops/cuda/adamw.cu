@@ -32,7 +32,8 @@ struct Share {
     __device__ static Share load(const T* p) {
         Share x;
 #pragma unroll
-        for (int i = 0; i < kElements / kVectorSize<T>; ++i) x.part[i] = Vector<T, kVectorSize<T>>::load(p + i * kVectorSize<T>);
+        for (int i = 0; i < kElements / kVectorSize<T>; ++i)
+            x.part[i] = Vector<T, kVectorSize<T>>::load(p + i * kVectorSize<T>);
         return x;
     }
     __device__ void store(T* p) const {
@@ -53,7 +54,8 @@ struct Share {
     }
 };
 
-/// The values of a thread's elements: fp32; or the halves that split_float makes, of which the upper ones lie in `narrow`; or these alone.
+/// The values of a thread's elements: fp32; or the halves that split_float makes, of which the upper ones lie in
+/// `narrow`; or these alone.
 struct UpperHalves {};
 template <class T>
 struct Values;
@@ -62,7 +64,9 @@ template <>
 struct Values<float> {
     Share<float> whole;
 
-    __device__ static Values load(const float* values, const bf16*, int64_t first) { return {Share<float>::load(values + first)}; }
+    __device__ static Values load(const float* values, const bf16*, int64_t first) {
+        return {Share<float>::load(values + first)};
+    }
     __device__ float operator[](int i) const { return whole[i]; }
     __device__ void set(int i, float x, uint32_t) { whole.set(i, x, 0u); }
     __device__ void store(float* values, bf16* narrow, int64_t first) const {
@@ -84,11 +88,13 @@ struct Values<bf16> {
     }
     __device__ float operator[](int i) const {
         const int below = static_cast<short>(__bfloat16_as_ushort(low.x[i]));
-        return __uint_as_float((static_cast<unsigned>(__bfloat16_as_ushort(high.x[i])) << 16) + static_cast<unsigned>(below));
+        return __uint_as_float((static_cast<unsigned>(__bfloat16_as_ushort(high.x[i])) << 16) +
+                               static_cast<unsigned>(below));
     }
     __device__ void set(int i, float x, uint32_t) {
         const unsigned bits = __float_as_uint(x), nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        high.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? bits >> 16 | 0x40u : (bits + 0x8000u) >> 16));
+        high.x[i] =
+            __ushort_as_bfloat16(static_cast<unsigned short>(nan ? bits >> 16 | 0x40u : (bits + 0x8000u) >> 16));
         low.x[i] = __ushort_as_bfloat16(static_cast<unsigned short>(nan ? 0u : bits));
     }
     __device__ void store(bf16* values, bf16* narrow, int64_t first) const {
@@ -101,18 +107,20 @@ template <>
 struct Values<UpperHalves> {
     Share<bf16> high;
 
-    __device__ static Values load(const UpperHalves*, const bf16* narrow, int64_t first) { return {Share<bf16>::load(narrow + first)}; }
+    __device__ static Values load(const UpperHalves*, const bf16* narrow, int64_t first) {
+        return {Share<bf16>::load(narrow + first)};
+    }
     __device__ float operator[](int i) const { return high[i]; }
     __device__ void set(int i, float x, uint32_t noise) { high.set(i, x, noise); }
     __device__ void store(UpperHalves*, bf16* narrow, int64_t first) const { high.store(narrow + first); }
 };
 
-// Segments begin at multiples of an arena's alignment, so all elements of a thread decay alike. The loads come first: the
-// search for the segment takes as long as they do.
+// Segments begin at multiples of an arena's alignment, so all elements of a thread decay alike. The loads come first:
+// the search for the segment takes as long as they do.
 template <class W, class G, class T>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const AdamWSegment* segments, int num_segments, W* values,
-                                                         const G* grads, T* m, T* v, const double* squared_norm,
-                                                         const AdamWRates* rates, Constants k, bf16* narrow) {
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(int64_t size, const AdamWSegment* segments, int num_segments, W* values, const G* grads, T* m, T* v,
+                 const double* squared_norm, const AdamWRates* rates, Constants k, bf16* narrow) {
     const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kElements;
     if (first >= size) return;
     Values<W> w = Values<W>::load(values, narrow, first);
@@ -146,15 +154,16 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(int64_t size, const Ada
 void adamw(Exec& e, const AdamW& a) {
     if (a.size % kElements != 0) throw std::invalid_argument("adamw: an arena holds a multiple of 8 numbers");
     const Constants constants{a.beta1, a.beta2, a.eps, a.clip_norm};
-    if ((a.values.precision != Precision::fp32 || !a.values) && !a.narrow) throw std::invalid_argument("adamw: no upper halves of the values");
+    if ((a.values.precision != Precision::fp32 || !a.values) && !a.narrow)
+        throw std::invalid_argument("adamw: no upper halves of the values");
     const auto launch = [&]<class W>(W* values) {
         by_precision(a.grads.precision, [&](auto* gradient_type) {
             by_precision(a.m.precision, [&](auto* moment_type) {
                 using G = std::remove_pointer_t<decltype(gradient_type)>;
                 using T = std::remove_pointer_t<decltype(moment_type)>;
                 adamw_kernel<W, G, T><<<blocks_for(a.size / kElements, kThreads), kThreads, 0, stream_of(e)>>>(
-                    a.size, a.segments.data(), static_cast<int>(a.segments.size()), values, as<G>(a.grads), as<T>(a.m), as<T>(a.v),
-                    a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
+                    a.size, a.segments.data(), static_cast<int>(a.segments.size()), values, as<G>(a.grads),
+                    as<T>(a.m), as<T>(a.v), a.squared_norm, a.rates, constants, as<bf16>(a.narrow));
             });
         });
     };

@@ -74,7 +74,8 @@ template <int C>
 __global__ void forward_kernel(Views a) {
     const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, d = a.s.head_dim;
     if (index >= a.s.total_q * a.s.num_heads) return;
-    const int64_t row = index / a.s.num_heads, head = index % a.s.num_heads, head_k = head * a.s.num_heads_k / a.s.num_heads;
+    const int64_t row = index / a.s.num_heads, head = index % a.s.num_heads;
+    const int64_t head_k = head * a.s.num_heads_k / a.s.num_heads;
     const Place at = place_of(a.s, a.s.cu_seqlens_q, row);
     const int64_t last = at.k_end - (at.q_end - 1 - row);  // one behind the last key that the row sees
     const Row<C> q = Row<C>::load(a.q + row * a.q_stride + head * d, d);
@@ -101,7 +102,8 @@ template <int C>
 __global__ void dq_kernel(Views a) {
     const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, d = a.s.head_dim;
     if (index >= a.s.total_q * a.s.num_heads) return;
-    const int64_t row = index / a.s.num_heads, head = index % a.s.num_heads, head_k = head * a.s.num_heads_k / a.s.num_heads;
+    const int64_t row = index / a.s.num_heads, head = index % a.s.num_heads;
+    const int64_t head_k = head * a.s.num_heads_k / a.s.num_heads;
     const Place at = place_of(a.s, a.s.cu_seqlens_q, row);
     const int64_t last = at.k_end - (at.q_end - 1 - row);
     const Row<C> q = Row<C>::load(a.q + row * a.q_stride + head * d, d);
@@ -123,7 +125,8 @@ template <int C>
 __global__ void dkv_kernel(Views a) {
     const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, d = a.s.head_dim;
     if (index >= a.s.total_k * a.s.num_heads_k) return;
-    const int64_t row = index / a.s.num_heads_k, head_k = index % a.s.num_heads_k, group = a.s.num_heads / a.s.num_heads_k;
+    const int64_t row = index / a.s.num_heads_k, head_k = index % a.s.num_heads_k;
+    const int64_t group = a.s.num_heads / a.s.num_heads_k;
     const Place at = place_of(a.s, a.s.cu_seqlens_k, row);
     const int64_t first = max(at.q_begin, at.q_end - (at.k_end - row));
     const Row<C> k = Row<C>::load(a.k + row * a.k_stride + head_k * d, d);

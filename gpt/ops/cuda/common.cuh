@@ -24,7 +24,9 @@ inline void check_launch(const char* kernel) {
 
 inline cudaStream_t stream_of(const Exec& e) { return static_cast<cudaStream_t>(e.stream); }
 
-inline unsigned blocks_for(int64_t count, int64_t per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+    return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
 
 /// Calls fn with a null pointer of the element type.
 template <class Fn>
@@ -38,7 +40,8 @@ void by_precision(Precision precision, Fn&& fn) {
 template <class T>
 T* as(Buffer b) {
     constexpr Precision kExpected = std::is_same_v<std::remove_const_t<T>, float> ? Precision::fp32 : Precision::bf16;
-    if (b.data && b.precision != kExpected) throw std::invalid_argument("operator: buffers of one call differ in precision");
+    if (b.data && b.precision != kExpected)
+        throw std::invalid_argument("operator: buffers of one call differ in precision");
     return static_cast<T*>(b.data);
 }
 
@@ -62,6 +65,21 @@ struct alignas(N * sizeof(T)) Vector {
     __device__ float operator[](int i) const { return to_float(x[i]); }
     __device__ void set(int i, float value) { x[i] = from_float<T>(value); }
 
+    /// Of as many numbers, rounded two at a time where there is an instruction for that.
+    __device__ static Vector of(const float (&values)[N]) {
+        Vector v;
+        if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < N; i += 2) {
+                const __nv_bfloat162 pair = __floats2bfloat162_rn(values[i], values[i + 1]);
+                v.x[i] = pair.x, v.x[i + 1] = pair.y;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i) v.set(i, values[i]);
+        }
+        return v;
+    }
     __device__ static Vector load(const T* p) {
         Vector v;
         if constexpr (N * sizeof(T) == 16)
@@ -78,8 +96,8 @@ struct alignas(N * sizeof(T)) Vector {
     }
 };
 
-/// N numbers of fp32 from an address that is a multiple of theirs, four at a time: one at a time a warp whose lanes read N numbers
-/// each would touch every line N times.
+/// N numbers of fp32 from an address that is a multiple of theirs, four at a time: one at a time a warp whose lanes
+/// read N numbers each would touch every line N times.
 template <int N>
 __device__ void load_floats(const float* p, float (&x)[N]) {
     static_assert(N % 4 == 0);

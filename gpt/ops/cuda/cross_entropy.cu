@@ -21,9 +21,9 @@ struct Softmax {
     }
 };
 
-// A block per row. Two walks over it: what the first has read the second finds in cache, for the rows under way on the whole
-// GPU fit there. Columns behind vocab, up to the stride, are not looked at and become 0: they are no logits, but a product that
-// reads whole vectors must not meet NaN in them.
+// A block per row. Two walks over it: what the first has read the second finds in cache, for the rows under way on the
+// whole GPU fit there. Columns behind vocab, up to the stride, are not looked at and become 0: they are no logits, but
+// a product that reads whole vectors must not meet NaN in them.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy a, T* logits, int64_t stride) {
     using V = Vector<T, N>;
@@ -60,7 +60,9 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy a,
     if (!a.gradient_scale) return;
 
     const float scale = *a.gradient_scale, factor = scale / sum;
-    const auto gradient = [&](int64_t c, float logit) { return __expf(logit - m) * factor - (c == target ? scale : 0.0f); };
+    const auto gradient = [&](int64_t c, float logit) {
+        return __expf(logit - m) * factor - (c == target ? scale : 0.0f);
+    };
     for (int64_t c = threadIdx.x * N; c < whole; c += kThreads * N) {
         V v = V::load(x + c);
 #pragma unroll

@@ -1,5 +1,5 @@
-// Attention of a single token over a cache, and products with a single row: all read each number once, so what counts is how many
-// loads are on their way.
+// Attention of a single token over a cache, and products with a single row: all read each number once, so what counts
+// is how many loads are on their way.
 #include <algorithm>
 #include <cmath>
 
@@ -22,13 +22,13 @@ struct Cache {
     float scale;                  // of log2
 };
 
-// What weights are relative to where the largest score is m. A worker without keys has none, and one whose scores are all NaN has no
-// larger one either: relative to zero the former's sums stay zero and the latter's stay NaN.
+// What weights are relative to where the largest score is m. A worker without keys has none, and one whose scores are
+// all NaN has no larger one either: relative to zero the former's sums stay zero and the latter's stay NaN.
 __device__ float reference(float m) { return m == -INFINITY ? 0.0f : m; }
 
-// Block (x, y): head y over the x-th share of the keys, of whose softmax it leaves (head_dim sums, largest score, sum of weights) in
-// `partial`: (shares, heads, head_dim + 2). L lanes hold a row, eight numbers each; the 32 / L rows of a warp are workers that
-// take keys in turn.
+// Block (x, y): head y over the x-th share of the keys, of whose softmax it leaves (head_dim sums, largest score, sum
+// of weights) in `partial`: (shares, heads, head_dim + 2). L lanes hold a row, eight numbers each; the 32 / L rows of a
+// warp are workers that take keys in turn.
 template <int L>
 __global__ void __launch_bounds__(kThreads) decode_kernel(Cache a, float* partial) {
     constexpr int kWorkers = kThreads / L, kAhead = 4;
@@ -120,8 +120,9 @@ __global__ void merge_kernel(const float* partial, int shares, int heads, int he
 
 // A warp per row of the weight.
 template <class T>
-__global__ void __launch_bounds__(kThreads) row_product_kernel(int64_t in, int64_t out, const bf16* x, const bf16* weight, const T* bias,
-                                                               const T* residual, T* y) {
+__global__ void __launch_bounds__(kThreads)
+    row_product_kernel(int64_t in, int64_t out, const bf16* x, const bf16* weight, const T* bias, const T* residual,
+                       T* y) {
     using V = Vector<bf16, 8>;
     constexpr int kAhead = 8;
     const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -149,12 +150,13 @@ __global__ void __launch_bounds__(kThreads) row_product_kernel(int64_t in, int64
     y[row] = from_float<T>(sum);
 }
 
-// dx = sums W. A block: as many columns as kLanes threads hold, N each (a sector of bf16); its groups of so many take the rows of W in
-// turn.
+// dx = sums W. A block: as many columns as kLanes threads hold, N each (a sector of bf16); its groups of so many take
+// the rows of W in turn.
 constexpr int kColumnThreads = 1024, kLanes = 2;
 
 template <class T, int N>
-__global__ void __launch_bounds__(kColumnThreads) column_product_kernel(int64_t in, int64_t out, const T* weight, const float* sums, float* dx) {
+__global__ void __launch_bounds__(kColumnThreads)
+    column_product_kernel(int64_t in, int64_t out, const T* weight, const float* sums, float* dx) {
     using V = Vector<T, N>;
     constexpr int kGroups = kColumnThreads / kLanes, kColumns = kLanes * N;
     __shared__ float parts[kColumnThreads / 32][kColumns];
@@ -192,26 +194,30 @@ int shares_of(const Exec& e, const AttentionShape& s) {
 
 bool decodes(const AttentionForward& a) {
     const AttentionShape& s = a.shape;
-    return a.q.precision == Precision::bf16 && s.batch == 1 && s.total_q == 1 && !a.lse && s.head_dim % 8 == 0 && s.head_dim <= 256 &&
-           a.k_stride % 8 == 0 && a.v_stride % 8 == 0 && aligned(a.q.data) && aligned(a.k.data) && aligned(a.v.data);
+    return a.q.precision == Precision::bf16 && s.batch == 1 && s.total_q == 1 && !a.lse && s.head_dim % 8 == 0 &&
+           s.head_dim <= 256 && a.k_stride % 8 == 0 && a.v_stride % 8 == 0 && aligned(a.q.data) && aligned(a.k.data) &&
+           aligned(a.v.data);
 }
 
 void decode_attention(Exec& e, const AttentionForward& a) {
     const AttentionShape& s = a.shape;
-    const Cache cache{.q = as<bf16>(a.q), .k = as<bf16>(a.k), .v = as<bf16>(a.v), .k_stride = a.k_stride, .v_stride = a.v_stride,
-                      .cu_seqlens_k = s.cu_seqlens_k, .head_dim = static_cast<int>(s.head_dim), .heads = static_cast<int>(s.num_heads),
-                      .heads_k = static_cast<int>(s.num_heads_k), .scale = kLog2E / std::sqrt(static_cast<float>(s.head_dim))};
+    const Cache cache{.q = as<bf16>(a.q), .k = as<bf16>(a.k), .v = as<bf16>(a.v), .k_stride = a.k_stride,
+                      .v_stride = a.v_stride, .cu_seqlens_k = s.cu_seqlens_k, .head_dim = static_cast<int>(s.head_dim),
+                      .heads = static_cast<int>(s.num_heads), .heads_k = static_cast<int>(s.num_heads_k),
+                      .scale = kLog2E / std::sqrt(static_cast<float>(s.head_dim))};
     auto* partial = static_cast<float*>(e.scratch);
     const int shares = shares_of(e, s);
     const dim3 grid(static_cast<unsigned>(shares), static_cast<unsigned>(s.num_heads));
     const auto kernel = s.head_dim <= 64 ? decode_kernel<8> : s.head_dim <= 128 ? decode_kernel<16> : decode_kernel<32>;
     kernel<<<grid, kThreads, 0, stream_of(e)>>>(cache, partial);
-    merge_kernel<<<static_cast<unsigned>(s.num_heads), 128, 0, stream_of(e)>>>(partial, shares, cache.heads, cache.head_dim, as<bf16>(a.out));
+    merge_kernel<<<static_cast<unsigned>(s.num_heads), 128, 0, stream_of(e)>>>(
+        partial, shares, cache.heads, cache.head_dim, as<bf16>(a.out));
     check_launch("decode_attention");
 }
 
 bool is_row_product(const LinearForward& a) {
-    return a.rows == 1 && a.x.precision == Precision::bf16 && !a.gelu_input && a.in % 8 == 0 && aligned(a.x.data) && aligned(a.weight.data);
+    return a.rows == 1 && a.x.precision == Precision::bf16 && !a.gelu_input && a.in % 8 == 0 && aligned(a.x.data) &&
+           aligned(a.weight.data);
 }
 
 void row_product(Exec& e, const LinearForward& a) {
@@ -229,7 +235,8 @@ void bias_backward(Exec& e, const BiasBackward& a) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int kWide = kVectorSize<T>;
         const auto launch = [&](auto kernel, int width) {
-            kernel<<<blocks_for(a.in, int64_t{kLanes} * width), kColumnThreads, 0, stream_of(e)>>>(a.in, a.out, as<T>(a.weight), a.sums, a.dx);
+            kernel<<<blocks_for(a.in, int64_t{kLanes} * width), kColumnThreads, 0, stream_of(e)>>>(
+                a.in, a.out, as<T>(a.weight), a.sums, a.dx);
         };
         if (a.in % kWide == 0 && aligned(a.weight.data))
             launch(column_product_kernel<T, kWide>, kWide);

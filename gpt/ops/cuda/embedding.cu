@@ -84,8 +84,8 @@ void embedding_forward(Exec& e, const EmbeddingForward& a) {
     by_precision(a.out.precision, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto launch = [&](auto kernel) {
-            kernel<<<static_cast<unsigned>(a.rows), kThreads, 0, stream_of(e)>>>(a.hidden, a.tokens, a.positions, as<T>(a.table),
-                                                                              as<T>(a.position_table), as<T>(a.out));
+            kernel<<<static_cast<unsigned>(a.rows), kThreads, 0, stream_of(e)>>>(
+                a.hidden, a.tokens, a.positions, as<T>(a.table), as<T>(a.position_table), as<T>(a.out));
         };
         a.hidden % kVectorSize<T> == 0 ? launch(forward_kernel<T, kVectorSize<T>>) : launch(forward_kernel<T, 1>);
     });
@@ -98,8 +98,9 @@ void embedding_backward(Exec& e, const EmbeddingBackward& a) {
         const auto add = [&](const RowGroups& groups, Buffer dtable) {
             by_precision(dtable.precision, [&](auto* gradient_type) {
                 using G = std::remove_pointer_t<decltype(gradient_type)>;
-                a.hidden % kVectorSize<T> == 0 ? add_groups<T, G, kVectorSize<T>>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable))
-                                               : add_groups<T, G, 1>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable));
+                a.hidden % kVectorSize<T> == 0
+                    ? add_groups<T, G, kVectorSize<T>>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable))
+                    : add_groups<T, G, 1>(e, a.hidden, groups, as<T>(a.dout), as<G>(dtable));
             });
         };
         add(a.token_groups, a.dtable);

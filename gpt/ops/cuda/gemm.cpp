@@ -32,7 +32,8 @@ void check(cudaError_t status, const char* what) {
 }
 
 void check(cublasStatus_t status, const char* what) {
-    if (status != CUBLAS_STATUS_SUCCESS) throw std::runtime_error(fmt::format("cublasLt: {} failed ({})", what, static_cast<int>(status)));
+    if (status != CUBLAS_STATUS_SUCCESS)
+        throw std::runtime_error(fmt::format("cublasLt: {} failed ({})", what, static_cast<int>(status)));
 }
 
 /// Where the library may lie: where the user says, where the loader looks, where CUDA's own installer puts it.
@@ -45,8 +46,9 @@ void* open_library() {
     names.push_back("/usr/local/cuda/lib64/" + soname);
     for (const std::string& name : names)
         if (void* handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
-    throw std::invalid_argument(fmt::format("device cuda: {} is not found; install cuBLAS {} or name its file in STROBE_CUBLASLT",
-                                            soname, CUBLAS_VER_MAJOR));
+    throw std::invalid_argument(
+        fmt::format("device cuda: {} is not found; install cuBLAS {} or name its file in STROBE_CUBLASLT", soname,
+                    CUBLAS_VER_MAJOR));
 }
 
 /// "cublaslt-nvidia-h100-80gb-hbm3-13.0.2.txt"
@@ -69,7 +71,9 @@ cublasLtEpilogue_t epilogue_of(GemmCall::Epilogue e) {
     return CUBLASLT_EPILOGUE_DEFAULT;
 }
 
-std::array<uint64_t, 8> bits_of(const cublasLtMatmulAlgo_t& algo) { return std::bit_cast<std::array<uint64_t, 8>>(algo); }
+std::array<uint64_t, 8> bits_of(const cublasLtMatmulAlgo_t& algo) {
+    return std::bit_cast<std::array<uint64_t, 8>>(algo);
+}
 
 /// Device memory for the time of a measurement; null where there is no room.
 class Temporary {
@@ -156,7 +160,8 @@ struct Gemm::Plan {
     cublasLtMatmulAlgo_t algo{};
     float milliseconds = 0.0f;
 
-    std::vector<Contestant> contestants;  // the usual one, then the fastest first; of a product that was measured in this process
+    // The usual one, then the fastest first; of a product that was measured in this process.
+    std::vector<Contestant> contestants;
     bool called = false;                  // in a contest
 };
 
@@ -183,8 +188,9 @@ Gemm::Key Gemm::key_of(const GemmCall& c) {
 }
 
 std::string Gemm::name_of(const GemmCall& c) {
-    return fmt::format("{},{},{},{},{},{},{},{},{},{},{},{}", c.transpose_a ? 'T' : 'N', c.transpose_b ? 'T' : 'N', c.m, c.n, c.k, c.lda,
-                       c.ldb, c.ldd, to_string(c.a.precision), to_string(c.d.precision), int{c.accumulate}, static_cast<int>(c.epilogue));
+    return fmt::format("{},{},{},{},{},{},{},{},{},{},{},{}", c.transpose_a ? 'T' : 'N', c.transpose_b ? 'T' : 'N', c.m,
+                       c.n, c.k, c.lda, c.ldb, c.ldd, to_string(c.a.precision), to_string(c.d.precision),
+                       int{c.accumulate}, static_cast<int>(c.epilogue));
 }
 
 Gemm::Plan& Gemm::plan(const GemmCall& c) {
@@ -207,7 +213,8 @@ Gemm::Plan& Gemm::plan(const GemmCall& c) {
         p->set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, static_cast<int32_t>(type_of(c.d.precision)));
     }
     const auto layout = [&](cublasLtMatrixLayout_t& l, Precision precision, int64_t rows, int64_t columns, int64_t ld) {
-        check(lib.cublasLtMatrixLayoutCreate(&l, type_of(precision), static_cast<uint64_t>(rows), static_cast<uint64_t>(columns), ld),
+        check(lib.cublasLtMatrixLayoutCreate(&l, type_of(precision), static_cast<uint64_t>(rows),
+                                             static_cast<uint64_t>(columns), ld),
               "cublasLtMatrixLayoutCreate");
     };
     layout(p->a, c.a.precision, c.transpose_a ? c.k : c.m, c.transpose_a ? c.m : c.k, c.lda);
@@ -228,7 +235,8 @@ bool Gemm::recall(Plan& p, const std::string& product) {
     if (!kept) return false;
     const auto algo = std::bit_cast<cublasLtMatmulAlgo_t>(kept->algorithm);
     cublasLtMatmulHeuristicResult_t checked{};
-    const cublasStatus_t status = library_->cublasLtMatmulAlgoCheck(handle_, p.desc, p.a, p.b, p.d, p.d, &algo, &checked);
+    const cublasStatus_t status =
+        library_->cublasLtMatmulAlgoCheck(handle_, p.desc, p.a, p.b, p.d, p.d, &algo, &checked);
     if (status != CUBLAS_STATUS_SUCCESS || checked.workspaceSize > kWorkspaceBytes) return false;
     p.algo = algo;
     p.milliseconds = kept->milliseconds;
@@ -240,13 +248,13 @@ std::vector<cublasLtMatmulHeuristicResult_t> Gemm::proposals(const Plan& p) cons
     const Library& lib = *library_;
     cublasLtMatmulPreference_t preference = nullptr;
     check(lib.cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-    check(lib.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspaceBytes,
-                                                   sizeof kWorkspaceBytes),
+    check(lib.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                   &kWorkspaceBytes, sizeof kWorkspaceBytes),
           "the workspace's size");
     std::vector<cublasLtMatmulHeuristicResult_t> out(kCandidates);
     int found = 0;
-    const cublasStatus_t status = lib.cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.a, p.b, p.d, p.d, preference, kCandidates,
-                                                                     out.data(), &found);
+    const cublasStatus_t status = lib.cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.a, p.b, p.d, p.d, preference,
+                                                                     kCandidates, out.data(), &found);
     lib.cublasLtMatmulPreferenceDestroy(preference);
     out.resize(status == CUBLAS_STATUS_SUCCESS ? static_cast<size_t>(found) : 0);
     std::erase_if(out, [](const auto& r) { return r.state != CUBLAS_STATUS_SUCCESS; });
@@ -280,17 +288,19 @@ cublasStatus_t Gemm::launch(Plan& p, const GemmCall& c, const cublasLtMatmulAlgo
     if (c.bias) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, c.bias);
     if (c.aux) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, c.aux);
     const void* added = c.c ? c.c.data : c.d.data;
-    return library_->cublasLtMatmul(handle_, p.desc, &alpha, c.a.data, p.a, c.b.data, p.b, &beta, added, p.d, c.d.data, p.d, &algo,
-                                     workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
+    return library_->cublasLtMatmul(handle_, p.desc, &alpha, c.a.data, p.a, c.b.data, p.b, &beta, added, p.d, c.d.data,
+                                     p.d, &algo, workspace_, kWorkspaceBytes, static_cast<cudaStream_t>(stream_));
 }
 
-// The fastest first. On noise in memory of its own: the call's outputs may be sums that must not be added to twice. Without room for that
-// there are none.
-std::vector<Gemm::Contestant> Gemm::measure(Plan& p, const GemmCall& c, const std::vector<cublasLtMatmulHeuristicResult_t>& candidates) {
+// The fastest first. On noise in memory of its own: the call's outputs may be sums that must not be added to twice.
+// Without room for that there are none.
+std::vector<Gemm::Contestant> Gemm::measure(Plan& p, const GemmCall& c,
+                                            const std::vector<cublasLtMatmulHeuristicResult_t>& candidates) {
     const auto stream = static_cast<cudaStream_t>(stream_);
     const size_t in = size_of(c.a.precision), out = size_of(c.d.precision);
     const auto elements = [](int64_t ld, int64_t columns) { return static_cast<size_t>(ld * columns); };
-    const size_t a_count = elements(c.lda, c.transpose_a ? c.m : c.k), b_count = elements(c.ldb, c.transpose_b ? c.k : c.n);
+    const size_t a_count = elements(c.lda, c.transpose_a ? c.m : c.k),
+                 b_count = elements(c.ldb, c.transpose_b ? c.k : c.n);
     const size_t d_count = elements(c.ldd, c.n);
     const Temporary a(a_count * in), b(b_count * in), d(d_count * out), aux(c.aux ? d_count * out : 1);
     const int64_t bias_count = std::max(c.m, c.n);
@@ -367,10 +377,11 @@ std::string Gemm::describe(const cublasLtMatmulAlgo_t& algo) const {
         library_->cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &v, sizeof v, &written);
         return v;
     };
-    return fmt::format("id {} tile {} stages {} cluster {} split {} swizzle {} custom {}", value(CUBLASLT_ALGO_CONFIG_ID, int32_t{}),
-                       value(CUBLASLT_ALGO_CONFIG_TILE_ID, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_STAGES_ID, uint32_t{}),
-                       value(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, uint16_t{}), value(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, int32_t{}),
-                       value(CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, uint32_t{}));
+    return fmt::format(
+        "id {} tile {} stages {} cluster {} split {} swizzle {} custom {}", value(CUBLASLT_ALGO_CONFIG_ID, int32_t{}),
+        value(CUBLASLT_ALGO_CONFIG_TILE_ID, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_STAGES_ID, uint32_t{}),
+        value(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, uint16_t{}), value(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, int32_t{}),
+        value(CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING, uint32_t{}), value(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, uint32_t{}));
 }
 
 std::vector<Gemm::Candidates> Gemm::candidates() const {
@@ -420,7 +431,8 @@ void Gemm::end_contest() {
 void Gemm::run(const GemmCall& call) {
     Plan& p = plan(call);
     if (!p.possible)
-        throw std::runtime_error(fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
+        throw std::runtime_error(
+            fmt::format("cublasLt: no algorithm for a product of {} x {} x {}", call.m, call.n, call.k));
     if (contest_) return run_timed(p, call);
     check(launch(p, call, p.algo), "cublasLtMatmul");
 }

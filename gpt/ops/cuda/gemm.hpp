@@ -1,5 +1,6 @@
-// Matrix products by cuBLASLt. The library is looked for when the first backend for a GPU is made, not when the program starts.
-// For each shape the candidates that cuBLASLt proposes are timed once, on noise, and the fastest is kept, in a file too.
+// Matrix products by cuBLASLt. The library is looked for when the first backend for a GPU is made, not when the program
+// starts. For each shape the candidates that cuBLASLt proposes are timed once, on noise, and the fastest is kept, in a
+// file too.
 #pragma once
 
 #include <cublasLt.h>
@@ -46,9 +47,10 @@ public:
     /// Whether there is an algorithm for the call.
     bool possible(const GemmCall& call);
 
-    /// Several algorithms for a product that is called: the one that would be used without a contest, then the fastest others. Which is
-    /// the best where it stands, on the operators' own data, in the cache and at the clock that these leave, a contest tells: from its
-    /// beginning on products that are met first keep their candidates, calls are timed, and play() says who does them.
+    /// Several algorithms for a product that is called: the one that would be used without a contest, then the fastest
+    /// others. Which is the best where it stands, on the operators' own data, in the cache and at the clock that these
+    /// leave, a contest tells: from its beginning on products that are met first keep their candidates, calls are
+    /// timed, and play() says who does them.
     struct Candidates {
         std::string product;
         std::vector<float> alone;             // milliseconds of each when it was measured
@@ -84,14 +86,16 @@ private:
         const Plan* plan;
         cudaEvent_t begin, end;
     };
-    using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool, int>;
+    using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Precision, Precision, bool,
+                           int>;
 
     Plan& plan(const GemmCall& call);
     bool recall(Plan& plan, const std::string& product);
     void choose(Plan& plan, const GemmCall& call, const std::string& product);
     void add_contestants(Plan& plan, const GemmCall& call);
     std::vector<cublasLtMatmulHeuristicResult_t> proposals(const Plan& plan) const;
-    std::vector<Contestant> measure(Plan& plan, const GemmCall& call, const std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
+    std::vector<Contestant> measure(Plan& plan, const GemmCall& call,
+                                    const std::vector<cublasLtMatmulHeuristicResult_t>& candidates);
     void run_timed(Plan& plan, const GemmCall& call);
     void forget_bouts();
     std::vector<Plan*> contested() const;

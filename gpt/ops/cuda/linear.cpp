@@ -27,8 +27,8 @@ double bytes_of(double passes, int64_t rows, int64_t columns, Buffer b) {
 
 /// dweight, and dbias beside it.
 void weight_gradient(Exec& e, const LinearBackward& a, int64_t dy_stride) {
-    const GemmCall call{.transpose_b = true, .m = a.in, .n = a.out, .k = a.rows, .lda = a.in, .ldb = dy_stride, .ldd = a.in,
-                        .a = a.x, .b = a.dy, .d = a.dweight, .accumulate = !a.overwrite};
+    const GemmCall call{.transpose_b = true, .m = a.in, .n = a.out, .k = a.rows, .lda = a.in, .ldb = dy_stride,
+                        .ldd = a.in, .a = a.x, .b = a.dy, .d = a.dweight, .accumulate = !a.overwrite};
     if (!a.dbias) return e.gemm->run(call);
     const int64_t columns = a.dbias_columns > 0 ? a.dbias_columns : a.out;
     GemmCall both = call;
@@ -71,15 +71,16 @@ void linear_backward(Exec& e, const LinearBackward& a) {
     const int64_t dy_stride = a.dy_stride > 0 ? a.dy_stride : a.out;
     if (a.dweight) weight_gradient(e, a, dy_stride);
     if (!a.dx) return;
-    const GemmCall call{.m = a.in, .n = a.rows, .k = a.out, .lda = a.in, .ldb = dy_stride, .ldd = a.in, .a = a.weight, .b = a.dy,
-                        .d = a.dx};
+    const GemmCall call{.m = a.in, .n = a.rows, .k = a.out, .lda = a.in, .ldb = dy_stride, .ldd = a.in, .a = a.weight,
+                        .b = a.dy, .d = a.dx};
     if (!a.gelu_input) return e.gemm->run(call);
     GemmCall fused = call;
     fused.epilogue = Epilogue::dgelu;
     fused.aux = a.gelu_input.data;
     if (fusion_pays(e, call, fused, bytes_of(3, a.rows, a.in, a.dx))) return e.gemm->run(fused);
     e.gemm->run(call);
-    activation_backward(e, {.kind = ActivationKind::gelu, .rows = a.rows, .ffn = a.in, .x = a.gelu_input, .dy = a.dx, .dx = a.dx});
+    activation_backward(
+        e, {.kind = ActivationKind::gelu, .rows = a.rows, .ffn = a.in, .x = a.gelu_input, .dy = a.dx, .dx = a.dx});
 }
 
 }  // namespace strobe::gpt::cuda

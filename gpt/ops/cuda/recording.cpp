@@ -12,7 +12,8 @@ using ExecutableGraph = std::unique_ptr<CUgraphExec_st, Destroyer<cudaGraphExecD
 ExecutableGraph executable(const Graph& graph) {
     cudaGraphExec_t executable = nullptr;
     // Of work on several streams: those that went first go first.
-    check(cudaGraphInstantiate(&executable, graph.get(), cudaGraphInstantiateFlagUseNodePriority), "cudaGraphInstantiate");
+    check(cudaGraphInstantiate(&executable, graph.get(), cudaGraphInstantiateFlagUseNodePriority),
+          "cudaGraphInstantiate");
     return ExecutableGraph(executable);
 }
 

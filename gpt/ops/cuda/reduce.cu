@@ -12,11 +12,11 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSumThreads = 512, kRowsAhead = 8;
 
-// Block (x, y): a stretch of columns, N to a thread; of the groups of kRowsAhead rows it takes every gridDim.y-th. No sum crosses a
-// thread.
+// Block (x, y): a stretch of columns, N to a thread; of the groups of kRowsAhead rows it takes every gridDim.y-th. No
+// sum crosses a thread.
 template <class T, int N>
-__global__ void __launch_bounds__(kSumThreads, 2) column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride,
-                                                                     float* partial) {
+__global__ void __launch_bounds__(kSumThreads, 2)
+    column_sums_kernel(const T* x, int64_t rows, int64_t columns, int64_t stride, float* partial) {
     using V = Vector<T, N>;
     const int64_t c = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (c >= columns) return;
@@ -90,7 +90,8 @@ __global__ void squares_kernel(const T* values, int64_t size, double* partial) {
         mine += static_cast<double>(sum);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0)
-        for (int64_t i = N * vectors; i < size; ++i) mine += static_cast<double>(to_float(values[i])) * to_float(values[i]);
+        for (int64_t i = N * vectors; i < size; ++i)
+            mine += static_cast<double>(to_float(values[i])) * to_float(values[i]);
     const double total = block_sum(mine, slots);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -146,7 +147,8 @@ void squared_norm(Exec& e, const SquaredNorm& a) {
     auto* partial = static_cast<double*>(e.scratch);
     by_precision(a.values.precision, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        squares_kernel<T><<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(static_cast<const T*>(as<T>(a.values)), a.size, partial);
+        squares_kernel<T><<<static_cast<unsigned>(e.parts), 512, 0, stream_of(e)>>>(
+            static_cast<const T*>(as<T>(a.values)), a.size, partial);
     });
     sum_doubles_kernel<<<1, 256, 0, stream_of(e)>>>(partial, e.parts, a.result, a.add);
     check_launch("squared_norm");

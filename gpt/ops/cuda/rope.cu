@@ -33,7 +33,8 @@ template <class T>
 __global__ void append_kernel(CacheAppend a, const T* k, const T* v, T* k_cache, T* v_cache) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= a.rows * a.columns) return;
-    const int64_t from = i / a.columns * a.stride + i % a.columns, to = a.positions[i / a.columns] * a.columns + i % a.columns;
+    const int64_t from = i / a.columns * a.stride + i % a.columns,
+                  to = a.positions[i / a.columns] * a.columns + i % a.columns;
     k_cache[to] = k[from];
     v_cache[to] = v[from];
 }

@@ -52,7 +52,8 @@ public:
     }
     std::byte* send(size_t bytes) override {
         Slot& slot = slots_[turn_];
-        check(cudaMemcpyAsync(device_.at<void>(0), slot.data.get(), bytes, cudaMemcpyHostToDevice, stream_), "sending a batch");
+        check(cudaMemcpyAsync(device_.at<void>(0), slot.data.get(), bytes, cudaMemcpyHostToDevice, stream_),
+              "sending a batch");
         check(cudaEventRecord(slot.sent.get(), stream_), "cudaEventRecord");
         slot.pending = true;
         turn_ = (turn_ + 1) % slots_.size();
@@ -92,7 +93,8 @@ public:
         check(cudaStreamSynchronize(stream_), "waiting for the device");
         for (size_t i = 0; i < used_; ++i) {
             float milliseconds = 0.0f;
-            check(cudaEventElapsedTime(&milliseconds, marks_[i].begin.get(), marks_[i].end.get()), "cudaEventElapsedTime");
+            check(cudaEventElapsedTime(&milliseconds, marks_[i].begin.get(), marks_[i].end.get()),
+                  "cudaEventElapsedTime");
             times.add(marks_[i].kind, 1e-3 * static_cast<double>(milliseconds), marks_[i].work);
         }
         used_ = 0;
@@ -122,18 +124,19 @@ double stated_bf16_peak(const strobe::cuda::DeviceInfo& info, int clock_khz) {
 class CudaRuntime final : public Runtime {
 public:
     CudaRuntime()
-        : device_(current_device()), stream_(make_stream()), gemm_(stream_.get(), strobe::cuda::device_info(device_).name),
-          clock_(stream_.get()) {}
+        : device_(current_device()), stream_(make_stream()),
+          gemm_(stream_.get(), strobe::cuda::device_info(device_).name), clock_(stream_.get()) {}
 
     std::byte* allocate(size_t bytes) override {
         void* data = nullptr;
         const cudaError_t status = cudaMalloc(&data, bytes);
         if (status == cudaErrorMemoryAllocation) {
             cudaGetLastError();
-            throw std::runtime_error(fmt::format("device cuda: no room for {:.2f} GB: {:.2f} of {:.2f} GB are free; strobe train "
-                                                 "--plan tells what a run needs, --recompute and a smaller --batch make it less",
-                                                 static_cast<double>(bytes) * 1e-9, static_cast<double>(free_bytes()) * 1e-9,
-                                                 static_cast<double>(total_bytes()) * 1e-9));
+            throw std::runtime_error(fmt::format(
+                "device cuda: no room for {:.2f} GB: {:.2f} of {:.2f} GB are free; strobe train "
+                "--plan tells what a run needs, --recompute and a smaller --batch make it less",
+                static_cast<double>(bytes) * 1e-9, static_cast<double>(free_bytes()) * 1e-9,
+                static_cast<double>(total_bytes()) * 1e-9));
         }
         check(status, "cudaMalloc");
         zero(data, bytes);
@@ -151,7 +154,9 @@ public:
         // Memory that is not pinned: the driver has taken its copy when the call returns.
         check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()), "sending memory");
     }
-    void zero(void* data, size_t bytes) override { check(cudaMemsetAsync(data, 0, bytes, stream_.get()), "clearing memory"); }
+    void zero(void* data, size_t bytes) override {
+        check(cudaMemsetAsync(data, 0, bytes, stream_.get()), "clearing memory");
+    }
     bool on_host() const override { return false; }
 
     std::unique_ptr<InputStage> make_stage(size_t bytes) override {

@@ -58,7 +58,8 @@ protected:
 }  // namespace
 
 TEST_P(CudaModel, loss_and_gradients) {
-    for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{160, 160}, std::vector<int32_t>{160, 3, 77, 100}}) {
+    for (const std::vector<int32_t>& lengths :
+         {std::vector<int32_t>{160, 160}, std::vector<int32_t>{160, 3, 77, 100}}) {
         const Batch batch = random_batch(config, lengths, 5);
         for (const Recompute recompute : {Recompute::none, Recompute::norms, Recompute::pointwise, Recompute::block}) {
             SCOPED_TRACE(to_string(recompute));
@@ -100,8 +101,8 @@ TEST_P(CudaModel, masters_come_back_from_their_halves) {
     EXPECT_TRUE(std::ranges::equal(values.get()->all(), here.values.all()));
 }
 
-// Masters that are bf16 alone: as they were set, rounded to the nearest; steps that are all but those of fp32 masters; and steps far
-// too small for one rounding, which add up all the same.
+// Masters that are bf16 alone: as they were set, rounded to the nearest; steps that are all but those of fp32 masters;
+// and steps far too small for one rounding, which add up all the same.
 TEST_P(CudaModel, masters_in_bf16) {
     if (exact()) GTEST_SKIP() << "of bf16 alone";
     Weights narrow(config, gpu.memory(), Precision::bf16, 1, Precision::bf16);
@@ -109,7 +110,8 @@ TEST_P(CudaModel, masters_in_bf16) {
     const HostView before(narrow);
     const std::span<const float> wide = here.values.all(), rounded = before.get()->all();
     const auto matrices = size_t(here.layout.matrices_begin());
-    for (size_t i = 0; i < wide.size(); ++i) ASSERT_EQ(rounded[i], i < matrices ? wide[i] : widen_bf16(round_bf16(wide[i]))) << i;
+    for (size_t i = 0; i < wide.size(); ++i)
+        ASSERT_EQ(rounded[i], i < matrices ? wide[i] : widen_bf16(round_bf16(wide[i]))) << i;
     there.set(*before.get());
     Model a(there, gpu, {.max_rows = 320}), b(narrow, gpu, {.max_rows = 320});
     const OptimizerOptions options{.warmup_steps = 0, .weight_decay = 0.0f};
@@ -127,7 +129,8 @@ TEST_P(CudaModel, masters_in_bf16) {
     const HostView after(narrow), after_halves(there);
     double moved = 0.0, wanted = 0.0, agreement = 0.0;
     for (size_t i = matrices; i < wide.size(); ++i) {
-        const double here_moved = double(after.get()->all()[i]) - rounded[i], there_moved = double(after_halves.get()->all()[i]) - rounded[i];
+        const double here_moved = double(after.get()->all()[i]) - rounded[i];
+        const double there_moved = double(after_halves.get()->all()[i]) - rounded[i];
         moved += here_moved * there_moved;
         wanted += there_moved * there_moved;
         agreement += after.get()->all()[i] == widen_bf16(round_bf16(after.get()->all()[i]));
@@ -163,7 +166,8 @@ TEST_P(CudaModel, twenty_steps) {
     const OptimizerOptions options{.warmup_steps = 0};
     Optimizer on_cpu(here.layout, options), on_gpu(there.layout, options, gpu.memory());
     for (int64_t step = 1; step <= 20; ++step) {
-        const Batch one = random_batch(config, {160, 160}, uint64_t(step % 4)), two = random_batch(config, {50, 160}, uint64_t(100 + step % 4));
+        const Batch one = random_batch(config, {160, 160}, uint64_t(step % 4));
+        const Batch two = random_batch(config, {50, 160}, uint64_t(100 + step % 4));
         a.clear_gradients();
         b.clear_gradients();
         double expected = 0.0;
@@ -172,14 +176,16 @@ TEST_P(CudaModel, twenty_steps) {
             b.accumulate(batch, 1.0f / 500.0f);
         }
         const double norm = on_cpu.apply(cpu.exec(), here, a.gradients(), step, 1e-3f);
-        EXPECT_NEAR(on_gpu.apply(gpu.exec(), there, b.gradients(), step, 1e-3f), norm, (exact() ? 1e-3 : 3e-2) * norm) << step;
+        EXPECT_NEAR(on_gpu.apply(gpu.exec(), there, b.gradients(), step, 1e-3f), norm, (exact() ? 1e-3 : 3e-2) * norm)
+            << step;
         EXPECT_NEAR(b.take_loss(), expected, (exact() ? 1e-4 : 1e-2) * expected) << step;
     }
     const HostView values(there);
     EXPECT_LT(distance(values.get()->all(), here.values.all()), exact() ? 1e-3 : 3e-2);
 }
 
-// Two shapes in turn, so that each is met, recorded and replayed; against the same steps asked for operator by operator.
+// Two shapes in turn, so that each is met, recorded and replayed; against the same steps asked for operator by
+// operator.
 TEST_P(CudaModel, recorded_steps_are_the_same_steps) {
     const std::vector<std::vector<int32_t>> shapes{{160, 160}, {50, 160, 7}};
     std::vector<float> expected_values;
@@ -230,10 +236,13 @@ TEST_P(CudaModel, decoding) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Settings, CudaModel,
-                         testing::Values(Setting{Architecture::gpt2, Precision::fp32}, Setting{Architecture::gpt2, Precision::bf16},
-                                         Setting{Architecture::llama, Precision::fp32}, Setting{Architecture::llama, Precision::bf16}),
+                         testing::Values(Setting{Architecture::gpt2, Precision::fp32},
+                                         Setting{Architecture::gpt2, Precision::bf16},
+                                         Setting{Architecture::llama, Precision::fp32},
+                                         Setting{Architecture::llama, Precision::bf16}),
                          [](const auto& param) {
-                             return std::string(to_string(param.param.architecture)) + "_" + std::string(to_string(param.param.precision));
+                             return std::string(to_string(param.param.architecture)) + "_" +
+                                    std::string(to_string(param.param.precision));
                          });
 
 }  // namespace strobe::gpt::test

@@ -1,5 +1,5 @@
-// One operator on two devices: the same numbers, rounded to the precision under test, go to the CPU as fp32 and to the GPU in that
-// precision. Results are held against each other relative to the largest entry.
+// One operator on two devices: the same numbers, rounded to the precision under test, go to the CPU as fp32 and to the
+// GPU in that precision. Results are held against each other relative to the largest entry.
 #pragma once
 
 #include <bit>
@@ -27,7 +27,9 @@ class Twins {
 public:
     Twins(Backend& gpu, Precision precision) : gpu_(gpu), precision_(precision) {}
 
-    Twin normal(size_t count, uint64_t seed, double scale = 1.0) { return make(random_floats(count, seed, scale), precision_); }
+    Twin normal(size_t count, uint64_t seed, double scale = 1.0) {
+        return make(random_floats(count, seed, scale), precision_);
+    }
     Twin normal_f32(size_t count, uint64_t seed, double scale = 1.0) {
         return make(random_floats(count, seed, scale), Precision::fp32);
     }

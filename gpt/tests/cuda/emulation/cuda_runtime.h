@@ -41,7 +41,8 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDefault };
-enum cudaDeviceAttr { cudaDevAttrClockRate };
+enum cudaDeviceAttr { cudaDevAttrClockRate, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct CUstream_st {};
 struct CUevent_st {
     std::chrono::steady_clock::time_point when;
@@ -57,7 +58,9 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSucc
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = new CUevent_st, cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { return e->when = std::chrono::steady_clock::now(), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
+    return e->when = std::chrono::steady_clock::now(), cudaSuccess;
+}
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
     return *ms = std::chrono::duration<float, std::milli>(b->when - a->when).count(), cudaSuccess;
@@ -75,7 +78,15 @@ inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
     return std::memcpy(to, from, bytes), cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) { return std::memset(data, value, bytes), cudaSuccess; }
-inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = size_t{80} << 30, cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+    return std::memset(data, value, bytes), cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    return *free = *total = size_t{80} << 30, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1000000, cudaSuccess; }

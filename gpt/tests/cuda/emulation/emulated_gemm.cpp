@@ -15,7 +15,8 @@ namespace {
 using Epilogue = GemmCall::Epilogue;
 
 float read(Buffer b, int64_t i) {
-    return b.precision == Precision::fp32 ? static_cast<const float*>(b.data)[i] : __bfloat162float(static_cast<const __nv_bfloat16*>(b.data)[i]);
+    if (b.precision == Precision::fp32) return static_cast<const float*>(b.data)[i];
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(b.data)[i]);
 }
 void write(Buffer b, int64_t i, float x) {
     if (b.precision == Precision::fp32)
@@ -50,10 +51,12 @@ void Gemm::run(const GemmCall& c) {
         return x;
     };
     const auto as_int = [](int64_t n) { return static_cast<int>(n); };
-    const std::vector<float> a = widened(c.a, c.lda * (c.transpose_a ? c.m : c.k)), b = widened(c.b, c.ldb * (c.transpose_b ? c.k : c.n));
+    const std::vector<float> a = widened(c.a, c.lda * (c.transpose_a ? c.m : c.k));
+    const std::vector<float> b = widened(c.b, c.ldb * (c.transpose_b ? c.k : c.n));
     std::vector<float> product(static_cast<size_t>(c.m * c.n));
-    cblas_sgemm(CblasColMajor, c.transpose_a ? CblasTrans : CblasNoTrans, c.transpose_b ? CblasTrans : CblasNoTrans, as_int(c.m), as_int(c.n),
-                as_int(c.k), 1.0f, a.data(), as_int(c.lda), b.data(), as_int(c.ldb), 0.0f, product.data(), as_int(c.m));
+    cblas_sgemm(CblasColMajor, c.transpose_a ? CblasTrans : CblasNoTrans, c.transpose_b ? CblasTrans : CblasNoTrans,
+                as_int(c.m), as_int(c.n), as_int(c.k), 1.0f, a.data(), as_int(c.lda), b.data(), as_int(c.ldb), 0.0f,
+                product.data(), as_int(c.m));
     const Buffer bias(c.bias, c.d.precision), aux(c.aux, c.d.precision);
     for (int64_t j = 0; j < c.n; ++j) {
         for (int64_t i = 0; i < c.m; ++i) {

@@ -40,7 +40,7 @@ namespace emulation {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr unsigned kWarp = 32;
+constexpr unsigned kWarp = 32, kBarriers = 16;
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
@@ -48,6 +48,7 @@ struct Fiber {
     std::unique_ptr<std::byte[]> stack{new std::byte[kStackBytes]};
     void* place = nullptr;
     State state = State::ready;
+    unsigned barrier = 0, expected = 0;  // where it waits, with how many; all of the block at barrier 0
     dim3 thread;
     uint64_t values[2] = {};  // of this shuffle and the one before it
     unsigned turn = 0;
@@ -110,21 +111,34 @@ void run_block(unsigned threads) {
     for (unsigned t = 0; t < threads; ++t) prepare(fibers[t]);
     for (;;) {
         for (unsigned t = 0; t < threads; t += kWarp) run_warp(&fibers[t], std::min(kWarp, threads - t));
-        unsigned waiting = 0, done = 0;
+        unsigned waiting[kBarriers] = {}, done = 0;
         for (unsigned t = 0; t < threads; ++t) {
-            waiting += fibers[t].state == State::at_barrier;
+            if (fibers[t].state == State::at_barrier) ++waiting[fibers[t].barrier];
             done += fibers[t].state == State::done;
         }
         if (done == threads) return;
-        if (waiting + done != threads) throw std::logic_error("emulation: threads that can never go on");
-        for (unsigned t = 0; t < threads; ++t)
-            if (fibers[t].state == State::at_barrier) fibers[t].state = State::ready;
+        bool some = false;
+        for (unsigned t = 0; t < threads; ++t) {
+            Fiber& fiber = fibers[t];
+            const unsigned expected = fiber.barrier == 0 ? threads - done : fiber.expected;
+            if (fiber.state != State::at_barrier || waiting[fiber.barrier] != expected) continue;
+            fiber.state = State::ready;
+            some = true;
+        }
+        if (!some) throw std::logic_error("emulation: threads that can never go on");
     }
 }
 
 }  // namespace
 
-void barrier() { give_way(State::at_barrier); }
+void barrier() { barrier(0, 0); }
+
+void barrier(unsigned number, unsigned threads) {
+    if (number >= kBarriers) throw std::logic_error("emulation: a block has 16 barriers");
+    current->barrier = number;
+    current->expected = threads;
+    give_way(State::at_barrier);
+}
 
 uint64_t shuffle_xor(uint64_t value, int mask) {
     // When a lane goes on, all have written; it writes the other slot next, so nobody's is overwritten before it is

@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU, thread by thread, for tests on machines without a GPU: what kernels compute, not how fast. A block's
-// threads are fibers of one host thread that give way at barriers and shuffles, so shared memory is static memory, and a barrier or
-// shuffle that not all of a block's or warp's threads reach is an error instead of undefined. Blocks run one after the other.
+// Runs CUDA kernels on the CPU, thread by thread, for tests on machines without a GPU: what kernels compute, not how
+// fast. A block's threads are fibers of one host thread that give way at barriers and shuffles, so shared memory is
+// static memory, and a barrier or shuffle that not all of a block's or warp's threads reach is an error instead of
+// undefined. Blocks run one after the other.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,8 @@ namespace emulation {
 
 /// Until every living thread of the block is here.
 void barrier();
+/// Until as many threads are at this barrier of the block, 1 to 15.
+void barrier(unsigned number, unsigned threads);
 /// The value that lane `lane ^ mask` of the warp brings.
 uint64_t shuffle_xor(uint64_t value, int mask);
 void* dynamic_shared();

@@ -32,7 +32,8 @@ def rewrite(text):
         out += text[position:start] + "emulation::launch(" + text[start:at].strip() + ", " + text[at + 3 : close] + ")"
         position = close + 3
     out += text[position:]
-    return re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"auto* \2 = static_cast<\1*>(emulation::dynamic_shared());", out)
+    shared = r"auto* \2 = static_cast<\1*>(emulation::dynamic_shared());"
+    return re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, out)
 
 
 if __name__ == "__main__":
