@@ -32,7 +32,7 @@ SMALL = ["--heads", "4", "--steps", str(STEPS), "--warmup", "10", "--save-every"
 PASSES, OTHER_PASSES = ["--batch", "8", "--accumulate", "2"], ["--batch", "4", "--accumulate", "4"]
 SHAPES = {"cuda": ["--layers", "4", "--hidden", "256", "--context", "256"],
           "cpu": ["--layers", "2", "--hidden", "64", "--context", "64", "--held-out", "0.01", "--threads", "1"]}
-MODELS = [("124M", 2048, 8), ("1.3B", 2048, 8), ("1.3B", 8192, 2)]  # sequence length, and sequences of each process
+MODELS = [("124M", 2048, 8), ("1.3B", 2048, 8), ("1.3B", 8192, 2), ("1.3B", 2048, 16)]  # length, and rows of each process
 FIRST, LAST = f"step-{SAVE_EVERY:08d}", f"step-{STEPS:08d}"
 
 
